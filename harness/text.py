@@ -1,0 +1,84 @@
+"""Completions as text: read without trust, shown without harm. Standard library only.
+
+A completion is untrusted input. Whatever reads one is linear in its length and never raises;
+whatever shows one sends it through :func:`escape`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_FENCE = "```"
+_INTEGER = re.compile(r"-?\d+")
+
+# CPython's default limit for int(str). Pinned here so that an interpreter without the limit
+# gives the same scores, and so that the quadratic int() stays bounded.
+_MOST_DIGITS = 4300
+
+# Letters, marks and symbols by their Unicode category, and yet nothing to see: the grapheme
+# joiner, Hangul fillers, Khmer and Mongolian marks, the blank Braille pattern, variation selectors.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
+
+
+def first_line(completion: str) -> str:
+    """Return the line that holds the answer: of a closed code fence if the text starts with one.
+
+    White space is trimmed; inside a fence, a first line of letters only is a language tag and
+    is passed over when another line follows it. Returns the empty string when nothing is left.
+    """
+    text = completion.strip()
+    if text.startswith(_FENCE):
+        end = text.find(_FENCE, len(_FENCE))
+        if end >= 0:
+            lines = text[len(_FENCE) : end].splitlines()
+            if len(lines) >= 2 and lines[0].isalpha():
+                del lines[0]
+            text = lines[0].strip() if lines else ""
+    lines = text.splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def integers(text: str) -> Iterator[int | None]:
+    """Yield every integer written in ``text``, in order; ``None`` for one too long to convert.
+
+    Digits are all Unicode decimal digits, as Python's ``int`` takes them.
+    """
+    for match in _INTEGER.finditer(text):
+        digits = match.group()
+        yield int(digits) if len(digits.lstrip("-")) <= _MOST_DIGITS else None
+
+
+def unquoted(text: str) -> str:
+    """Drop one pair of equal surrounding quotes, if there is one."""
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return text
+
+
+def escape(text: str, limit: int = 200) -> str:
+    r"""Make a completion safe and readable on one line of a terminal, log or report.
+
+    Control characters, line breaks, bidirectional marks and everything else without a glyph of
+    its own, save the plain space, become ``\n``-style or ``\uXXXX`` escapes; a backslash is
+    doubled, so that the escaped text is unambiguous. The markers that CI systems read as commands
+    (``::``, ``##[``, ``##vso``) are broken up. Longer texts are cut to ``limit`` characters with
+    a note of how many were left out.
+    """
+    left_out = len(text) - limit
+    if left_out > 0:
+        text = text[:limit]
+    shown = "".join(map(_visible, text))
+    shown = shown.replace("::", ":\\u003a").replace("##", "#\\u0023")
+    return shown if left_out <= 0 else f"{shown}… ({left_out} more characters)"
+
+
+def _visible(character: str) -> str:
+    if character == "\\":
+        return "\\\\"
+    if character.isprintable() and not _INVISIBLE.match(character):
+        return character
+    return ascii(character)[1:-1]  # \n, \t, \xXX, \uXXXX or \UXXXXXXXX
