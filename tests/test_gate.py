@@ -1,0 +1,365 @@
+"""Each rule on runs whose verdict is known, and the numbers of a verdict by other means."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom, norm, t, ttest_1samp, ttest_rel
+
+from harness.gate import (
+    Verdict,
+    judge,
+    judge_improvement,
+    judge_length,
+    judge_rate,
+    judge_sequential,
+)
+from harness.stats import stratified_p
+
+N = 256
+
+
+def skills(seed: int, n: int = N) -> np.ndarray:
+    return np.random.default_rng(seed).beta(0.7, 0.3, n)
+
+
+def counts(skill: np.ndarray, k: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).binomial(k, skill)
+
+
+def accuracy(now: Any, then: Any, **settings: Any) -> Verdict:
+    return judge(now, 4, then, 16, **{"same_policy": True, **settings})
+
+
+def test_an_unchanged_policy_passes() -> None:
+    v = accuracy(counts(skills(0), 4, 1), counts(skills(0), 16, 2))
+    assert v.name == "PASS"
+    assert v.lower < v.delta < v.upper
+    assert v.lower > -0.05
+
+
+@pytest.mark.parametrize("same_policy", [True, False])
+def test_a_large_drop_fails(same_policy: bool) -> None:
+    now, then = counts(skills(0) * 0.8, 4, 1), counts(skills(0), 16, 2)
+    v = accuracy(now, then, same_policy=same_policy)
+    assert v.name == "FAIL"
+    assert v.delta < -0.1
+    assert v.p < 1e-6
+    assert v.needed is None, "no number of problems would prove this drop harmless"
+
+
+def test_between_the_two_nothing_is_proven() -> None:
+    v = accuracy(counts(skills(0, 64) * 0.96, 4, 1), counts(skills(0, 64), 16, 2))
+    assert v.name == "UNPROVEN"
+    assert v.needed is not None
+    assert v.needed > 64
+
+
+def test_a_gain_passes() -> None:
+    assert accuracy(counts(skills(0) ** 0.5, 4, 1), counts(skills(0), 16, 2)).name == "PASS"
+
+
+def test_below_the_floor_nothing_is_judged() -> None:
+    v = accuracy([0] * 63, [16] * 63)
+    assert v.name == "ERROR"
+    assert "63 problems" in v.reason
+    assert "64" in v.reason
+    assert accuracy([0] * 64, [16] * 64).name == "FAIL"
+
+
+def test_one_problem_is_an_error_without_a_crash() -> None:
+    assert accuracy([0], [16], same_policy=False).name == "ERROR"
+    assert judge_length([1.0], 4, [2.0]).name == "ERROR"
+    assert judge_rate([4], 4, [0], 16).name == "ERROR"
+    assert judge_improvement([4], 4, [0], 16).name == "ERROR"
+
+
+def test_the_numbers_of_a_verdict_by_other_means() -> None:
+    now, then = counts(skills(0), 4, 1), counts(skills(0), 16, 2)
+    v = accuracy(now, then, checks=12)
+    d = now / 4 - then / 16
+    guarded = np.concatenate([d, [1, -1]])
+    interval = ttest_1samp(guarded, 0).confidence_interval(0.9)
+    se = guarded.std(ddof=1) / math.sqrt(N + 2)
+    assert (v.n, v.k) == (N, 4)
+    assert v.now == pytest.approx((now / 4).mean())
+    assert v.then == pytest.approx((then / 16).mean())
+    assert v.delta == pytest.approx(d.mean())
+    assert (v.lower, v.upper) == pytest.approx((interval.low, interval.high))
+    assert v.p == stratified_p(now, 4, then, 16)
+    assert v.mde90 == pytest.approx((norm.ppf(1 - 0.01 / 12) + norm.ppf(0.9)) * se)
+    room = 0.05 + min(d.mean(), 0)
+    assert v.needed == math.ceil(N * ((t.ppf(0.95, N + 1) + norm.ppf(0.9)) * se / room) ** 2)
+
+
+def test_another_policys_drop_must_also_generalise() -> None:
+    # Four problems lost completely: certain on this suite, but four problems are no population.
+    now, then = [0] * 4 + [4] * 252, [16] * N
+    same, other = accuracy(now, then), accuracy(now, then, same_policy=False)
+    assert same.name == "FAIL"
+    assert other.name != "FAIL"
+    d = np.array(now) / 4 - 1
+    assert other.p == pytest.approx(ttest_1samp(d, 0, alternative="less").pvalue)
+    assert same.p < 1e-9 < other.p
+
+
+def test_a_drop_too_small_to_matter_does_not_fail() -> None:
+    # Certain, but one problem in 200: the verdict is about size as much as about certainty.
+    now, then = [0] * 2 + [4] * 398, [16] * 400
+    assert accuracy(now, then).p < 0.01
+    assert accuracy(now, then).name == "PASS"
+    assert accuracy(now, then, minimum=0.005).name == "FAIL"
+
+
+def test_saturation_alone_is_no_pass() -> None:
+    v = accuracy([4] * 64, [16] * 64)
+    assert (v.delta, v.p, v.name) == (0, 1, "PASS")
+    assert v.lower < -0.03, "64 perfect problems still leave room for a loss"
+    assert accuracy([4] * 64, [16] * 64, margin=0.03).name == "UNPROVEN"
+
+
+def test_more_checks_ask_for_more_proof() -> None:
+    now, then = counts(skills(0) * 0.93, 4, 6), counts(skills(0), 16, 2)
+    alone = accuracy(now, then)
+    assert 0.0001 < alone.p < 0.01, "the example must lie between the two thresholds"
+    assert alone.name == "FAIL"
+    shared = accuracy(now, then, checks=100)
+    assert shared.name != "FAIL"
+    assert shared.p == alone.p
+    assert shared.mde90 > alone.mde90
+
+
+def test_a_reference_may_have_another_number_of_samples_a_problem() -> None:
+    now, then = counts(skills(0), 4, 1), counts(skills(0), 16, 2)
+    assert judge(now, 4, then, [16] * N, same_policy=True) == accuracy(now, then)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 63))
+def test_one_correct_answer_fewer_never_helps(seed: int, i: int) -> None:
+    skill = skills(seed, 64)
+    now, then = counts(skill, 4, seed + 1), counts(skill, 16, seed + 2)
+    if now[i] == 0:
+        return
+    fewer = now.copy()
+    fewer[i] -= 1
+    before, after = accuracy(now, then), accuracy(fewer, then)
+    assert after.p <= before.p * (1 + 1e-12)
+    assert after.delta < before.delta
+    assert (before.name, after.name) not in {("FAIL", "UNPROVEN"), ("FAIL", "PASS")}
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32))
+def test_a_rate_is_the_mirror_of_an_accuracy(seed: int) -> None:
+    skill = skills(seed, 64)
+    now, then = counts(skill, 4, seed + 1), counts(skill, 16, seed + 2)
+    drop, rise = accuracy(now, then), judge_rate(4 - now, 4, 16 - then, 16)
+    same = ("name", "p", "mde90", "needed", "n", "k")
+    assert [getattr(rise, field) for field in same] == [getattr(drop, field) for field in same]
+    assert (rise.delta, rise.lower, rise.upper) == pytest.approx(
+        (-drop.delta, -drop.upper, -drop.lower)
+    )
+    assert (rise.now, rise.then) == pytest.approx((1 - drop.now, 1 - drop.then))
+
+
+def test_a_rising_rate_fails_and_a_falling_one_passes() -> None:
+    few, many = counts(np.full(N, 0.02), 4, 0), counts(np.full(N, 0.2), 4, 0)
+    few_then, many_then = counts(np.full(N, 0.02), 16, 1), counts(np.full(N, 0.2), 16, 1)
+    worse = judge_rate(many, 4, few_then, 16)
+    assert worse.name == "FAIL"
+    assert worse.delta > 0.1
+    assert f"{worse.delta:+.3f}" in worse.reason
+    assert judge_rate(few, 4, few_then, 16).name == "PASS"
+    assert judge_rate(few, 4, many_then, 16).name == "PASS"
+
+
+def test_a_better_policy_is_proven_better() -> None:
+    v = judge_improvement(counts(skills(0) ** 0.5, 4, 1), 4, counts(skills(0), 16, 2), 16)
+    assert v.name == "PASS"
+    assert v.delta > 0.05
+    assert 0 < v.lower < v.delta
+    assert v.p <= 0.01
+
+
+def test_a_worse_policy_is_proven_worse() -> None:
+    v = judge_improvement(counts(skills(0) * 0.8, 4, 1), 4, counts(skills(0), 16, 2), 16)
+    assert v.name == "FAIL"
+    assert v.p <= 0.01
+    assert v.needed is None
+
+
+def test_training_that_did_nothing_is_unproven() -> None:
+    v = judge_improvement(counts(skills(0), 4, 1), 4, counts(skills(0), 16, 2), 16)
+    assert v.name == "UNPROVEN"
+    same = judge_improvement([4] * N, 4, [16] * N, 16)
+    assert (same.name, same.p, same.needed) == ("UNPROVEN", 1, None)
+
+
+def test_an_improvement_on_a_handful_of_problems_does_not_generalise() -> None:
+    trained, base = [4] * 4 + [0] * 252, [0] * N
+    v = judge_improvement(trained, 4, base, 16)
+    assert stratified_p(base, 16, trained, 4) < 1e-6
+    assert v.name == "UNPROVEN"
+
+
+def test_an_improvement_may_have_to_be_large() -> None:
+    trained, base = counts(skills(0) ** 0.5, 4, 1), counts(skills(0), 16, 2)
+    assert judge_improvement(trained, 4, base, 16, margin=0.02).name == "PASS"
+    assert judge_improvement(trained, 4, base, 16, margin=0.5).name == "UNPROVEN"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "name"),
+    [(1.0, "PASS"), (1.5, "FAIL"), (1 / 1.5, "FAIL"), (1.04, "PASS"), (1.15, "FAIL")],
+)
+def test_lengths_are_judged_in_both_directions(ratio: float, name: str) -> None:
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(3, 0.5, 128)
+    now = difficulty + rng.normal(math.log(ratio), 0.15, 128)
+    then = difficulty + rng.normal(0, 0.08, 128)
+    v = judge_length(now, 4, then)
+    assert v.name == name
+    assert v.delta == pytest.approx(ratio - 1, abs=0.05)
+    assert v.now / v.then == pytest.approx(1 + v.delta)
+    interval = ttest_rel(now, then).confidence_interval(0.9)
+    assert (1 + v.lower, 1 + v.upper) == pytest.approx(
+        (math.exp(interval.low), math.exp(interval.high))
+    )
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.floats(0.7, 1.4), st.integers(1, 20))
+def test_a_length_fails_where_its_interval_lies_outside(
+    seed: int, ratio: float, checks: int
+) -> None:
+    now = np.random.default_rng(seed).normal(3 + math.log(ratio), 0.4, 64)
+    then = np.full(64, 3.0)
+    v = judge_length(now, 4, then, checks=checks)
+    wide = ttest_rel(now, then).confidence_interval(1 - 0.01 / checks)
+    outside = wide.low > math.log(1.05) or wide.high < -math.log(1.05)
+    assert (v.name == "FAIL") == outside
+    narrow = ttest_rel(now, then).confidence_interval(0.9)
+    inside = -math.log(1.25) < narrow.low and narrow.high < math.log(1.25)
+    assert (v.name == "PASS") == (inside and not outside)
+
+
+def test_a_length_too_noisy_to_tell_is_unproven() -> None:
+    rng = np.random.default_rng(0)
+    v = judge_length(rng.normal(3, 2, 64), 1, rng.normal(3, 2, 64))
+    assert v.name == "UNPROVEN"
+    assert v.needed is not None
+    assert v.needed > 64
+
+
+def test_lengths_a_quarter_apart_by_chance_are_told_from_a_shift() -> None:
+    rng = np.random.default_rng(0)
+    names = {
+        ratio: [
+            judge_length(rng.normal(math.log(ratio), 0.25, 128), 4, np.zeros(128)).name
+            for _ in range(400)
+        ]
+        for ratio in (1.0, 1.15)
+    }
+    assert names[1.0].count("FAIL") == 0
+    assert names[1.15].count("FAIL") >= 0.9 * 400
+
+
+def test_a_sequential_run_stops_at_the_first_decision_and_keeps_it() -> None:
+    now, then = counts(skills(0), 4, 1), counts(skills(0), 16, 2)
+    names = [judge_sequential(now[:n], 4, then, 16).name for n in range(16, N + 1, 16)]
+    first = names.index("PASS")
+    assert set(names[:first]) == {"UNPROVEN"}
+    assert set(names[first:]) == {"PASS"}
+    v = judge_sequential(now, 4, then, 16)
+    assert v.n == 16 * (first + 1)
+    assert v.now == pytest.approx((now[: v.n] / 4).mean())
+
+
+def test_a_sequential_run_fails_a_large_drop_early() -> None:
+    now, then = counts(skills(0) * 0.7, 4, 1), counts(skills(0), 16, 2)
+    v = judge_sequential(now, 4, then, 16)
+    assert v.name == "FAIL"
+    assert v.p <= 0.01
+    assert v.n < 64
+    assert v.n < judge_sequential(now, 4, then, 16, checks=1000).n
+
+
+def test_a_sequential_run_is_held_to_its_plan() -> None:
+    with pytest.raises(ValueError, match="problem 2 is not in the plan"):
+        judge_sequential([1, 1, 1], 4, [1, 1], 16)
+    with pytest.raises(ValueError, match="look is 0"):
+        judge_sequential([4] * 64, 4, [16] * 64, 16, look=0)
+    assert judge_sequential([4] * 63, 4, [16] * 63, 16).name == "ERROR"
+    assert judge_sequential([4] * 8, 4, [16] * 64, 16).name == "UNPROVEN", "before the first look"
+
+
+def test_a_sequential_run_saves_two_problems_in_five() -> None:
+    runs = range(150)
+    unchanged = [
+        judge_sequential(counts(skills(i), 4, i + 1), 4, counts(skills(i), 16, i + 2), 16)
+        for i in runs
+    ]
+    assert np.mean([v.n for v in unchanged]) < 0.6 * N
+    assert sum(v.name == "FAIL" for v in unchanged) <= binom.ppf(0.999, len(runs), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"alpha": math.nan}, "alpha is nan"),
+        ({"checks": 0}, "checks is 0"),
+        ({"margin": 0.005}, "margin 0.005"),
+        ({"minimum": -0.1}, "minimum is -0.1"),
+        ({"margin": math.nan}, "margin nan"),
+    ],
+)
+def test_invalid_settings_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        accuracy([4] * 64, [16] * 64, **settings)
+
+
+@pytest.mark.parametrize("margin", [-0.1, 1.0, math.nan])
+def test_an_improvement_by_less_than_nothing_is_refused(margin: float) -> None:
+    with pytest.raises(ValueError, match="margin is"):
+        judge_improvement([4] * 64, 4, [16] * 64, 16, margin=margin)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda now, then: judge(now, 4, then, 16, same_policy=True),
+        lambda now, then: judge_rate(now, 4, then, 16),
+        lambda now, then: judge_improvement(now, 4, then, 16),
+        lambda now, then: judge_length(now, 4, then),
+    ],
+)
+def test_every_rule_refuses_invalid_input_by_problem(rule: Callable[[Any, Any], Verdict]) -> None:
+    with pytest.raises(ValueError, match="problem 2"):
+        rule([1, 1, math.nan], [1, 1, 1])
+    with pytest.raises(ValueError, match="problem 3 has no counterpart"):
+        rule([1, 1, 1], [1, 1, 1, 1])
+    with pytest.raises(ValueError, match="problem 0"):
+        rule([], [])
+
+
+def test_a_verdict_is_a_value() -> None:
+    v = accuracy([4] * 64, [16] * 64)
+    assert v == accuracy([4] * 64, [16] * 64)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        v.name = "FAIL"  # type: ignore[misc]
+
+
+def test_a_session_of_24_checks_is_judged_in_two_seconds() -> None:
+    start = time.perf_counter()
+    for seed in range(24):
+        now, then = counts(skills(seed, 512), 8, 1), counts(skills(seed, 512), 16, 2)
+        judge(now, 8, then, 16, same_policy=False, checks=24)
+    assert time.perf_counter() - start < 2
