@@ -1,0 +1,229 @@
+"""Evaluations -> checks: each rule of the gate put to the samples of one question.
+
+A check says what was asked of which policy, what the gate concluded and, when that is bad, what
+a person needs next: the numbers, the problems that changed most, and the command that shows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from harness import gate
+from harness.baseline import Baseline, BaselineError, Record
+from harness.evaluation import Evaluation, Group, RewardFunction
+from harness.gate import Verdict
+from harness.reward import reward_func
+from harness.text import escape
+
+Unit = Literal["%", "tokens"]
+
+_SHOWN = 3
+"""Changed problems that a message shows."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One judged question about one policy and task type.
+
+    ``verdict`` is ``None`` when the two sides could not be compared at all; ``reason`` says why.
+    ``unit`` is that of the two sides: ``%`` of completions, or ``tokens``. ``changed`` shows the
+    problems that got worse.
+    """
+
+    question: str
+    task_type: str
+    policy: str
+    reference: str
+    reason: str = ""
+    verdict: Verdict | None = None
+    changed: tuple[str, ...] = ()
+    unit: Unit = "%"
+
+    @property
+    def name(self) -> gate.Name:
+        """PASS, FAIL, UNPROVEN or ERROR."""
+        return self.verdict.name if self.verdict else "ERROR"
+
+    def message(self) -> str:
+        """Say what was found, in a few lines for a person."""
+        lines = [f"{self.name}: {self.question} of {self.policy} on {self.task_type}"]
+        if self.verdict:
+            v = self.verdict
+            tokens = self.unit == "tokens"
+            now, then = (f"{x:.1f} tokens" if tokens else f"{x:.1%}" for x in (v.now, v.then))
+            lines.append(
+                f"  {then} ({self.reference}) -> {now}: {v.delta:+.1%}, "
+                f"90 % interval {v.lower:+.1%} to {v.upper:+.1%}, p = {v.p:.2g}, "
+                f"n = {v.n} problems x {v.k} samples"
+            )
+        lines.append(f"  {self.reason}")
+        lines += [f"  {line}" for line in self.changed]
+        return "\n".join(lines)
+
+    def asdict(self) -> dict[str, Any]:
+        """Return the check as plain numbers and texts."""
+        return {**asdict(self), "name": self.name}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The gate's settings, and how many checks the run planned that share its ``alpha``.
+
+    ``margin`` and ``minimum`` are shares of completions; see :mod:`harness.gate`.
+    """
+
+    checks: int
+    reward: RewardFunction = reward_func
+    margin: float = 0.05
+    minimum: float = 0.01
+    alpha: float = 0.01
+
+    def bounds(self) -> dict[str, float]:
+        """Return the settings that a baseline keeps."""
+        return {"margin": self.margin, "minimum": self.minimum, "alpha": self.alpha}
+
+    def accuracy(self, evaluation: Evaluation, baseline: Baseline) -> Check:
+        """Has the share of correct completions dropped below the baseline's?"""
+
+        def judge(records: Sequence[Record]) -> Verdict:
+            return gate.judge(
+                evaluation.counts("correct"),
+                evaluation.k,
+                [record.correct for record in records],
+                [record.k for record in records],
+                same_policy=baseline.same_policy(evaluation),
+                checks=self.checks,
+                **self.bounds(),
+            )
+
+        return self._against("accuracy", evaluation, baseline, judge)
+
+    def truncation(self, evaluation: Evaluation, baseline: Baseline) -> Check:
+        """Has the share of completions that the token limit cut off risen?"""
+        return self._fault("truncation", "truncated", evaluation, baseline)
+
+    def unparsable(self, evaluation: Evaluation, baseline: Baseline) -> Check:
+        """Has the share of completions without a readable answer risen?"""
+        return self._fault("unparsable answers", "unparsable", evaluation, baseline)
+
+    def length(self, evaluation: Evaluation, baseline: Baseline) -> Check:
+        """Have completions become longer or shorter, in tokens?"""
+
+        def judge(records: Sequence[Record]) -> Verdict:
+            return gate.judge_length(
+                [group.log_length for group in evaluation.groups],
+                evaluation.k,
+                [record.mean_log_length for record in records],
+                alpha=self.alpha,
+                checks=self.checks,
+            )
+
+        return self._against("length", evaluation, baseline, judge, unit="tokens")
+
+    def improvement(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
+        """Is the trained policy better than its base, over all problems of these evaluations?"""
+        name = trained[0].task_type.name if len(trained) == 1 else "all"
+        check = Check("improvement", name, trained[0].policy, base[0].policy)
+        if trained[0].fingerprint == base[0].fingerprint:
+            reason = (
+                f"the trained policy {trained[0].policy} is the base policy {base[0].policy}: "
+                f"both have the fingerprint {base[0].fingerprint}. Point --grpo-trained at what "
+                "was trained"
+            )
+            return replace(check, reason=reason)
+        if reason := _unscored([*trained, *base]):
+            return replace(check, reason=reason)
+        k = trained[0].k
+        groups = [group for evaluation in trained for group in evaluation.groups]
+        before = [group for evaluation in base for group in evaluation.groups]
+        verdict = gate.judge_improvement(
+            [group.count("correct") for group in groups],
+            k,
+            [group.count("correct") for group in before],
+            k,
+            alpha=self.alpha,
+            checks=self.checks,
+        )
+        rates = [group.count("correct") / k for group in before]
+        return replace(
+            check, reason=verdict.reason, verdict=verdict, changed=_changed(groups, rates, verdict)
+        )
+
+    def _fault(
+        self,
+        question: str,
+        outcome: Literal["truncated", "unparsable"],
+        evaluation: Evaluation,
+        baseline: Baseline,
+    ) -> Check:
+        def judge(records: Sequence[Record]) -> Verdict:
+            return gate.judge_rate(
+                evaluation.counts(outcome),
+                evaluation.k,
+                [getattr(record, outcome) for record in records],
+                [record.k for record in records],
+                checks=self.checks,
+                **self.bounds(),
+            )
+
+        return self._against(question, evaluation, baseline, judge)
+
+    def _against(
+        self,
+        question: str,
+        evaluation: Evaluation,
+        baseline: Baseline,
+        judge: Callable[[Sequence[Record]], Verdict],
+        unit: Unit = "%",
+    ) -> Check:
+        reference = f"baseline of {baseline.policy}"
+        check = Check(question, evaluation.task_type.name, evaluation.policy, reference, unit=unit)
+        try:
+            records = baseline.select(evaluation, self.reward)
+        except BaselineError as error:
+            return replace(check, reason=str(error))
+        if reason := _unscored([evaluation]):
+            return replace(check, reason=reason)
+        verdict = judge(records)
+        rates = [record.correct / record.k for record in records]
+        return replace(
+            check,
+            reason=verdict.reason,
+            verdict=verdict,
+            changed=_changed(evaluation.groups, rates, verdict),
+        )
+
+
+def _unscored(evaluations: Sequence[Evaluation]) -> str:
+    failed = [
+        f"{sum(counts)} of {evaluation.n * evaluation.k} ({evaluation.policy} on "
+        f"{evaluation.task_type.name})"
+        for evaluation in evaluations
+        if sum(counts := evaluation.counts("error"))
+    ]
+    if not failed:
+        return ""
+    return (
+        f"completions could not be drawn: {', '.join(failed)}. Nothing is judged with answers "
+        "missing: see the samples' errors, make room (--grpo-device, fewer samples), run again"
+    )
+
+
+def _changed(groups: Sequence[Group], before: Sequence[float], verdict: Verdict) -> tuple[str, ...]:
+    """Show the problems whose share of correct answers fell most, with what is answered now."""
+    if verdict.name != "FAIL":
+        return ()
+    rates = [group.count("correct") / len(group.completions) for group in groups]
+    drops = [then - now for now, then in zip(rates, before, strict=True)]
+    worst = sorted(range(len(groups)), key=lambda i: -drops[i])[:_SHOWN]
+    return tuple(
+        f"{groups[i].problem.id}: {before[i]:.0%} -> {rates[i]:.0%} correct, wanted "
+        f"{escape(str(groups[i].problem.answer), 40)!r}, now "
+        + " | ".join(
+            f"{escape(completion.text, 40)!r}" for completion in groups[i].completions[:_SHOWN]
+        )
+        for i in worst
+        if drops[i] > 0
+    )

@@ -1,0 +1,231 @@
+"""Problems × policy -> groups of scored completions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from harness.policy import Fingerprint, Policy
+from harness.reward import OUTCOMES, Outcome, outcome, reward_func, strictly_correct
+from harness.sampling import Progress, Request, Sampler, sample_seed
+from harness.store import Store
+from harness.tasks import Problem, TaskType, check_disjoint
+
+RewardFunction = Callable[..., Sequence[float | None]]
+"""Scores completions pairwise, ``(prompts, completions, **kwargs)``, as TRL calls it."""
+
+_CHUNK = 512
+"""Samples between two writes to the store: what an interruption can cost."""
+
+
+class EvaluationError(Exception):
+    """An evaluation that cannot be made: one line with what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One scored completion.
+
+    ``tokens`` counts the end token. ``strict`` tells whether it is the demanded answer and
+    nothing else, whatever the reward's lenient rule lets through. ``reward`` is NaN for a draw
+    that failed.
+    """
+
+    text: str
+    tokens: int
+    reward: float
+    outcome: Outcome
+    strict: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one problem."""
+
+    problem: Problem
+    completions: tuple[Completion, ...]
+
+    def count(self, outcome: Outcome) -> int:
+        """Count the completions of one outcome."""
+        return sum(completion.outcome == outcome for completion in self.completions)
+
+    @property
+    def group_mean(self) -> float:
+        """The mean reward."""
+        return fmean(completion.reward for completion in self.completions)
+
+    @property
+    def length(self) -> float:
+        """The mean length in tokens."""
+        return fmean(completion.tokens for completion in self.completions)
+
+    @property
+    def log_length(self) -> float:
+        """The mean natural logarithm of the length in tokens."""
+        # Every drawn completion has a token; a failed draw has none and is an error elsewhere.
+        return fmean(math.log(max(completion.tokens, 1)) for completion in self.completions)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that one run knows of one policy on one task type, in the order of the problems.
+
+    ``settings`` are the sampler's, ``prompts`` the prompts as the policy saw them; the two and
+    ``fingerprint`` decide what the evaluation can be compared with.
+    """
+
+    policy: str
+    slug: str
+    fingerprint: Fingerprint
+    task_type: TaskType
+    settings: Mapping[str, Any]
+    run_seed: int
+    k: int
+    prompts: tuple[str, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def n(self) -> int:
+        """The number of problems."""
+        return len(self.groups)
+
+    def counts(self, outcome: Outcome) -> list[int]:
+        """Count the completions of one outcome, problem by problem."""
+        return [group.count(outcome) for group in self.groups]
+
+    def rate(self, outcome: Outcome) -> float:
+        """Return the share of one outcome among all planned completions."""
+        return sum(self.counts(outcome)) / (self.n * self.k)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of correct completions."""
+        return self.rate("correct")
+
+    @property
+    def strict_accuracy(self) -> float:
+        """The share of completions that are the demanded answer and nothing else."""
+        strict = sum(completion.strict for group in self.groups for completion in group.completions)
+        return strict / (self.n * self.k)
+
+    @property
+    def mean_reward(self) -> float:
+        """The mean reward of all completions."""
+        return fmean(group.group_mean for group in self.groups)
+
+    @property
+    def mean_length(self) -> float:
+        """The mean length in tokens."""
+        return fmean(group.length for group in self.groups)
+
+    def summary(self) -> dict[str, Any]:
+        """Return every figure of the evaluation as plain numbers."""
+        return {
+            "policy": self.policy,
+            "fingerprint": str(self.fingerprint),
+            "task_type": self.task_type.name,
+            "n": self.n,
+            "k": self.k,
+            "run_seed": self.run_seed,
+            "sampling": dict(self.settings),
+            "accuracy": self.accuracy,
+            "strict_accuracy": self.strict_accuracy,
+            "mean_reward": self.mean_reward,
+            "mean_length": self.mean_length,
+            "outcomes": {name: self.rate(name) for name in OUTCOMES},
+        }
+
+
+def evaluate(
+    policy: Policy,
+    sampler: Sampler,
+    task_type: TaskType,
+    *,
+    n: int,
+    k: int,
+    run_seed: int,
+    store: Store,
+    reward: RewardFunction = reward_func,
+    trained_on: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Ask ``policy`` the first ``n`` problems of ``task_type``, ``k`` times each, and score.
+
+    Samples that the store has are not drawn again. ``trained_on`` are the prompts that the
+    policy is known to have been trained on. Raises ``EvaluationError`` when one of them is asked,
+    when there are not ``n`` problems, and when the reward returns no finite number for a drawn
+    completion.
+    """
+    try:
+        problems = task_type.problems(n)
+        check_disjoint(trained_on, (problem.prompt for problem in problems))
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
+    prompts = tuple(policy.render(problem.prompt) for problem in problems)
+    settings = sampler.settings()
+    identity = {
+        "policy": str(policy.fingerprint),
+        "settings": settings,
+        "dtype": str(policy.dtype),
+        "run_seed": run_seed,
+    }
+    planned = {
+        (problem.id, number): Request(prompt, sample_seed(run_seed, problem.id, number))
+        for problem, prompt in zip(problems, prompts, strict=True)
+        for number in range(k)
+    }
+    name = f"{policy.checkpoint.slug}-{task_type.name}"
+    with store.open(name, identity) as samples:
+        missing = [key for key in planned if key not in samples]
+        if progress is not None:
+            progress(len(planned) - len(missing))
+        for start in range(0, len(missing), _CHUNK):
+            keys = missing[start : start + _CHUNK]
+            drawn = sampler.sample([planned[key] for key in keys], progress)
+            samples.add(dict(zip(keys, drawn, strict=True)))
+    answers = [samples[key] for key in planned]
+    asked = [problem.prompt for problem in problems for _ in range(k)]
+    scores = reward(prompts=asked, completions=[answer.text for answer in answers])
+    if len(scores) != len(asked):
+        raise EvaluationError(
+            f"the reward returned {len(scores)} scores for {len(asked)} completions of "
+            f"{task_type.name}: it must return one each, in order"
+        )
+    completions = []
+    for prompt, answer, score in zip(asked, answers, scores, strict=True):
+        if answer.error is None and (score is None or not math.isfinite(score)):
+            raise EvaluationError(
+                f"the reward returned {score} for a completion of {task_type.name}: it must "
+                "return a finite number for every text"
+            )
+        failed = answer.error is not None or score is None
+        completions.append(
+            Completion(
+                text=answer.text,
+                tokens=answer.tokens,
+                reward=math.nan if failed or score is None else float(score),
+                outcome=outcome(
+                    prompt, None if failed else answer.text, truncated=answer.truncated
+                ),
+                strict=not failed
+                and not answer.truncated
+                and strictly_correct(prompt, answer.text),
+            )
+        )
+    return Evaluation(
+        policy=policy.name,
+        slug=policy.checkpoint.slug,
+        fingerprint=policy.fingerprint,
+        task_type=task_type,
+        settings=settings,
+        run_seed=run_seed,
+        k=k,
+        prompts=prompts,
+        groups=tuple(
+            Group(problem, tuple(completions[i * k : (i + 1) * k]))
+            for i, problem in enumerate(problems)
+        ),
+    )

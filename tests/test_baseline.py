@@ -1,0 +1,282 @@
+import json
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from harness import baseline
+from harness.baseline import BaselineError, check_recordable, conditions, load, path_of, record
+from harness.evaluation import evaluate
+from harness.reward import reward_func
+from harness.sampling import Sample
+from harness.store import Store
+from harness.tasks import task_types
+
+GCD = task_types()["gcd"]
+
+
+class Answers:
+    """An engine that answers by the seed, so that two runs differ and each is repeatable."""
+
+    def settings(self):
+        return {"temperature": 0.8}
+
+    def sample(self, requests, progress=None):
+        return [Sample(str(r.seed % 3), 1 + r.seed % 7, r.seed % 11 == 0) for r in requests]
+
+
+@pytest.fixture
+def measure(tiny_policy, tmp_path):
+    def measure(run_seed=1, n=8, k=3, sampler=None):
+        store = Store(tmp_path / "samples")
+        return evaluate(
+            tiny_policy, sampler or Answers(), GCD, n=n, k=k, run_seed=run_seed, store=store
+        )
+
+    return measure
+
+
+@pytest.fixture
+def recorded(tiny_policy, tmp_path, measure):
+    evaluations = [measure(1), measure(2)]
+    bounds = {"margin": 0.05}
+    path = record(tmp_path / "b", tiny_policy, evaluations, reward=reward_func, gate=bounds)
+    return load(path), evaluations
+
+
+def test_what_was_recorded_is_loaded(recorded, tmp_path):
+    stored, evaluations = recorded
+    assert stored.path == path_of(tmp_path / "b", "tiny", "gcd")
+    for i, group in enumerate(evaluations[0].groups):
+        kept = stored.records[group.problem.id]
+        groups = [evaluation.groups[i] for evaluation in evaluations]
+        assert kept.k == 6
+        assert kept.correct == sum(g.count("correct") for g in groups)
+        assert kept.truncated == sum(g.count("truncated") for g in groups)
+        assert kept.unparsable == sum(g.count("unparsable") for g in groups)
+        assert kept.length == sum(c.tokens for g in groups for c in g.completions)
+        assert kept.mean_log_length == pytest.approx(sum(g.log_length for g in groups) / 2)
+    assert stored.same_policy(evaluations[0])
+
+
+def test_a_file_says_what_made_it(recorded):
+    header = recorded[0].header
+    for name in ("policy", "fingerprint", "seeds", "gate", "environment", "commit", "recorded"):
+        assert name in header
+    assert header["environment"]["torch"]
+    assert header["conditions"]["sampling.temperature"] == 0.8
+    assert header["parent"] is None
+
+
+def test_a_file_is_readable_in_a_diff(recorded):
+    lines = recorded[0].path.read_text().splitlines()
+    problems = [line for line in lines if line.startswith('  "gcd-')]
+    assert len(problems) == 8
+    assert problems == sorted(problems)
+    assert max(map(len, lines)) < 200
+
+
+def test_recording_again_names_the_parent(recorded, tiny_policy, tmp_path, measure):
+    before = recorded[0].path.read_bytes()
+    path = record(tmp_path / "b", tiny_policy, [measure(9)], reward=reward_func, gate={})
+    assert load(path).header["parent"] == baseline.hashlib.sha256(before).hexdigest()
+
+
+def test_a_subset_of_the_problems_can_be_compared(recorded, measure):
+    stored, _ = recorded
+    now = measure(run_seed=5, n=3, k=1)
+    wanted = [stored.records[group.problem.id] for group in now.groups]
+    assert stored.select(now, reward_func) == wanted
+
+
+class TestNotComparable:
+    def refused(self, stored, now, reward=reward_func):
+        with pytest.raises(BaselineError, match="not comparable") as error:
+            stored.select(now, reward)
+        assert "--grpo-record" in str(error.value)
+        return str(error.value)
+
+    def test_more_problems_than_were_recorded(self, recorded, measure):
+        assert "not among its 8" in self.refused(recorded[0], measure(n=9))
+
+    def test_another_sampling_setting(self, recorded, measure):
+        class Hotter(Answers):
+            def settings(self):
+                return {"temperature": 1.5}
+
+        message = self.refused(recorded[0], measure(sampler=Hotter()))
+        assert "sampling.temperature was 0.8 and is 1.5" in message
+
+    def test_another_task_version(self, recorded, measure, monkeypatch):
+        monkeypatch.setattr(type(GCD), "version", 2)
+        assert "task_version was 1 and is 2" in self.refused(recorded[0], measure())
+
+    @pytest.mark.parametrize("part", ["tokenizer", "chat_template"])
+    def test_another_tokenizer_or_template(self, recorded, measure, part):
+        now = measure()
+        now = replace(now, fingerprint=replace(now.fingerprint, **{part: "0" * 64}))
+        assert part in self.refused(recorded[0], now)
+
+    def test_another_prompt(self, recorded, measure):
+        now = measure()
+        now = replace(now, prompts=("other words", *now.prompts[1:]))
+        assert now.groups[0].problem.id in self.refused(recorded[0], now)
+
+    def test_another_reward(self, recorded, measure):
+        def kinder(prompts, completions):
+            return [score + 1e-12 for score in reward_func(prompts, completions)]
+
+        assert "reward" in self.refused(recorded[0], measure(), kinder)
+
+    def test_other_weights_alone_can_be_compared(self, recorded, measure):
+        now = measure()
+        now = replace(now, fingerprint=replace(now.fingerprint, weights="0" * 64))
+        assert len(recorded[0].select(now, reward_func)) == 8
+        assert not recorded[0].same_policy(now)
+
+
+class TestDamaged:
+    def refused(self, path):
+        with pytest.raises(BaselineError) as error:
+            load(path)
+        message = str(error.value)
+        assert str(path) in message
+        assert "--grpo-record" in message
+        return message
+
+    def test_missing(self, tmp_path):
+        assert "there is no baseline" in self.refused(tmp_path / "none.json")
+
+    @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.999])
+    def test_truncated(self, recorded, share):
+        path = recorded[0].path
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * share)])
+        assert "cannot be read" in self.refused(path)
+
+    @pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b"3", b"\xff\xfe", b"<<<<<<< HEAD"])
+    def test_something_else(self, recorded, content):
+        recorded[0].path.write_bytes(content)
+        self.refused(recorded[0].path)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("correct", 99),
+            ("correct", -1),
+            ("correct", 1.5),
+            ("k", 0),
+            ("k", True),
+            ("log_length", "x"),
+            ("log_length", None),
+            ("reward", float("nan")),
+        ],
+    )
+    def test_impossible_numbers(self, recorded, field, value):
+        path = recorded[0].path
+        content = json.loads(path.read_text())
+        next(iter(content["problems"].values()))[field] = value
+        path.write_text(json.dumps(content))
+        assert "damaged" in self.refused(path)
+
+    def test_a_lost_line(self, recorded):
+        path = recorded[0].path
+        content = json.loads(path.read_text())
+        content["problems"].popitem()
+        path.write_text(json.dumps(content))
+        assert "problems are not those" in self.refused(path)
+
+    def test_another_schema(self, recorded):
+        path = recorded[0].path
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+        assert "schema 99" in self.refused(path)
+
+
+class TestWriting:
+    def test_is_whole_or_not_at_all(self, recorded, tiny_policy, tmp_path, measure, monkeypatch):
+        before = recorded[0].path.read_bytes()
+
+        def full_disk(_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(baseline.os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            record(tmp_path / "b", tiny_policy, [measure(9)], reward=reward_func, gate={})
+        assert recorded[0].path.read_bytes() == before
+        assert [p.name for p in recorded[0].path.parent.iterdir()] == ["gcd.json"]
+
+    def test_is_refused_with_answers_missing(self, tiny_policy, tmp_path, measure):
+        class Broken(Answers):
+            def sample(self, requests, progress=None):
+                good = super().sample(requests, progress)
+                return [*good[:-1], Sample("", 0, False, error="no memory")]
+
+        with pytest.raises(BaselineError, match="nothing is recorded"):
+            record(
+                tmp_path / "b",
+                tiny_policy,
+                [measure(sampler=Broken())],
+                reward=reward_func,
+                gate={},
+            )
+        assert not (tmp_path / "b").exists()
+
+
+class TestRecordable:
+    @pytest.fixture
+    def repository(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for command in (
+            ["init", "-q"],
+            ["config", "user.email", "a@example.org"],
+            ["config", "user.name", "a"],
+        ):
+            subprocess.run(["git", *command], check=True)
+        (tmp_path / "code.py").write_text("a = 1\n")
+        subprocess.run(["git", "add", "."], check=True)
+        subprocess.run(["git", "commit", "-qm", "code"], check=True)
+        return tmp_path
+
+    def test_from_a_clean_tree(self, repository):
+        check_recordable(repository / "baselines")
+
+    def test_not_from_a_dirty_one(self, repository):
+        (repository / "code.py").write_text("a = 2\n")
+        with pytest.raises(BaselineError, match=r"code\.py"):
+            check_recordable(repository / "baselines")
+
+    def test_not_with_a_file_that_git_does_not_know(self, repository):
+        (repository / "new.py").write_text("")
+        with pytest.raises(BaselineError, match=r"new\.py"):
+            check_recordable(repository / "elsewhere")
+
+    def test_other_recordings_do_not_count(self, repository):
+        (repository / "baselines").mkdir()
+        (repository / "baselines" / "gcd.json").write_text("{}")
+        check_recordable(repository / "baselines")
+
+    def test_not_in_ci(self, repository, monkeypatch):
+        monkeypatch.setenv("CI", "true")
+        with pytest.raises(BaselineError, match="not recorded in CI"):
+            check_recordable(repository / "baselines")
+
+
+def test_the_reward_digest_is_of_what_a_reward_does():
+    def same_rule_other_code(*, prompts, completions):
+        return [reward_func([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+
+    def stricter(*, prompts, completions):
+        return [
+            -1.0 if " " in c else s
+            for c, s in zip(completions, reward_func(prompts, completions), strict=True)
+        ]
+
+    for task_type in task_types().values():
+        own = baseline.reward_digest(task_type, reward_func)
+        assert baseline.reward_digest(task_type, same_rule_other_code) == own
+        assert baseline.reward_digest(task_type, stricter) != own
+
+
+def test_conditions_name_what_must_not_change(measure):
+    named = set(conditions(measure(), reward_func))
+    assert named == {"task_version", "reward", "tokenizer", "chat_template", "sampling.temperature"}

@@ -1,0 +1,141 @@
+import math
+
+import pytest
+
+from harness.evaluation import EvaluationError, evaluate
+from harness.reward import OUTCOMES, rule_reward
+from harness.sampling import Sample
+from harness.store import Store
+from harness.tasks import task_types
+
+GCD = task_types()["gcd"]
+
+
+class Scripted:
+    """An engine whose answers are written down: what the evaluation makes of them is exact."""
+
+    def __init__(self, answer):
+        self._answer = answer
+        self.requests = []
+
+    def settings(self):
+        return {"scripted": True}
+
+    def sample(self, requests, progress=None):
+        first = len(self.requests) + 1
+        self.requests += requests
+        return [self._answer(request, number) for number, request in enumerate(requests, first)]
+
+
+def right(request, _):
+    problem = next(p for p in GCD.problems(64) if p.prompt in request.prompt)
+    return Sample(str(problem.answer), 3, truncated=False)
+
+
+def run(policy, sampler, tmp_path, n=6, k=2, **options):
+    return evaluate(policy, sampler, GCD, n=n, k=k, run_seed=1, store=Store(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    ("sample", "outcome"),
+    [
+        (Sample("0", 2, truncated=False), "wrong"),
+        (Sample("I know", 2, truncated=False), "unparsable"),
+        (Sample("", 1, truncated=False), "unparsable"),
+        (Sample("1 2 3", 64, truncated=True), "truncated"),
+        (Sample("", 0, truncated=False, error="no memory"), "error"),
+    ],
+)
+def test_outcomes(tiny_policy, tmp_path, sample, outcome):
+    evaluation = run(tiny_policy, Scripted(lambda *_: sample), tmp_path)
+    assert evaluation.rate(outcome) == 1
+    assert sum(evaluation.rate(name) for name in OUTCOMES) == 1
+    assert evaluation.accuracy == evaluation.strict_accuracy == 0
+
+
+def test_right_answers_are_correct_and_strictly_so(tiny_policy, tmp_path):
+    evaluation = run(tiny_policy, Scripted(right), tmp_path)
+    assert evaluation.accuracy == evaluation.strict_accuracy == 1
+    assert evaluation.counts("correct") == [2] * 6
+    assert (evaluation.n, evaluation.k) == (6, 2)
+
+
+def test_a_right_answer_in_words_is_correct_and_not_strictly(tiny_policy, tmp_path):
+    def chatty(request, number):
+        sample = right(request, number)
+        return Sample(f"It is {sample.text}.", 9, truncated=False)
+
+    evaluation = run(tiny_policy, Scripted(chatty), tmp_path)
+    assert (evaluation.accuracy, evaluation.strict_accuracy) == (1, 0)
+
+
+def test_figures_against_the_plain_formulas(tiny_policy, tmp_path):
+    def mixed(request, number):
+        return Sample("x" * (number % 5) or "1", number, truncated=number % 4 == 0)
+
+    evaluation = run(tiny_policy, Scripted(mixed), tmp_path)
+    completions = [c for group in evaluation.groups for c in group.completions]
+    prompts = [g.problem.prompt for g in evaluation.groups for _ in range(2)]
+    rewards = [rule_reward(p, c.text) for p, c in zip(prompts, completions, strict=True)]
+    assert [c.reward for c in completions] == rewards
+    assert evaluation.mean_reward == pytest.approx(sum(rewards) / 12)
+    assert evaluation.mean_length == pytest.approx(sum(range(1, 13)) / 12)
+    logs = [(math.log(2 * i + 1) + math.log(2 * i + 2)) / 2 for i in range(6)]
+    assert [g.log_length for g in evaluation.groups] == pytest.approx(logs)
+    assert evaluation.rate("truncated") == 3 / 12
+
+
+def test_what_is_stored_is_not_drawn_again(tiny_policy, tmp_path):
+    first = Scripted(right)
+    whole = run(tiny_policy, first, tmp_path, n=4)
+    assert len(first.requests) == 8
+    more = Scripted(right)
+    grown = run(tiny_policy, more, tmp_path, n=6, k=3)
+    assert len(more.requests) == 6 * 3 - 8
+    assert grown.groups[0].completions[:2] == whole.groups[0].completions
+
+
+def test_an_interruption_costs_a_chunk_and_not_the_rest(tiny_policy, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.evaluation._CHUNK", 4)
+
+    def dies(request, number):
+        if number > 8:
+            raise KeyboardInterrupt
+        return right(request, number)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_policy, Scripted(dies), tmp_path)
+    rest = Scripted(right)
+    assert run(tiny_policy, rest, tmp_path).accuracy == 1
+    assert len(rest.requests) == 4
+
+
+def test_every_sample_has_its_own_seed(tiny_policy, tmp_path):
+    sampler = Scripted(right)
+    run(tiny_policy, sampler, tmp_path)
+    assert len({request.seed for request in sampler.requests}) == 12
+
+
+@pytest.mark.parametrize("score", [None, math.nan, math.inf])
+def test_a_reward_without_a_number_is_an_error_and_never_a_zero(tiny_policy, tmp_path, score):
+    def reward(prompts, completions):
+        return [1.0] * (len(completions) - 1) + [score]
+
+    with pytest.raises(EvaluationError, match="must return a finite number"):
+        run(tiny_policy, Scripted(right), tmp_path, reward=reward)
+
+
+def test_a_reward_with_too_few_numbers_is_an_error(tiny_policy, tmp_path):
+    with pytest.raises(EvaluationError, match="returned 1 scores for 12"):
+        run(tiny_policy, Scripted(right), tmp_path, reward=lambda **_: [1.0])
+
+
+def test_a_reward_that_raises_is_not_swallowed(tiny_policy, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(tiny_policy, Scripted(right), tmp_path, reward=lambda **_: 1 / 0)
+
+
+def test_asking_what_was_trained_on_is_an_error(tiny_policy, tmp_path):
+    trained_on = [GCD.problems(3)[2].prompt]
+    with pytest.raises(EvaluationError, match="trained on"):
+        run(tiny_policy, Scripted(right), tmp_path, trained_on=trained_on)
