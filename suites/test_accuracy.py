@@ -1,0 +1,6 @@
+"""Does each policy still answer as well as its baseline?"""
+
+
+def test_accuracy(evaluation, baseline, gate):
+    """The share of correct answers has not dropped."""
+    gate.accuracy(evaluation, baseline)

@@ -1,0 +1,83 @@
+"""Did the reward rule change?
+
+The cases in ``reward_cases.json`` are the rule, written out: for each task type the edges of the
+rule, with the score that each completion has and, in ``why``, what the case is there for. A changed
+score makes every stored baseline and every trained policy's history incomparable, so it is never a
+detail. When the change is meant, edit the file by hand: it is small, and its diff is the statement
+of what changed.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from harness.reward import read
+from harness.text import escape
+
+FILE = Path(__file__).with_name("reward_cases.json")
+CASES = json.loads(FILE.read_text(encoding="utf-8"))
+
+IF_MEANT = (
+    f"If the rule was meant to change, edit these cases in {FILE.name} in the same commit, and "
+    "record the baselines again with --grpo-record: the old ones follow the old rule."
+)
+
+
+def score(grpo_session, cases):
+    """Score cases with the configured reward: one number each, or the test fails here."""
+    prompts = [case["prompt"] for case in cases]
+    completions = [case["completion"] for case in cases]
+    scores = grpo_session.settings.reward(prompts=prompts, completions=completions)
+    assert len(scores) == len(cases), f"{len(scores)} scores for {len(cases)} completions"
+    return scores
+
+
+def changes(cases, key, now):
+    """Describe every case whose stored value under ``key`` is not what it is now."""
+    return [
+        f"case {number} ({case['why']}): {key} {case[key]!r} is stored, now it is {value!r}\n"
+        f"    prompt      {escape(case['prompt'].splitlines()[-1])}\n"
+        f"    completion  '{escape(case['completion'], 120)}'"
+        for number, (case, value) in enumerate(zip(cases, now, strict=True), 1)
+        if case[key] != value
+    ]
+
+
+def report(name, changed, what):
+    """Fail with all changed cases in one message."""
+    if changed:
+        pytest.fail(
+            f"{len(changed)} of {len(CASES[name])} {name} cases {what}:\n"
+            + "\n".join(changed)
+            + f"\n{IF_MEANT}",
+            pytrace=False,
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores(name, grpo_session):
+    """Every case has the score it had, to the last bit."""
+    cases = CASES[name]
+    report(name, changes(cases, "score", score(grpo_session, cases)), "are scored differently")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_readings(name):
+    """Every case is read as it was: as correct, wrong or unparsable."""
+    cases = CASES[name]
+    now = [read(case["prompt"], case["completion"]) for case in cases]
+    report(name, changes(cases, "reading", now), "are read differently")
+
+
+def test_scores_are_finite_and_repeatable(grpo_session):
+    """Each completion has one finite score, the same when asked again, alone or in company."""
+    cases = [case for of_type in CASES.values() for case in of_type]
+    first = score(grpo_session, cases)
+    bad = [value for value in first if not math.isfinite(value)]
+    assert not bad, f"{len(bad)} of {len(first)} scores are not finite: {bad[:5]}"
+    assert list(score(grpo_session, cases)) == list(first), "the same cases scored differently"
+    assert list(score(grpo_session, cases[::-1])) == list(first)[::-1], (
+        "a score depends on the other completions of its batch"
+    )

@@ -1,0 +1,40 @@
+"""Does GRPO still train? A few real steps of TRL's GRPOTrainer on the smallest policy."""
+
+import math
+
+import pytest
+import torch
+
+from harness import policy as policies
+from harness.recipes import RECIPES
+from harness.training import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Train by the smoke recipe, once for all the questions below."""
+    return train(RECIPES["smoke"], tmp_path_factory.mktemp("smoke") / "trained")
+
+
+def test_every_step_is_finite(run):
+    """Loss, gradient and reward of every step are numbers."""
+    assert len(run.rows) == RECIPES["smoke"].steps
+    for row in run.rows:
+        for name in ("loss", "grad_norm", "reward"):
+            assert math.isfinite(row[name]), f"step {row['step']}: {name} is {row[name]}"
+
+
+def test_weights_move(run):
+    """At least half the elements of every trainable tensor have changed."""
+    assert run.weights_moved >= 0.5, (
+        f"in one tensor only {run.weights_moved:.1%} of the elements changed: the learning rate "
+        "is lost in the weights' precision, or their gradient is"
+    )
+
+
+def test_checkpoint_reloads(run):
+    """What is on disk answers like what was in memory."""
+    policy = policies.load(str(run.path), device=str(run.model.device), dtype="float32")
+    ids = torch.arange(1, 33, device=policy.device)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(policy.model(ids).logits, run.model(ids).logits)

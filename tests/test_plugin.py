@@ -1,0 +1,362 @@
+"""The plugin as a user meets it: pytest runs in projects of their own."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+SUITES = Path(__file__).parent.parent / "suites"
+
+OWN_SUITE = """
+def test_accuracy(evaluation, baseline, gate):
+    gate.accuracy(evaluation, baseline)
+"""
+
+
+@pytest.fixture
+def project(pytester, tiny, tmp_path_factory, save_tiny):
+    """A repository of its own with two untrained policies, one task type and one suite."""
+    for name, seed in (("base-policy", 1), ("trained-policy", 2)):
+        save_tiny(pytester.path / name, seed=seed)
+    pytester.makepyprojecttoml(
+        """
+        [tool.pytest.ini_options]
+        addopts = "-p no:benchmark"
+
+        [tool.grpo-harness]
+        base = "base-policy"
+        trained = "trained-policy"
+        tasks = ["palindrome"]
+        problems = 64
+        samples = 2
+
+        [tool.grpo-harness.sampling]
+        max_new_tokens = 2
+        """
+    )
+    pytester.makepyfile(test_own=OWN_SUITE)
+    return pytester
+
+
+def run(project, *arguments, **outcomes):
+    result = project.runpytest_inprocess("-p", "no:xdist", *arguments)
+    if outcomes:
+        result.assert_outcomes(**outcomes)
+    return result
+
+
+def baselines(project):
+    return {str(p.relative_to(project.path)): p for p in project.path.glob("baselines/*/*.json")}
+
+
+def test_life_cycle(project):
+    """First run fails, records, passes; a changed policy fails with the file untouched."""
+    first = run(project, errors=2)
+    first.stdout.fnmatch_lines(["*there is no baseline*--grpo-record*"])
+    assert not baselines(project)
+
+    recording = run(project, "--grpo-record", skipped=2)
+    assert recording.ret == 0
+    assert set(baselines(project)) == {
+        "baselines/base-policy/palindrome.json",
+        "baselines/trained-policy/palindrome.json",
+    }
+    recording.stdout.fnmatch_lines(["*baselines recorded*", "*base-policy/palindrome.json*"])
+    before = {name: path.read_bytes() for name, path in baselines(project).items()}
+
+    judged = run(project)
+    assert judged.ret == 0
+    judged.stdout.fnmatch_lines(["palindrome *base-policy *64 × 2*", "palindrome *trained-policy*"])
+
+    path = baselines(project)["baselines/trained-policy/palindrome.json"]
+    lowered = _always_right(path.read_text())
+    path.write_text(lowered)
+    failed = run(project, "--grpo-seed", "7", "-p", "no:randomly")
+    failed.assert_outcomes(failed=1, **({"passed": 1} if "1 passed" in failed.stdout.str() else {}))
+    failed.stdout.fnmatch_lines(
+        [
+            "FAIL: accuracy of *trained-policy on palindrome",
+            "*100.0% (baseline of *trained-policy) -> *",
+            "*palindrome-* -> *correct, wanted*now*",
+            "*again: pytest 'test_own.py::test_accuracy?trained-palindrome?' --grpo-seed 7*",
+        ]
+    )
+    assert path.read_text() == lowered
+    assert (
+        baselines(project)["baselines/base-policy/palindrome.json"].read_bytes()
+        == (before["baselines/base-policy/palindrome.json"])
+    )
+
+
+def _always_right(text):
+    content = json.loads(text)
+    for record in content["problems"].values():
+        record |= {"correct": record["k"], "truncated": 0, "unparsable": 0}
+    return json.dumps(content)
+
+
+def test_a_partial_recording_leaves_the_rest_byte_for_byte(project):
+    run(project, "--grpo-record")
+    before = {name: path.read_bytes() for name, path in baselines(project).items()}
+    run(project, "--grpo-record", "-k", "trained", skipped=1)
+    changed = {n for n, path in baselines(project).items() if path.read_bytes() != before[n]}
+    assert changed == {"baselines/trained-policy/palindrome.json"}
+
+
+def test_recording_is_refused_in_ci(project, monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    result = run(project, "--grpo-record")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*not recorded in CI*"])
+    assert not baselines(project)
+
+
+@pytest.mark.parametrize("damage", [lambda text: "", lambda text: text[: len(text) // 2]])
+def test_a_damaged_baseline_is_an_error_and_never_a_skip(project, damage):
+    run(project, "--grpo-record")
+    path = baselines(project)["baselines/base-policy/palindrome.json"]
+    path.write_text(damage(path.read_text()))
+    result = run(project, "-k", "base-palindrome", errors=1)
+    result.stdout.fnmatch_lines(["*cannot be read*--grpo-record*"])
+
+
+def test_a_changed_setting_is_not_comparable(project):
+    run(project, "--grpo-record")
+    result = run(project, "--grpo-greedy", failed=2)
+    result.stdout.fnmatch_lines(["*not comparable*greedy was False and is True*"])
+
+
+def test_the_base_in_the_place_of_the_trained_policy_turns_the_run_red(project):
+    shutil.copy(SUITES / "test_policies.py", project.path)
+    shutil.copy(SUITES / "test_improvement.py", project.path)
+    run(project, "--grpo-record")
+    result = run(project, "--grpo-trained", "base-policy")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    out = result.stdout.str()
+    assert re.search(r"FAILED test_policies\.py::test_trained_is_not_base", out)
+    assert re.search(r"FAILED test_improvement\.py::test_trained_beats_base", out)
+    result.stdout.fnmatch_lines(["*the trained policy base-policy is the base policy*"])
+
+
+def test_a_new_checkpoint_is_judged_by_the_configured_ones_baseline(project, save_tiny):
+    run(project, "--grpo-record")
+    save_tiny(project.path / "checkpoint-500", seed=2)
+    result = run(project, "--grpo-trained", "checkpoint-500", "--grpo-report", "out")
+    checks = json.loads((project.path / "out" / "report.json").read_text())["checks"]
+    (check,) = [check for check in checks if check["policy"] == "checkpoint-500"]
+    assert check["reference"].endswith("trained-policy")
+    assert result.ret == 0
+
+
+def test_the_report(project):
+    run(project, "--grpo-record")
+    run(project, "--grpo-report", "out", "--grpo-seed", "11")
+    report = json.loads((project.path / "out" / "report.json").read_text())
+    assert report["seed"] == 11
+    assert len(report["evaluations"]) == len(report["checks"]) == 2
+    for evaluation in report["evaluations"]:
+        assert (evaluation["n"], evaluation["k"]) == (64, 2)
+        assert sum(evaluation["outcomes"].values()) == pytest.approx(1)
+    for check in report["checks"]:
+        assert {"p", "delta", "lower", "upper", "mde90", "needed", "n"} <= set(check["verdict"])
+    markdown = (project.path / "out" / "report.md").read_text()
+    assert markdown.count("| palindrome |") + markdown.count("| palindrome  |") >= 2
+    samples = list((project.path / "out" / "samples").glob("*.jsonl"))
+    assert len(samples) == 2
+    assert sum(len(path.read_text().splitlines()) for path in samples) == 2 * 64 * 2
+
+
+def test_the_same_seed_gives_the_same_samples_and_another_seed_others(project):
+    run(project, "--grpo-record")
+    seen = []
+    for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run(project, "--grpo-report", folder, "--grpo-seed", seed)
+        paths = (project.path / folder / "samples").glob("base-policy*.jsonl")
+        seen.append([path.read_text() for path in paths])
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_an_unproven_check_is_counted_and_fails_only_when_strict(project):
+    run(project, "--grpo-record")
+    # 64 problems in two samples each cannot prove this margin, nor break it.
+    project.makepyfile(
+        test_own="""
+        from dataclasses import replace
+
+        def test_accuracy(evaluation, baseline, gate):
+            gate._rules = replace(gate._rules, margin=0.011)
+            gate.accuracy(evaluation, baseline)
+        """
+    )
+    result = run(project)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["*UNPROVEN accuracy*", "*2 unproven*"])
+    strict = run(project, "--grpo-strict", failed=2)
+    strict.stdout.fnmatch_lines(["*UNPROVEN: accuracy of*"])
+
+
+def test_collecting_loads_no_model_and_no_torch(project):
+    shutil.copy(SUITES / "test_accuracy.py", project.path)
+    project.makeconftest(
+        """
+        import sys
+
+        def pytest_collection_finish(session):
+            assert not {"torch", "transformers", "trl"} & set(sys.modules)
+        """
+    )
+    result = project.runpytest_subprocess("--co", "-q", "-p", "no:cacheprovider")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["test_accuracy.py::test_accuracy?base-palindrome?"])
+
+
+def test_markers_selection_and_junit_work_as_ever(project):
+    run(project, "--grpo-record")
+    project.makepyfile(
+        test_marked="""
+        import pytest
+
+        @pytest.mark.parametrize("x", [1, 2])
+        def test_own_parameters(task_type, x):
+            assert task_type.name == "palindrome"
+        """
+    )
+    run(project, "-k", "own_parameters and not 2", "--junitxml", "out.xml", passed=1)
+    run(project, "--junitxml", "all.xml", "-x")
+    xml = (project.path / "all.xml").read_text()
+    assert "grpo-harness" in xml
+    assert "test_accuracy[base-palindrome]" in xml
+
+
+def test_own_task_types_flow_through_everything(project):
+    project.makepyfile(
+        own_type="""
+        from harness.tasks import TaskType, read_text, str_field
+
+        class Shout(TaskType):
+            name = "shout"
+
+            def draw(self, rng):
+                return {"s": "".join(rng.choice("abcdef") for _ in range(4))}
+
+            def statement(self, task):
+                return f"Shout {task['s']}"
+
+            def requirement(self, task):
+                return "Only the word."
+
+            def answer(self, task):
+                return str_field(task, "s").upper()
+
+            def read(self, task, text):
+                return read_text(text, self.answer(task))
+        """
+    )
+    table = project.path / "pyproject.toml"
+    table.write_text(table.read_text().replace('"palindrome"', '"own_type.py"'))
+    run(project, "--grpo-record")
+    result = run(project)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["shout *base-policy*"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--grpo-problems", "0"], "at least 1"),
+        (["--grpo-greedy", "--grpo-samples", "2"], "--grpo-greedy"),
+    ],
+)
+def test_bad_options_are_usage_errors(project, arguments, says):
+    result = run(project, *arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*{says}*"])
+    assert "Traceback" not in result.stderr.str()
+
+
+def test_too_few_problems_prove_nothing_and_are_an_error(project):
+    run(project, "--grpo-record")
+    result = run(project, "--grpo-problems", "32", failed=2)
+    result.stdout.fnmatch_lines(["*32 problems are too few*"])
+
+
+def test_more_problems_than_recorded_are_an_error(project):
+    run(project, "--grpo-record")
+    result = run(project, "--grpo-problems", "65", failed=2)
+    result.stdout.fnmatch_lines(["*of the 65 problems asked, 1 are not among its 64*"])
+
+
+def test_a_policy_that_cannot_be_had_is_one_line(project):
+    result = run(project, "--grpo-base", "no-such-policy", "-k", "base-palindrome", errors=1)
+    result.stdout.fnmatch_lines(["no policy 'no-such-policy': *"])
+    assert "Traceback" not in result.stdout.str()
+
+
+def test_workers_share_the_run(project):
+    pytest.importorskip("xdist")
+    run(project, "--grpo-record")
+    project.makepyfile(
+        test_more="""
+        def test_length(evaluation, baseline, gate):
+            gate.length(evaluation, baseline)
+        """
+    )
+    result = project.runpytest_subprocess(
+        "-n", "2", "--grpo-report", "out", "--grpo-seed", "5", "-p", "no:benchmark"
+    )
+    assert result.ret == 0
+    report = json.loads((project.path / "out" / "report.json").read_text())
+    assert len(report["evaluations"]) == 2
+    assert len(report["checks"]) == 4
+    # Whichever worker came first drew them; the other found them drawn.
+    paths = (project.path / "out" / "samples").glob("*.jsonl")
+    assert [len(path.read_text().splitlines()) for path in paths] == [128, 128]
+
+
+def test_model_text_cannot_command_a_terminal_or_a_ci_system(project):
+    run(project, "--grpo-record")
+    path = baselines(project)["baselines/base-policy/palindrome.json"]
+    path.write_text(_always_right(path.read_text()))
+    project.makeconftest(
+        r"""
+        import pytest
+        from harness.sampling import Sample
+        from harness.sampling.transformers import TransformersSampler
+
+        @pytest.fixture(autouse=True)
+        def evil(monkeypatch):
+            def sample(self, requests, progress=None):
+                text = "\x1b[2J\n::error::pwned\n##[error]\u202eNO"
+                return [Sample(text, 4, truncated=False) for _ in requests]
+            monkeypatch.setattr(TransformersSampler, "sample", sample)
+        """
+    )
+    result = run(project, "-k", "base-palindrome", "--grpo-report", "out", "-rA")
+    result.assert_outcomes(failed=1)
+    report = project.path / "out"
+    for shown in (
+        result.stdout.str(),
+        *((report / f"report.{e}").read_text() for e in ("md", "json")),
+    ):
+        assert "\x1b[2J" not in shown
+        assert "\n::" not in shown
+        assert "##[error]" not in shown
+        assert "\u202e" not in shown
+
+
+def test_the_job_summary_of_a_ci_system_gets_the_tables(project, monkeypatch):
+    run(project, "--grpo-record")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(project.path / "summary.md"))
+    run(project)
+    assert "| palindrome" in (project.path / "summary.md").read_text()
+
+
+def test_outside_of_its_suites_the_plugin_is_silent(pytester):
+    pytester.makepyfile("def test_nothing(): pass")
+    result = pytester.runpytest_inprocess("-p", "no:xdist")
+    result.assert_outcomes(passed=1)
+    assert "== grpo-harness ==" not in result.stdout.str()
+    assert os.environ.get("CI") is None
