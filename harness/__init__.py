@@ -1,0 +1,30 @@
+"""Does the policy still answer, is the reward still the reward, does GRPO still learn?
+
+The map, in the order of a sample's way. A module imports only from those above it.
+
+=================  ==============================================================
+``text.py``        completions as text: read without trust, shown without harm
+``tasks/``         what is asked: one file, one task type
+``reward.py``      prompt and completion -> number
+``policy.py``      name -> checkpoint -> model on a device, with its fingerprint
+``sampling/``      how answers are drawn: one file, one engine
+``store.py``       every sample, once, on disk
+``evaluation.py``  problems × policy -> groups of scored completions
+``stats.py``       exact tests and intervals: numbers in, numbers out
+``gate.py``        the rules: measurement against reference -> verdict
+``baseline.py``    the stored reference: load, compare, record
+``checks.py``      evaluations against baselines and each other, by the rules
+``report.py``      rows -> tables for a terminal, Markdown and JSON
+``settings.py``    options over pyproject.toml over defaults
+``plugin.py``      pytest's options, fixtures and summary
+``recipes.py``     what a GRPO run is made of, and the runs that have a name
+``training.py``    a recipe -> TRL's GRPOTrainer -> a trained policy on disk
+``calibration.py`` the gate's own test: false alarms, power, mutants
+``nano/``          the embedded pair of policies, and the script that makes them
+=================  ==============================================================
+"""
+
+from harness.reward import reward_func, rule_reward
+from harness.tasks import Problem, TaskType, make_problems
+
+__all__ = ["Problem", "TaskType", "make_problems", "reward_func", "rule_reward"]
