@@ -3,10 +3,12 @@
 The map, in the order of a sample's way. A module imports only from those above it.
 
 =================  ==============================================================
+``errors.py``      the one kind of error that is a message to a person
 ``text.py``        completions as text: read without trust, shown without harm
 ``tasks/``         what is asked: one file, one task type
 ``reward.py``      prompt and completion -> number
-``policy.py``      name -> checkpoint -> model on a device, with its fingerprint
+``checkpoint.py``  a name -> files on disk, whole and known by their content
+``policy.py``      a checkpoint -> model and tokenizer on a device, with its fingerprint
 ``sampling/``      how answers are drawn: one file, one engine
 ``store.py``       every sample, once, on disk
 ``evaluation.py``  problems × policy -> groups of scored completions
@@ -16,6 +18,7 @@ The map, in the order of a sample's way. A module imports only from those above 
 ``checks.py``      evaluations against baselines and each other, by the rules
 ``report.py``      rows -> tables for a terminal, Markdown and JSON
 ``settings.py``    options over pyproject.toml over defaults
+``session.py``     what the tests of one run share
 ``plugin.py``      pytest's options, fixtures and summary
 ``recipes.py``     what a GRPO run is made of, and the runs that have a name
 ``training.py``    a recipe -> TRL's GRPOTrainer -> a trained policy on disk

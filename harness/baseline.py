@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from harness.errors import HarnessError
 from harness.evaluation import Completion, Evaluation, Group, RewardFunction
 from harness.policy import Policy
 from harness.tasks import TaskType
@@ -36,7 +37,7 @@ SEEDS = 2
 _LIBRARIES = ("torch", "transformers", "tokenizers", "grpo-harness")
 
 
-class BaselineError(Exception):
+class BaselineError(HarnessError):
     """A baseline that is missing, damaged, not comparable or not to be recorded: one line."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from harness.errors import HarnessError
 from harness.policy import Fingerprint, Policy
 from harness.reward import OUTCOMES, Outcome, outcome, reward_func, strictly_correct
 from harness.sampling import Progress, Request, Sampler, sample_seed
@@ -21,7 +22,7 @@ _CHUNK = 512
 """Samples between two writes to the store: what an interruption can cost."""
 
 
-class EvaluationError(Exception):
+class EvaluationError(HarnessError):
     """An evaluation that cannot be made: one line with what is wrong and what to do."""
 
 

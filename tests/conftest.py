@@ -1,0 +1,88 @@
+"""A tiny real checkpoint, untrained, for everything that needs a policy and not its skill."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+# Loaded here although no test names them: pytester forgets what a run of its own has imported, and
+# would import pandas and half of transformers again for each.
+import harness.report  # noqa: F401
+import harness.sampling.transformers  # noqa: F401
+import harness.session  # noqa: F401
+from harness.nano.tokenizer import build_tokenizer
+from harness.policy import load
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(autouse=True)
+def outside_ci(monkeypatch):
+    """Tests record baselines in scratch folders, which the harness refuses to do in CI."""
+    for name in ("CI", "GITHUB_STEP_SUMMARY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def save_tiny(folder, seed=0, **config):
+    """Write an untrained one-layer Qwen2 checkpoint of a given seed and return its folder."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            **config,
+        )
+    )
+    # Larger weights than the usual initialisation's: the distribution is then far from uniform.
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(8)
+    # What the harness must not let in: a checkpoint's own taste in sampling.
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=0.01,
+        top_k=1,
+        repetition_penalty=5.0,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_task_types(monkeypatch):
+    """Task types that a test loads from files of its own end with the test."""
+    monkeypatch.setattr("harness.tasks._own", {})
+
+
+@pytest.fixture(scope="session", name="save_tiny")
+def save_tiny_fixture():
+    """The function that writes an untrained checkpoint: ``save_tiny(folder, seed=0)``."""
+    return save_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of an untrained checkpoint."""
+    return save_tiny(tmp_path_factory.mktemp("policies") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tiny):
+    """An untrained checkpoint, loaded on the CPU."""
+    return load(str(tiny), device="cpu")
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A copy of the untrained checkpoint to break."""
+    return shutil.copytree(tiny, tmp_path / "copy")

@@ -1,0 +1,101 @@
+"""What the README says is so."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import harness
+from harness import rule_reward
+from harness.settings import resolve
+from harness.tasks import load_task_type
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+(TABLE,) = blocks("toml")
+SUITE, ROMAN = blocks("python")
+
+
+@pytest.fixture
+def roman(tmp_path):
+    path = tmp_path / "tasks" / "roman.py"
+    path.parent.mkdir()
+    path.write_text(ROMAN)
+    return path
+
+
+def test_the_table_resolves(tmp_path, roman, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text(TABLE)
+    (tmp_path / "our_package").mkdir()
+    (tmp_path / "our_package" / "rewards.py").write_text(
+        "def reward(prompts, completions, **_): ..."
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = resolve(tmp_path, tmp_path, {})
+    assert settings.tasks == ("gcd", "sort", "roman")
+    assert settings.sampling.max_new_tokens == 256
+    assert set(tomllib.loads(TABLE)["tool"]) == {"grpo-harness"}
+
+
+def test_the_task_type_is_one(roman):
+    task_type = load_task_type(str(roman))
+    numerals = {4: "IV", 9: "IX", 14: "XIV", 40: "XL", 99: "XCIX", 399: "CCCXCIX"}
+    for n, numeral in numerals.items():
+        assert task_type.answer({"type": "roman", "n": n}) == numeral
+    for problem in task_type.problems(30):
+        assert rule_reward(problem.prompt, task_type.canonical(problem.task)) > 0.9
+        assert rule_reward(problem.prompt, "") < 0
+
+
+def test_the_suite_runs(pytester, tiny):
+    pytester.makepyprojecttoml(
+        f"""
+        [tool.grpo-harness]
+        base = "{tiny}"
+        trained = "{tiny}"
+        tasks = ["palindrome"]
+        problems = 64
+        samples = 1
+        [tool.grpo-harness.sampling]
+        max_new_tokens = 2
+        """
+    )
+    # The untrained policy gives no strictly right answer, and must not pass for it.
+    pytester.makepyfile(test_readme_suite=SUITE.replace("> 0.8", ">= 0.8"))
+    options = ("-p", "no:xdist", "-p", "no:benchmark")
+    pytester.runpytest_inprocess("--grpo-record", *options).assert_outcomes(skipped=4, deselected=2)
+    pytester.runpytest_inprocess(*options, "-k", "accuracy or length").assert_outcomes(passed=4)
+
+
+def test_every_option_is_documented_and_no_other(pytestconfig):
+    declared = {
+        option
+        for group in pytestconfig._parser._groups
+        if group.name == "grpo-harness"
+        for entry in group.options
+        for option in entry.names()
+    }
+    assert set(re.findall(r"--grpo-[a-z]+", README)) == declared
+
+
+def test_the_maps_are_one():
+    in_package = re.findall(r"^``([\w/.]+)``\s+(.*)$", harness.__doc__, re.MULTILINE)
+    in_readme = re.findall(r"^  ([\w/.]+)\s{2,}(.*)$", README.split("## The map")[1], re.MULTILINE)
+    assert [(name, text.replace("×", "x")) for name, text in in_package] == in_readme[1:]
+
+
+def test_its_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_make_target_it_names_exists():
+    targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z0-9]+)", README, re.MULTILINE)) <= targets
