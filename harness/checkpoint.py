@@ -22,6 +22,9 @@ _EMBEDDED = {
     name: Path(__file__).parent / "nano" / name.removeprefix("nano-")
     for name in ("nano-base", "nano-trained")
 }
+TRAINED_ON = "problems.txt"
+"""The file of a checkpoint that lists the ids of the problems it was trained on, one a line."""
+
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
 
@@ -36,6 +39,15 @@ class Checkpoint:
     name: str
     path: Path
     gguf_file: str | None = None
+
+    def trained_on(self) -> frozenset[str]:
+        """Return the ids of the problems that the policy is known to have been trained on."""
+        try:
+            lines = (self.path / TRAINED_ON).read_text(encoding="utf-8").split()
+        except FileNotFoundError:
+            return frozenset()
+        # A problem drawn twice has a number behind its id; it is the same problem.
+        return frozenset(line.partition(".")[0] for line in lines)
 
     @property
     def slug(self) -> str:

@@ -150,19 +150,17 @@ def evaluate(
     run_seed: int,
     store: Store,
     reward: RewardFunction = reward_func,
-    trained_on: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Ask ``policy`` the first ``n`` problems of ``task_type``, ``k`` times each, and score.
 
-    Samples that the store has are not drawn again. ``trained_on`` are the prompts that the
-    policy is known to have been trained on. Raises ``EvaluationError`` when one of them is asked,
-    when there are not ``n`` problems, and when the reward returns no finite number for a drawn
-    completion.
+    Samples that the store has are not drawn again. Raises ``EvaluationError`` when the policy's
+    checkpoint says that it was trained on one of the problems, when there are not ``n``, and when
+    the reward returns no finite number for a drawn completion.
     """
     try:
         problems = task_type.problems(n)
-        check_disjoint(trained_on, (problem.prompt for problem in problems))
+        check_disjoint(policy.checkpoint.trained_on(), (problem.id for problem in problems))
     except ValueError as error:
         raise EvaluationError(str(error)) from error
     prompts = tuple(policy.render(problem.prompt) for problem in problems)

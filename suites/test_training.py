@@ -17,8 +17,8 @@ def run(tmp_path_factory):
 
 def test_every_step_is_finite(run):
     """Loss, gradient and reward of every step are numbers."""
-    assert len(run.rows) == RECIPES["smoke"].steps
-    for row in run.rows:
+    assert len(run.log) == RECIPES["smoke"].steps
+    for row in run.log:
         for name in ("loss", "grad_norm", "reward"):
             assert math.isfinite(row[name]), f"step {row['step']}: {name} is {row[name]}"
 

@@ -8,8 +8,8 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 # Loaded here although no test names them: pytester forgets what a run of its own has imported, and
 # would import pandas and half of transformers again for each.
-import harness.report  # noqa: F401
-import harness.sampling.transformers  # noqa: F401
+import harness.report
+import harness.sampling.transformers
 import harness.session  # noqa: F401
 from harness.nano.tokenizer import build_tokenizer
 from harness.policy import load

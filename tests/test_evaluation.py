@@ -3,6 +3,7 @@ import math
 import pytest
 
 from harness.evaluation import EvaluationError, evaluate
+from harness.policy import load
 from harness.reward import OUTCOMES, rule_reward
 from harness.sampling import Sample
 from harness.store import Store
@@ -135,7 +136,10 @@ def test_a_reward_that_raises_is_not_swallowed(tiny_policy, tmp_path):
         run(tiny_policy, Scripted(right), tmp_path, reward=lambda **_: 1 / 0)
 
 
-def test_asking_what_was_trained_on_is_an_error(tiny_policy, tmp_path):
-    trained_on = [GCD.problems(3)[2].prompt]
-    with pytest.raises(EvaluationError, match="trained on"):
-        run(tiny_policy, Scripted(right), tmp_path, trained_on=trained_on)
+@pytest.mark.parametrize("twice", ["", ".2"])
+def test_asking_what_was_trained_on_is_an_error(copy, tmp_path, twice):
+    leaked = GCD.problems(3)[2].id
+    (copy / "problems.txt").write_text(f"gcd-000000000000\n{leaked}{twice}\n")
+    policy = load(str(copy), device="cpu")
+    with pytest.raises(EvaluationError, match=f"trained on, the first of them '{leaked}'"):
+        run(policy, Scripted(right), tmp_path)

@@ -440,7 +440,7 @@ def test_the_id_of_a_prompt_is_the_same_in_training_and_evaluation(name: str) ->
 def test_a_shared_prompt_is_named() -> None:
     check_disjoint([], [])
     check_disjoint(iter(["a", "b"]), iter(["c"]))
-    with pytest.raises(ValueError, match=r"2 evaluation prompts were trained on.*'a\\n1'"):
+    with pytest.raises(ValueError, match=r"2 problems of the evaluation were trained on.*'a\\n1'"):
         check_disjoint(["b", "a\n1", "x"], ["y", "a\n1", "b", "b"])
 
 

@@ -207,12 +207,13 @@ def _with_unique_ids(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def check_disjoint(training: Iterable[str], evaluation: Iterable[str]) -> None:
-    """Raise ``ValueError`` when a prompt stands in both the training and the evaluation set."""
+    """Raise ``ValueError`` when a problem (by prompt or id) is both trained on and evaluated."""
     shared = sorted(set(training) & set(evaluation))
     if shared:
         raise ValueError(
-            f"{len(shared)} evaluation prompts were trained on, the first of them "
-            f"{shared[0]!r}: remove them from the training set and train again"
+            f"{len(shared)} problems of the evaluation were trained on, the first of them "
+            f"{shared[0]!r}: remove them from the training set (is_held_out tells them) and "
+            "train again"
         )
 
 
