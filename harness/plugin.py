@@ -322,10 +322,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """While recording, run nothing but what records."""
+    """While recording, run nothing but what records, and one test for each baseline."""
     if not config.getoption("grpo_record"):
         return
-    kept = [item for item in items if {"evaluation", "baseline"} <= set(_fixtures(item))]
+    recording: dict[tuple[object, object], pytest.Item] = {}
+    for item in items:
+        if {"evaluation", "baseline"} <= set(_fixtures(item)):
+            parameters = item.callspec.params  # type: ignore[attr-defined]
+            recording.setdefault((parameters["role"], parameters["task_type"]), item)
+    kept = list(recording.values())
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 

@@ -125,6 +125,7 @@ class Report:
         """Return all tables as one Markdown document."""
         parts = ["# grpo-harness"]
         parts.append("\n".join(f"- {name}: {_cell(value)}" for name, value in self.header.items()))
+        parts += self._sampling()
         for title, table in (
             ("Policies against their baselines", self.policies()),
             ("Trained against base", self.improvements()),
@@ -138,11 +139,24 @@ class Report:
 
     def terminal(self) -> list[str]:
         """Return the lines that a terminal shows: the two tables, then what did not pass."""
-        lines: list[str] = []
+        lines = [*self._sampling(), ""] if self.evaluations else []
         for table in (self.policies(), self.improvements()):
             if len(table):
                 lines += [*_render(table, "simple").splitlines(), ""]
         return lines + self.unsettled()
+
+    def _sampling(self) -> list[str]:
+        """Print every setting that decides a draw, once for all policies that share it."""
+        shared: dict[str, list[str]] = {}
+        for row in self._sorted(self.evaluations):
+            settings = " ".join(f"{name}={value}" for name, value in row["sampling"].items())
+            policies = shared.setdefault(settings, [])
+            if row["policy"] not in policies:
+                policies.append(row["policy"])
+        return [
+            _cell(f"sampling of {' and '.join(policies)}: {settings}")
+            for settings, policies in shared.items()
+        ]
 
     def _checks(self, question: str) -> list[Row]:
         return [row for row in self._sorted(self.checks) if row["question"] == question]

@@ -106,6 +106,11 @@ def test_a_partial_recording_leaves_the_rest_byte_for_byte(project):
     assert changed == {"baselines/trained-policy/palindrome.json"}
 
 
+def test_one_test_for_each_baseline_is_enough_to_record(project):
+    project.makepyfile(test_more=OWN_SUITE.replace("accuracy", "length"))
+    run(project, "--grpo-record", skipped=2, deselected=2)
+
+
 def test_recording_is_refused_in_ci(project, monkeypatch):
     monkeypatch.setenv("CI", "true")
     result = run(project, "--grpo-record")

@@ -18,6 +18,19 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from harness.policy import Policy
 from harness.sampling import Progress, Request, Sample, Sampling
 
+_PINNED = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+}
+"""What would bend the policy's distribution, switched off whatever a checkpoint asks for.
+
+The cuts that only act on drawing (top_k, min_p, typical_p and their like) have no part in it: the
+draw is made here, by temperature and top_p alone.
+"""
+
 _LIKELY = 256
 """How many of the likeliest tokens are looked at before the whole vocabulary is."""
 
@@ -35,22 +48,21 @@ class TransformersSampler:
         self._batch_size = batch_size
 
     def settings(self) -> dict[str, Any]:
-        """Return the sampling settings and the tokens that end an answer."""
+        """Return the sampling settings, what is pinned beside them, and the end tokens."""
         return {
             **self._sampling.asdict(),
+            **_PINNED,
             "eos_token_ids": list(self._policy.eos_token_ids),
         }
 
     def generation_config(self) -> GenerationConfig:
         """Return the generation config that is used, with nothing left to a model's own."""
         return GenerationConfig(
+            **_PINNED,
             max_new_tokens=self._sampling.max_new_tokens,
             # The draw happens in _SeededDraw: what is left to generate is to take the maximum.
             do_sample=False,
-            num_beams=1,
             num_return_sequences=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
             use_cache=True,
             eos_token_id=list(self._policy.eos_token_ids),
             pad_token_id=self._policy.tokenizer.pad_token_id,
