@@ -19,6 +19,9 @@ from harness.text import escape
 
 Unit = Literal["%", "tokens"]
 
+AGAINST_BASE = ("not worse than base", "better than base")
+"""The questions that compare the trained policy with its base instead of with a baseline."""
+
 _SHOWN = 3
 """Changed problems that a message shows."""
 
@@ -124,8 +127,31 @@ class Rules:
 
     def improvement(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
         """Is the trained policy better than its base, over all problems of these evaluations?"""
+
+        def judge(now: list[int], then: list[int], k: int) -> Verdict:
+            return gate.judge_improvement(now, k, then, k, alpha=self.alpha, checks=self.checks)
+
+        return self._between("better than base", trained, base, judge)
+
+    def no_loss(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
+        """Is the trained policy at least no worse than its base on these evaluations?"""
+
+        def judge(now: list[int], then: list[int], k: int) -> Verdict:
+            return gate.judge(
+                now, k, then, k, same_policy=False, checks=self.checks, **self.bounds()
+            )
+
+        return self._between("not worse than base", trained, base, judge)
+
+    def _between(
+        self,
+        question: str,
+        trained: Sequence[Evaluation],
+        base: Sequence[Evaluation],
+        judge: Callable[[list[int], list[int], int], Verdict],
+    ) -> Check:
         name = trained[0].task_type.name if len(trained) == 1 else "all"
-        check = Check("improvement", name, trained[0].policy, base[0].policy)
+        check = Check(question, name, trained[0].policy, base[0].policy)
         if trained[0].fingerprint == base[0].fingerprint:
             reason = (
                 f"the trained policy {trained[0].policy} is the base policy {base[0].policy}: "
@@ -137,19 +163,10 @@ class Rules:
             return replace(check, reason=reason)
         k = trained[0].k
         groups = [group for evaluation in trained for group in evaluation.groups]
-        before = [group for evaluation in base for group in evaluation.groups]
-        verdict = gate.judge_improvement(
-            [group.count("correct") for group in groups],
-            k,
-            [group.count("correct") for group in before],
-            k,
-            alpha=self.alpha,
-            checks=self.checks,
-        )
-        rates = [group.count("correct") / k for group in before]
-        return replace(
-            check, reason=verdict.reason, verdict=verdict, changed=_changed(groups, rates, verdict)
-        )
+        before = [group.count("correct") for evaluation in base for group in evaluation.groups]
+        verdict = judge([group.count("correct") for group in groups], before, k)
+        changed = _changed(groups, [count / k for count in before], verdict)
+        return replace(check, reason=verdict.reason, verdict=verdict, changed=changed)
 
     def _fault(
         self,

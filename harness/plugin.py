@@ -282,8 +282,12 @@ class Gate:
         return self._assert(self._rules.unparsable(evaluation, baseline))
 
     def improvement(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
-        """Fail when the trained policy is worse than its base, or is its base."""
+        """Fail when the trained policy is proven worse than its base; pass when proven better."""
         return self._assert(self._rules.improvement(trained, base))
+
+    def no_loss(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
+        """Fail when the trained policy is worse than its base, or is its base."""
+        return self._assert(self._rules.no_loss(trained, base))
 
     def _assert(self, check: Check) -> Check:
         _carry(self._node, "check", check.asdict())

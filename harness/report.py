@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.checks import AGAINST_BASE
 from harness.stats import holm
 from harness.text import escape
 
@@ -54,7 +55,9 @@ class Report:
     def improvements(self) -> pd.DataFrame:
         """One row per task type: trained against base on the same problems."""
         rows = []
-        for row in self._checks("improvement"):
+        for row in self._sorted(self.checks):
+            if row["question"] not in AGAINST_BASE:
+                continue
             v = row["verdict"]
             rows.append(
                 {
@@ -63,7 +66,7 @@ class Report:
                     f"base: {row['reference']}": _percent(v["then"]) if v else "",
                     f"trained: {row['policy']}": _percent(v["now"]) if v else "",
                     "Δ points (90 % interval)": _interval(v) if v else "",
-                    "p": f"{v['p']:.2g}" if v else "",
+                    "asked": row["question"],
                     "verdict": row["name"],
                 }
             )
@@ -158,9 +161,6 @@ class Report:
             for settings, policies in shared.items()
         ]
 
-    def _checks(self, question: str) -> list[Row]:
-        return [row for row in self._sorted(self.checks) if row["question"] == question]
-
     def _sorted(self, rows: Mapping[Any, Row]) -> list[Row]:
         """Sort rows by task type and policy; what is in neither list comes last, as found."""
 
@@ -180,7 +180,7 @@ class Report:
         own = [
             check
             for (question, *of), check in self.checks.items()
-            if tuple(of) == key and question != "improvement"
+            if tuple(of) == key and question not in AGAINST_BASE
         ]
         accuracy = self.checks.get(("accuracy", *key))
         v = accuracy["verdict"] if accuracy else None

@@ -1,26 +1,16 @@
 """Is the trained policy better than the base policy that it was trained from?"""
 
-import pytest
 
-
-@pytest.fixture
-def compare(base_policy, trained_policy, evaluate, gate):
-    """Judge the trained policy against the base on the given task types, pooled."""
-
-    def compare(*task_types):
-        trained = [evaluate(trained_policy, task_type) for task_type in task_types]
-        base = [evaluate(base_policy, task_type) for task_type in task_types]
-        return gate.improvement(trained, base)
-
-    return compare
-
-
-def test_no_task_type_got_worse(compare, task_type):
+def test_no_task_type_got_worse(base_policy, trained_policy, task_type, evaluate, gate):
     """GRPO has not traded this task type for another."""
-    compare(task_type)
+    trained = evaluate(trained_policy, task_type)
+    gate.no_loss([trained], [evaluate(base_policy, task_type)])
 
 
-def test_trained_beats_base(compare, all_task_types):
+def test_trained_beats_base(base_policy, trained_policy, all_task_types, evaluate, gate):
     """Over all task types together the gain is proven, not merely unrefuted."""
-    check = compare(*all_task_types)
+    check = gate.improvement(
+        [evaluate(trained_policy, task_type) for task_type in all_task_types],
+        [evaluate(base_policy, task_type) for task_type in all_task_types],
+    )
     assert check.name == "PASS", check.message()

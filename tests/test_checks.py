@@ -89,6 +89,11 @@ def test_improvement():
     base, better = evaluation(share(1), policy="base"), evaluation(share(2), weights="v")
     assert RULES.improvement([better], [base]).name == "PASS"
     assert RULES.improvement([base], [better]).name == "FAIL"
+    assert RULES.no_loss([better], [base]).name == "PASS"
+    assert RULES.no_loss([base], [better]).name == "FAIL"
+    even = evaluation(share(1), weights="u")
+    assert RULES.no_loss([even], [base]).name == "PASS"
+    assert RULES.improvement([even], [base]).name == "UNPROVEN"
     assert RULES.improvement([better] * 2, [base] * 2).task_type == "all"
 
 

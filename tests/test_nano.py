@@ -34,7 +34,7 @@ def test_shipped_files(name):
         "tokenizer_config.json",
         "chat_template.jinja",
     }
-    assert files == wanted | ({"recipe.json"} if name == "trained" else set())
+    assert files == wanted | ({"recipe.json", "problems.txt"} if name == "trained" else set())
     assert (FOLDER / name / "model.safetensors").stat().st_size <= 6_000_000
 
 
