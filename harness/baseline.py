@@ -205,6 +205,12 @@ def check_recordable(folder: Path) -> None:
             "baselines are not recorded in CI (CI is set): record them by hand and commit them"
         )
     top = _git("rev-parse", "--show-toplevel")
+    here = Path.cwd()
+    if top is None and any((above / ".git").exists() for above in (here, *here.parents)):
+        raise BaselineError(
+            f"git cannot read the repository around {here}, so nothing tells whether it has "
+            "uncommitted changes: see what `git status` says"
+        )
     inside = top is not None and folder.resolve().is_relative_to(top)
     excluded = ["--", top, f":(exclude){folder.resolve()}"] if top and inside else []
     status = _git("status", "--porcelain", *excluded)

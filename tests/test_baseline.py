@@ -255,6 +255,15 @@ class TestRecordable:
         (repository / "baselines" / "gcd.json").write_text("{}")
         check_recordable(repository / "baselines")
 
+    def test_not_when_git_cannot_tell(self, repository, monkeypatch):
+        monkeypatch.setenv("PATH", str(repository / "nothing-here"))
+        with pytest.raises(BaselineError, match="git cannot read"):
+            check_recordable(repository / "baselines")
+
+    def test_outside_of_any_repository(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        check_recordable(tmp_path / "baselines")
+
     def test_not_in_ci(self, repository, monkeypatch):
         monkeypatch.setenv("CI", "true")
         with pytest.raises(BaselineError, match="not recorded in CI"):
