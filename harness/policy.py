@@ -94,7 +94,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Policy:
     if checkpoint.gguf_file:
         source["gguf_file"] = checkpoint.gguf_file
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **source)
             if not checkpoint.gguf_file:
                 source["use_safetensors"] = True
@@ -179,7 +179,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keep the progress bars of transformers out of logs while it loads or saves."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

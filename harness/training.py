@@ -33,7 +33,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from harness.checkpoint import TRAINED_ON
 from harness.errors import HarnessError
-from harness.policy import Policy, load
+from harness.policy import Policy, load, quiet
 from harness.recipes import RECIPES, Recipe
 from harness.reward import reward_func
 from harness.tasks import Problem, make_problems
@@ -300,8 +300,9 @@ def _train(
 def _save(
     folder: Path, recipe: Recipe, config: GRPOConfig, policy: Policy, run: TrainingRun
 ) -> None:
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    with quiet():
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
     settings: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call, unused-ignore]
     for local in ("output_dir", "run_name"):
         settings.pop(local, None)
