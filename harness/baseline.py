@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint import digest
 from harness.errors import HarnessError
 from harness.evaluation import Completion, Evaluation, Group, RewardFunction
 from harness.policy import Policy
@@ -109,7 +110,7 @@ class Baseline:
         for record, group, prompt in zip(
             records, evaluation.groups, evaluation.prompts, strict=True
         ):
-            if record.prompt != _digest(prompt)[:12]:
+            if record.prompt != digest(prompt)[:12]:
                 raise BaselineError(
                     f"not comparable with {self.path}: the policy sees problem "
                     f"{group.problem.id} in other words than when that was recorded. If that is "
@@ -156,7 +157,7 @@ def reward_digest(task_type: TaskType, reward: RewardFunction) -> str:
             prompts.append(problem.prompt)
             completions.append(text)
     scores = reward(prompts=prompts, completions=completions)
-    return _digest(json.dumps([None if score is None else float(score) for score in scores]))
+    return digest(json.dumps([None if score is None else float(score) for score in scores]))
 
 
 def path_of(folder: Path, slug: str, task_type: str) -> Path:
@@ -295,7 +296,7 @@ def _record(groups: Iterable[Group], prompt: str) -> Record:
         length=sum(completion.tokens for completion in completions),
         log_length=round(sum(math.log(completion.tokens) for completion in completions), 9),
         reward=round(sum(completion.reward for completion in completions), 9),
-        prompt=_digest(prompt)[:12],
+        prompt=digest(prompt)[:12],
     )
 
 
@@ -313,7 +314,7 @@ def _check(name: str, record: Record) -> None:
 
 
 def _problem_set(records: Iterable[str]) -> str:
-    return _digest("\n".join(sorted(records)))
+    return digest("\n".join(sorted(records)))
 
 
 def _written(header: Mapping[str, Any], records: Mapping[str, Record]) -> str:
@@ -354,10 +355,6 @@ def _version(library: str) -> str | None:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _short(value: object) -> str:

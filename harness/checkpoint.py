@@ -253,3 +253,8 @@ def one_line(error: BaseException) -> str:
     """Write a foreign error on one line, for the end of a sentence of ours."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def digest(text: str) -> str:
+    """Return the SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -5,14 +5,13 @@ No code that comes with a checkpoint is ever run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.checkpoint import Checkpoint, PolicyError, find, one_line, weights_digest
+from harness.checkpoint import Checkpoint, PolicyError, digest, find, one_line, weights_digest
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +30,7 @@ class Fingerprint:
 
     def __str__(self) -> str:
         together = self.weights + self.tokenizer + self.chat_template
-        return hashlib.sha256(together.encode()).hexdigest()[:16]
+        return digest(together)[:16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +138,8 @@ def _fingerprint(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> 
         described.pop("truncation", None)
     return Fingerprint(
         weights=weights_digest(checkpoint),
-        tokenizer=_digest(json.dumps(described, sort_keys=True)),
-        chat_template=_digest(json.dumps(tokenizer.chat_template, sort_keys=True)),
+        tokenizer=digest(json.dumps(described, sort_keys=True)),
+        chat_template=digest(json.dumps(tokenizer.chat_template, sort_keys=True)),
     )
 
 
@@ -190,7 +189,3 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -17,7 +17,7 @@ def test_accuracy(evaluation, baseline, gate):
 
 
 @pytest.fixture
-def project(pytester, tiny, tmp_path_factory, save_tiny):
+def project(pytester, save_tiny):
     """A repository of its own with two untrained policies, one task type and one suite."""
     for name, seed in (("base-policy", 1), ("trained-policy", 2)):
         save_tiny(pytester.path / name, seed=seed)
