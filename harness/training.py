@@ -33,6 +33,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from harness.checkpoint import TRAINED_ON
 from harness.errors import HarnessError
+from harness.evaluation import RewardFunction
 from harness.policy import Policy, load, quiet
 from harness.recipes import RECIPES, Recipe
 from harness.reward import reward_func
@@ -156,9 +157,14 @@ class TrainingRun:
 
 
 def train(
-    recipe: Recipe, out: Path, *, device: str = "auto", progress: Progress | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    reward: RewardFunction = reward_func,
+    progress: Progress | None = None,
 ) -> TrainingRun:
-    """Train ``recipe.policy`` by ``recipe`` and leave the result in the folder ``out``.
+    """Train ``recipe.policy`` by ``recipe`` on ``reward``, and leave the result in ``out``.
 
     The folder holds the checkpoint in safetensors with its tokenizer, ``recipe.json`` (recipe,
     resolved config, versions), ``problems.txt`` (the ids of what it was trained on, which no
@@ -184,7 +190,7 @@ def train(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         config.output_dir = str(unfinished)
-        run = _train(policy, config, prompts, progress)
+        run = _train(policy, config, prompts, reward, progress)
         _save(unfinished, recipe, config, policy, run)
         ids = "".join(f"{problem.id}\n" for problem in problems)
         (unfinished / TRAINED_ON).write_text(ids, encoding="utf-8")
@@ -266,7 +272,11 @@ def _once_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def _train(
-    policy: Policy, config: GRPOConfig, prompts: Sequence[str], progress: Progress | None
+    policy: Policy,
+    config: GRPOConfig,
+    prompts: Sequence[str],
+    reward: RewardFunction,
+    progress: Progress | None,
 ) -> TrainingRun:
     model = policy.model.requires_grad_(True)
     # What ends an answer is all that the checkpoint's generation config may still say.
@@ -278,7 +288,7 @@ def _train(
     watch = _Watch(progress)
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=cast("Callable[..., list[float | None]]", reward_func),
+        reward_funcs=cast("Callable[..., list[float | None]]", reward),
         args=config,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         processing_class=policy.tokenizer,

@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 
-import harness.training
 from harness.policy import find, load
 from harness.recipes import RECIPES
 from harness.training import TrainingError, main, resolve, train
@@ -165,23 +164,21 @@ def test_existing_out_is_refused(tmp_path):
         train(SHORT, tmp_path, device="cpu")
 
 
-def test_nothing_is_left_when_the_reward_raises(tmp_path, monkeypatch):
+def test_nothing_is_left_when_the_reward_raises(tmp_path):
     def broken(prompts, completions, **kwargs):
         raise RuntimeError("the reward is broken")
 
-    monkeypatch.setattr(harness.training, "reward_func", broken)
     with pytest.raises(RuntimeError, match="the reward is broken"):
-        train(SHORT, tmp_path / "out", device="cpu")
+        train(SHORT, tmp_path / "out", device="cpu", reward=broken)
     assert not list(tmp_path.iterdir())
 
 
-def test_reward_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+def test_reward_that_is_no_number_ends_the_run(tmp_path):
     def nan(prompts, completions, **kwargs):
         return [math.nan] * len(prompts)
 
-    monkeypatch.setattr(harness.training, "reward_func", nan)
     with pytest.raises(TrainingError, match="step 1: "):
-        train(SHORT, tmp_path / "out", device="cpu")
+        train(SHORT, tmp_path / "out", device="cpu", reward=nan)
     assert not list(tmp_path.iterdir())
 
 
