@@ -14,12 +14,16 @@ The map, in the order of a sample's way. A module imports only from those above 
 ``evaluation.py``  problems × policy -> groups of scored completions
 ``stats.py``       exact tests and intervals: numbers in, numbers out
 ``gate.py``        the rules: measurement against reference -> verdict
-``baseline.py``    the stored reference: load, compare, record
+``provenance.py``  what made a measurement besides the policy: commit, environment, code
+``baseline.py``    the stored reference: load, compare, write
+``recording.py``   a new baseline, tested against the one before it and the anchor
+``pruning.py``     what no run asks for any more, and its removal
+``attempts.py``    the runs that did not pass, so that a rerun adds to their evidence
 ``checks.py``      evaluations against baselines and each other, by the rules
 ``report.py``      rows -> tables for a terminal, Markdown and JSON
 ``settings.py``    options over pyproject.toml over defaults
 ``session.py``     what the tests of one run share
-``plugin.py``      pytest's options, fixtures and summary
+``plugin/``        pytest's options, fixtures, assertions and summary
 ``recipes.py``     what a GRPO run is made of, and the runs that have a name
 ``training.py``    a recipe -> TRL's GRPOTrainer -> a trained policy on disk
 ``calibration.py`` the gate's own test: false alarms, power, mutants

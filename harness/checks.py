@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from harness import gate
 from harness.baseline import Baseline, BaselineError, Record
-from harness.evaluation import Evaluation, Group, RewardFunction
+from harness.evaluation import LOOK, Evaluation, Group
 from harness.gate import Verdict
-from harness.reward import reward_func
 from harness.text import escape
 
 Unit = Literal["%", "tokens"]
@@ -74,31 +73,69 @@ class Check:
 class Rules:
     """The gate's settings, and how many checks the run planned that share its ``alpha``.
 
-    ``margin`` and ``minimum`` are shares of completions; see :mod:`harness.gate`.
+    ``margin`` and ``minimum`` are shares of completions; see :mod:`harness.gate`. ``attempt``
+    counts the runs before this one whose samples are pooled with its own: each halves ``alpha``.
+    With ``sequential``, accuracy is judged at every look until there is a decision.
     """
 
     checks: int
-    reward: RewardFunction = reward_func
     margin: float = 0.05
     minimum: float = 0.01
     alpha: float = 0.01
+    attempt: int = 0
+    sequential: bool = False
 
     def bounds(self) -> dict[str, float]:
         """Return the settings that a baseline keeps."""
         return {"margin": self.margin, "minimum": self.minimum, "alpha": self.alpha}
 
+    @property
+    def _alpha(self) -> float:
+        return self.alpha * 0.5**self.attempt
+
+    def _settings(self) -> dict[str, Any]:
+        return {**self.bounds(), "alpha": self._alpha, "checks": self.checks}
+
+    def plan(self, baseline: Baseline, problems: Sequence[str], k: int) -> gate.Plan | None:
+        """Predict what ``accuracy`` can find, or nothing where problems were not recorded."""
+        if not all(problem in baseline.records for problem in problems):
+            return None
+        records = [baseline.records[problem] for problem in problems]
+        return gate.plan(*_correct(records), k, **self._settings())
+
+    def decided(self, groups: Sequence[Group], records: Sequence[Record]) -> bool:
+        """Tell whether a sequential run may stop after ``groups`` of the planned ``records``.
+
+        Not before the floor: the checks beside accuracy judge what has been drawn by then.
+        """
+        if len(groups) < gate.MINIMUM_PROBLEMS:
+            return False
+        return self._sequential(groups, records).name in ("PASS", "FAIL")
+
+    def _sequential(self, groups: Sequence[Group], records: Sequence[Record]) -> Verdict:
+        return gate.judge_sequential(
+            [group.count("correct") for group in groups],
+            [len(group.completions) for group in groups],
+            *_correct(records),
+            look=LOOK,
+            **self._settings(),
+        )
+
     def accuracy(self, evaluation: Evaluation, baseline: Baseline) -> Check:
         """Has the share of correct completions dropped below the baseline's?"""
 
         def judge(records: Sequence[Record]) -> Verdict:
+            same = baseline.same_policy(evaluation)
+            # A likelihood ratio of one common drop takes the differences between two policies
+            # for evidence, so another policy is always judged on the whole plan.
+            if self.sequential and same:
+                return self._sequential(evaluation.groups, records)
             return gate.judge(
                 evaluation.counts("correct"),
-                evaluation.k,
-                [record.correct for record in records],
-                [record.k for record in records],
-                same_policy=baseline.same_policy(evaluation),
-                checks=self.checks,
-                **self.bounds(),
+                evaluation.samples,
+                *_correct(records[: evaluation.n]),
+                same_policy=same,
+                **self._settings(),
             )
 
         return self._against("accuracy", evaluation, baseline, judge)
@@ -117,9 +154,9 @@ class Rules:
         def judge(records: Sequence[Record]) -> Verdict:
             return gate.judge_length(
                 [group.log_length for group in evaluation.groups],
-                evaluation.k,
-                [record.mean_log_length for record in records],
-                alpha=self.alpha,
+                evaluation.samples,
+                [record.mean_log_length for record in records[: evaluation.n]],
+                alpha=self._alpha,
                 checks=self.checks,
             )
 
@@ -128,18 +165,16 @@ class Rules:
     def improvement(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
         """Is the trained policy better than its base, over all problems of these evaluations?"""
 
-        def judge(now: list[int], then: list[int], k: int) -> Verdict:
-            return gate.judge_improvement(now, k, then, k, alpha=self.alpha, checks=self.checks)
+        def judge(*counts: list[int]) -> Verdict:
+            return gate.judge_improvement(*counts, alpha=self._alpha, checks=self.checks)
 
         return self._between("better than base", trained, base, judge)
 
     def no_loss(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
         """Is the trained policy at least no worse than its base on these evaluations?"""
 
-        def judge(now: list[int], then: list[int], k: int) -> Verdict:
-            return gate.judge(
-                now, k, then, k, same_policy=False, checks=self.checks, **self.bounds()
-            )
+        def judge(*counts: list[int]) -> Verdict:
+            return gate.judge(*counts, same_policy=False, **self._settings())
 
         return self._between("not worse than base", trained, base, judge)
 
@@ -148,7 +183,7 @@ class Rules:
         question: str,
         trained: Sequence[Evaluation],
         base: Sequence[Evaluation],
-        judge: Callable[[list[int], list[int], int], Verdict],
+        judge: Callable[..., Verdict],
     ) -> Check:
         name = trained[0].task_type.name if len(trained) == 1 else "all"
         check = Check(question, name, trained[0].policy, base[0].policy)
@@ -161,12 +196,16 @@ class Rules:
             return replace(check, reason=reason)
         if reason := _unscored([*trained, *base]):
             return replace(check, reason=reason)
-        k = trained[0].k
-        groups = [group for evaluation in trained for group in evaluation.groups]
-        before = [group.count("correct") for evaluation in base for group in evaluation.groups]
-        verdict = judge([group.count("correct") for group in groups], before, k)
-        changed = _changed(groups, [count / k for count in before], verdict)
-        return replace(check, reason=verdict.reason, verdict=verdict, changed=changed)
+        # Where runs stop at a decision, one side may have been asked more problems than the other.
+        pairs = [
+            pair
+            for ours, theirs in zip(trained, base, strict=True)
+            for pair in zip(ours.groups, theirs.groups, strict=False)
+        ]
+        now, then = [group for group, _ in pairs], [group for _, group in pairs]
+        verdict = judge(*_counts(now), *_counts(then))
+        rates = [_rate(group) for group in then]
+        return self._judged(check, verdict, _changed(now, rates, verdict))
 
     def _fault(
         self,
@@ -178,11 +217,10 @@ class Rules:
         def judge(records: Sequence[Record]) -> Verdict:
             return gate.judge_rate(
                 evaluation.counts(outcome),
-                evaluation.k,
-                [getattr(record, outcome) for record in records],
-                [record.k for record in records],
-                checks=self.checks,
-                **self.bounds(),
+                evaluation.samples,
+                [getattr(record, outcome) for record in records[: evaluation.n]],
+                [record.k for record in records[: evaluation.n]],
+                **self._settings(),
             )
 
         return self._against(question, evaluation, baseline, judge)
@@ -198,24 +236,40 @@ class Rules:
         reference = f"baseline of {baseline.policy}"
         check = Check(question, evaluation.task_type.name, evaluation.policy, reference, unit=unit)
         try:
-            records = baseline.select(evaluation, self.reward)
+            records = baseline.select(evaluation)
         except BaselineError as error:
             return replace(check, reason=str(error))
         if reason := _unscored([evaluation]):
             return replace(check, reason=reason)
         verdict = judge(records)
         rates = [record.correct / record.k for record in records]
-        return replace(
-            check,
-            reason=verdict.reason,
-            verdict=verdict,
-            changed=_changed(evaluation.groups, rates, verdict),
-        )
+        return self._judged(check, verdict, _changed(evaluation.groups, rates, verdict))
+
+    def _judged(self, check: Check, verdict: Verdict, changed: tuple[str, ...]) -> Check:
+        reason = verdict.reason
+        if self.attempt:
+            reason += (
+                f"; pooled with the samples of {self.attempt} earlier run"
+                f"{'s' if self.attempt > 1 else ''} of the same that did not pass"
+            )
+        return replace(check, reason=reason, verdict=verdict, changed=changed)
+
+
+def _correct(records: Sequence[Record]) -> tuple[list[int], list[int]]:
+    return [record.correct for record in records], [record.k for record in records]
+
+
+def _counts(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
+    return [group.count("correct") for group in groups], [len(g.completions) for g in groups]
+
+
+def _rate(group: Group) -> float:
+    return group.count("correct") / len(group.completions)
 
 
 def _unscored(evaluations: Sequence[Evaluation]) -> str:
     failed = [
-        f"{sum(counts)} of {evaluation.n * evaluation.k} ({evaluation.policy} on "
+        f"{sum(counts)} of {sum(evaluation.samples)} ({evaluation.policy} on "
         f"{evaluation.task_type.name})"
         for evaluation in evaluations
         if sum(counts := evaluation.counts("error"))
@@ -232,8 +286,8 @@ def _changed(groups: Sequence[Group], before: Sequence[float], verdict: Verdict)
     """Show the problems whose share of correct answers fell most, with what is answered now."""
     if verdict.name != "FAIL":
         return ()
-    rates = [group.count("correct") / len(group.completions) for group in groups]
-    drops = [then - now for now, then in zip(rates, before, strict=True)]
+    rates = [_rate(group) for group in groups]
+    drops = [then - now for now, then in zip(rates, before, strict=False)]
     worst = sorted(range(len(groups)), key=lambda i: -drops[i])[:_SHOWN]
     return tuple(
         f"{groups[i].problem.id}: {before[i]:.0%} -> {rates[i]:.0%} correct, wanted "

@@ -42,6 +42,21 @@ Name: TypeAlias = Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run can find before it has drawn a sample.
+
+    `mde90` is the drop of the mean rate that `n` problems of `k` samples find nine times in ten,
+    `needed` the number of problems that find one of `margin`.
+    """
+
+    n: int
+    k: int
+    then: float
+    mde90: float
+    needed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What one check found, and the numbers it rests on.
 
@@ -51,7 +66,8 @@ class Verdict:
     `p` belongs to the proof of harm (in `judge_improvement` to the proof of gain, unless a loss
     is proven), before the correction for `checks`. `mde90` is the change, in the unit of
     `delta`, that this run would find nine times in ten. `needed` is the number of problems that
-    would prove a PASS nine times in ten, None where no number would.
+    would prove a PASS nine times in ten, None where no number would. `k` is the largest number of
+    samples of a problem: they differ only where runs that stopped early are pooled.
     """
 
     name: Name
@@ -68,9 +84,45 @@ class Verdict:
     needed: int | None
 
 
+def plan(
+    then: Numbers,
+    k_then: Samples,
+    k: int,
+    *,
+    margin: float = 0.05,
+    minimum: float = 0.01,
+    alpha: float = 0.01,
+    checks: int = 1,
+) -> Plan:
+    """Predict what `judge` will find on the problems of a reference, `k` samples each.
+
+    The prediction is of the same policy, where all that a problem's difference varies by is the
+    drawing: with rate q its variance is q (1 - q) (1 / k + 1 / k_then). Rates are shrunk by half
+    a success and half a failure, else a problem that never failed would seem to be certain.
+    Another policy also differs by problem, by an amount that nobody knows beforehand.
+
+    Raises ValueError as `judge` does.
+    """
+    _check_settings(margin, minimum, alpha, checks)
+    if k < 1:
+        raise ValueError(f"k is {k!r}, not at least one sample a problem")
+    counts = Counts.of(then, k_then, then, k_then)
+    rates = (counts.then + 0.5) / (counts.k_then + 1)
+    variance = float((rates * (1 - rates) * (1 / k + 1 / counts.k_then)).mean())
+
+    def mde90(n: int) -> float:
+        return Estimate.expected(variance, n).detectable(alpha / checks, minimum)
+
+    n = len(counts.then)
+    needed = MINIMUM_PROBLEMS
+    while mde90(needed) > margin:
+        needed += 1 + needed // 100
+    return Plan(n, k, float((counts.then / counts.k_then).mean()), mde90(n), needed)
+
+
 def judge(
     now: Numbers,
-    k: int,
+    k: Samples,
     then: Numbers,
     k_then: Samples,
     *,
@@ -83,21 +135,22 @@ def judge(
     """Judge whether accuracy has dropped from `then` to `now`.
 
     `now[i]` of `k` completions of problem i are correct, in the reference `then[i]` of `k_then`
-    (one number, or one a problem). FAIL: the exact p is at most `alpha / checks` and the observed
-    drop at least `minimum`. For another policy than the reference's (`same_policy=False`) a
-    paired t test must agree, because the drop must also hold for problems outside the suite.
+    (each one number, or one a problem). FAIL: the exact p is at most `alpha / checks` and the
+    observed drop at least `minimum`. For another policy than the reference's
+    (`same_policy=False`) a paired t test must agree, because the drop must also hold for problems
+    outside the suite.
     PASS: not FAIL, and the guarded lower bound lies above `-margin`.
 
     Raises ValueError on invalid counts, naming the problem by index, and on invalid settings.
     """
     _check_settings(margin, minimum, alpha, checks)
     counts = Counts.of(now, k, then, k_then)
-    return _no_harm(counts, counts, k, not same_policy, margin, minimum, alpha / checks)
+    return _no_harm(counts, counts, not same_policy, margin, minimum, alpha / checks)
 
 
 def judge_sequential(
     now: Numbers,
-    k: int,
+    k: Samples,
     then: Numbers,
     k_then: Samples,
     *,
@@ -137,12 +190,11 @@ def judge_sequential(
             used = n
             break
     p = min(1.0, exp(-max(ratios[look - 1 : used : look], default=0.0)))
-    seen = Counts.of(now[:used], k, plan.then[:used], plan.k_then[:used])
+    seen = Counts(counts.now[:used], counts.k[:used], plan.then[:used], plan.k_then[:used])
     guarded = Estimate.of(seen.differences, guarded=True)
     return _conclude(
         _undecided(
             seen,
-            k,
             p=p,
             mde90=guarded.detectable(alpha / checks, minimum),
             needed=guarded.problems_needed(used, margin + min(guarded.mean, 0.0), PASS_CONFIDENCE),
@@ -155,7 +207,7 @@ def judge_sequential(
 
 def judge_rate(
     now: Numbers,
-    k: int,
+    k: Samples,
     then: Numbers,
     k_then: Samples,
     *,
@@ -174,12 +226,12 @@ def judge_rate(
     """
     _check_settings(margin, minimum, alpha, checks)
     counts = Counts.of(now, k, then, k_then)
-    return _no_harm(counts, counts.flipped(), k, False, margin, minimum, alpha / checks)
+    return _no_harm(counts, counts.flipped(), False, margin, minimum, alpha / checks)
 
 
 def judge_improvement(
     trained: Numbers,
-    k: int,
+    k: Samples,
     base: Numbers,
     k_base: Samples,
     *,
@@ -208,7 +260,6 @@ def judge_improvement(
     return _conclude(
         _undecided(
             counts,
-            k,
             p=loss if lost else gain,
             mde90=guarded.detectable(level, margin),
             # The test at `level` asks for more than the bound at 95 %, so it sets the price.
@@ -221,7 +272,7 @@ def judge_improvement(
 
 def judge_length(
     now: Numbers,
-    k: int,
+    k: Samples,
     then: Numbers,
     *,
     margin: float = 0.25,
@@ -253,7 +304,7 @@ def judge_length(
             name="UNPROVEN",
             reason="",
             n=len(ours),
-            k=k,
+            k=k if isinstance(k, int) else max(k),
             now=exp(ours.mean()),
             then=exp(theirs.mean()),
             delta=_relative(ratio.mean),
@@ -271,7 +322,6 @@ def judge_length(
 def _no_harm(
     counts: Counts,
     good: Counts,
-    k: int,
     generalise: bool,
     margin: float,
     minimum: float,
@@ -284,7 +334,6 @@ def _no_harm(
     return _conclude(
         _undecided(
             counts,
-            k,
             p=p,
             mde90=guarded.detectable(level, minimum),
             needed=guarded.problems_needed(
@@ -302,14 +351,14 @@ def _drop_p(counts: Counts, generalise: bool) -> float:
     return max(p, Estimate.of(counts.differences).p_below(0.0)) if generalise else p
 
 
-def _undecided(counts: Counts, k: int, *, p: float, mde90: float, needed: int | None) -> Verdict:
+def _undecided(counts: Counts, *, p: float, mde90: float, needed: int | None) -> Verdict:
     """The numbers of a check on counts, before anything is concluded from them."""
     guarded = Estimate.of(counts.differences, guarded=True)
     return Verdict(
         name="UNPROVEN",
         reason="",
         n=len(counts.now),
-        k=k,
+        k=int(counts.k.max()),
         now=float((counts.now / counts.k).mean()),
         then=float((counts.then / counts.k_then).mean()),
         delta=float(counts.differences.mean()),

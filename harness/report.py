@@ -187,9 +187,10 @@ class Report:
         return {
             "task type": row["task_type"],
             "policy": row["policy"],
-            "n × k": f"{row['n']} × {row['k']}",
+            "n × k": f"{_asked(row)} × {v['k'] if v else row['k']}",
             "baseline": _percent(v["then"]) if v else "",
-            "now": _percent(row["accuracy"]),
+            # A rerun is judged on the samples of all its attempts, so those are shown.
+            "now": _percent(v["now"] if v else row["accuracy"]),
             "Δ points (90 % interval)": _interval(v) if v else "",
             "strict": _percent(row["strict_accuracy"]),
             "reward": f"{row['mean_reward']:+.3f}",
@@ -207,6 +208,11 @@ def _worst(checks: Iterable[Row]) -> str:
         if name in by_name:
             return name if name == "PASS" else f"{name}: {', '.join(by_name[name])}"
     return "not judged"
+
+
+def _asked(row: Row) -> str:
+    """The number of problems, and of how many where a run stopped at a decision."""
+    return f"{row['n']}" if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
 
 
 def _side(row: Row, side: str) -> str:

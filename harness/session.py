@@ -2,44 +2,84 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from harness import baseline
-from harness.baseline import Baseline
-from harness.checkpoint import slug
-from harness.checks import Rules
-from harness.evaluation import Evaluation, evaluate
+from harness import baseline, recording
+from harness.attempts import Attempt, Attempts
+from harness.baseline import Baseline, BaselineError
+from harness.checkpoint import digest, slug
+from harness.checks import Check, Rules
+from harness.evaluation import Evaluation, Group, evaluate
+from harness.gate import Plan
 from harness.policy import Policy, load
+from harness.pruning import Stale, stale
+from harness.recording import Recording
 from harness.sampling import Progress, Request, Sample, Sampler, sample_seed
-from harness.settings import Settings
+from harness.settings import ROLES, Settings
 from harness.store import Store
 from harness.tasks import TaskType, task_types
+
+Until = Callable[[Sequence[Group]], bool]
+"""Tells of the groups so far whether a run may stop."""
+
+
+def plan(settings: Settings, checks: int, role: str, task_type: str) -> Plan | None:
+    """Predict what the accuracy check of a role can find, from its baseline alone.
+
+    None where there is no baseline of all the planned problems: the run will say so.
+    """
+    problems = task_types()[task_type].problems(settings.problems)
+    try:
+        stored = baseline.load(_path(settings, role, slug(settings.policy(role)), task_type))
+    except BaselineError:
+        return None
+    ids = [problem.id for problem in problems]
+    return Rules(checks=checks).plan(stored, ids, settings.samples)
+
+
+def stale_entries(settings: Settings) -> list[Stale]:
+    """List what is recorded below the baselines' folder and no run asks for any more."""
+    names = {*settings.baseline_of.values(), *(settings.policy(role) for role in ROLES)}
+    types = {name: task_types()[name] for name in settings.tasks}
+    return stale(settings.baselines, {slug(name) for name in names}, types)
+
+
+def _path(settings: Settings, role: str, own: str, task_type: str) -> Path:
+    """Return the policy's own baseline, or else that of the policy it stands in for."""
+    folder = settings.baselines
+    path = baseline.path_of(folder, own, task_type)
+    configured = baseline.path_of(folder, slug(settings.baseline_of[role]), task_type)
+    return configured if configured.exists() and not path.exists() else path
 
 
 @dataclass(eq=False)
 class Session:
     """One run: its settings and seed, its store of samples, and how many checks it planned.
 
-    ``progress`` makes a progress display for a title and a number of samples.
+    ``code`` digests the code that samples and judges: samples and attempts of other code are
+    another run's. ``progress`` makes a progress display for a title and a number of samples.
     """
 
     settings: Settings
     run_seed: int
     checks: int
+    code: str
     store: Store
+    attempts: Attempts
     progress: Callable[[str, int], AbstractContextManager[Progress]]
     _policies: dict[str, Policy] = field(default_factory=dict)
     _evaluations: dict[tuple[str, str], Evaluation] = field(default_factory=dict)
-    _recorded: dict[tuple[str, str], Path] = field(default_factory=dict)
+    _recorded: dict[tuple[str, str], Recording] = field(default_factory=dict)
 
     @property
     def rules(self) -> Rules:
         """The gate's rules, whose risk of a false alarm all planned checks share."""
-        return Rules(checks=self.checks, reward=self.settings.reward)
+        return Rules(checks=self.checks, sequential=self.settings.sequential)
 
     @property
     def task_types(self) -> list[TaskType]:
@@ -51,7 +91,7 @@ class Session:
 
         A name that both roles share is loaded once.
         """
-        name = self.settings.base if role == "base" else self.settings.trained
+        name = self.settings.policy(role)
         if name not in self._policies:
             self._policies[name] = load(
                 name, device=self.settings.device, dtype=self.settings.dtype
@@ -67,11 +107,19 @@ class Session:
         return self._sampler(policy).sample(requests, None)
 
     def evaluation(self, policy: Policy, task_type: TaskType) -> Evaluation:
-        """Evaluate a policy on a task type as configured. Raises ``EvaluationError``."""
+        """Evaluate a policy on a task type as configured. Raises ``EvaluationError``.
+
+        A sequential run stops where the accuracy check has its decision, whichever checks are
+        asked, if the policy is the recorded one; any other is asked the whole plan.
+        """
         key = (policy.name, task_type.name)
         if key not in self._evaluations:
             self._evaluations[key] = self._evaluate(
-                policy, task_type, self.settings.samples, self.run_seed
+                policy,
+                task_type,
+                self.settings.samples,
+                self.run_seed,
+                self._until_decided(policy, task_type) if self.settings.sequential else None,
             )
         return self._evaluations[key]
 
@@ -80,12 +128,35 @@ class Session:
 
         Raises ``BaselineError``, also when there is neither.
         """
-        folder, task_type = self.settings.baselines, evaluation.task_type.name
-        own = baseline.path_of(folder, evaluation.slug, task_type)
-        configured = baseline.path_of(folder, slug(self.settings.baseline_of[role]), task_type)
-        return baseline.load(configured if configured.exists() and not own.exists() else own)
+        return baseline.load(_path(self.settings, role, evaluation.slug, evaluation.task_type.name))
 
-    def record(self, policy: Policy, task_type: TaskType) -> Path:
+    def judge(
+        self,
+        question: str,
+        evaluations: Sequence[Evaluation],
+        reference: str,
+        rule: Callable[[Rules, Sequence[Evaluation]], Check],
+    ) -> Check:
+        """Put a question to ``evaluations``, pooled with those of earlier runs that did not pass.
+
+        ``reference`` is a digest of what they are compared with, ``rule`` judges them.
+        """
+        check = self._check(question, evaluations, reference)
+        before = self._before(check, evaluations)
+        if before:
+            # Where to stop was decided by this run's samples alone, and the pool is another one.
+            evaluations = [self._whole(evaluation) for evaluation in evaluations]
+        earlier = [
+            [self._again(evaluation, attempt) for attempt in before] for evaluation in evaluations
+        ]
+        pooled = [e.pooled(others) for e, others in zip(evaluations, earlier, strict=True)]
+        result = rule(replace(self.rules, attempt=len(before)), pooled)
+        if result.verdict is not None and result.name != "ERROR":
+            n = max(evaluation.n for evaluation in evaluations)
+            self.attempts.add(check, Attempt(self.run_seed, n, result.name))
+        return result
+
+    def record(self, policy: Policy, task_type: TaskType, reason: str | None) -> Recording:
         """Record the baseline of a policy on a task type, from fresh samples of several seeds.
 
         Raises ``BaselineError`` or ``EvaluationError``, and then nothing is written.
@@ -94,22 +165,83 @@ class Session:
         if key not in self._recorded:
             # The most likely answer is the same whatever the seed: one sample says it all.
             greedy = self.settings.sampling.greedy
-            seeds = 1 if greedy else baseline.SEEDS
-            samples = 1 if greedy else baseline.SAMPLES
+            seeds = 1 if greedy else recording.SEEDS
+            samples = 1 if greedy else recording.SAMPLES
             evaluations = [
                 self._evaluate(policy, task_type, samples // seeds, secrets.randbelow(2**31))
                 for _ in range(seeds)
             ]
-            self._recorded[key] = baseline.record(
+            self._recorded[key] = recording.record(
                 self.settings.baselines,
                 policy,
                 evaluations,
-                reward=self.settings.reward,
-                gate=self.rules.bounds(),
+                bounds=self.rules.bounds(),
+                checks=self.checks,
+                reason=reason,
             )
         return self._recorded[key]
 
-    def _evaluate(self, policy: Policy, task_type: TaskType, k: int, seed: int) -> Evaluation:
+    def _check(self, question: str, evaluations: Sequence[Evaluation], reference: str) -> str:
+        """Name what makes two runs of a check attempts at the same thing."""
+        same = [
+            [str(e.fingerprint), e.task_type.name, dict(e.settings), list(e.plan)]
+            for e in evaluations
+        ]
+        return digest(json.dumps([question, self.code, reference, same], sort_keys=True))[:16]
+
+    def _before(self, check: str, evaluations: Sequence[Evaluation]) -> list[Attempt]:
+        # The most likely answers of a rerun are the same ones, not further evidence; and what a
+        # suite evaluated by itself, this session cannot evaluate again.
+        own = all(self._evaluations.get((e.policy, e.task_type.name)) is e for e in evaluations)
+        if self.settings.sampling.greedy or not own:
+            return []
+        return self.attempts.before(check, self.run_seed)
+
+    def _whole(self, evaluation: Evaluation) -> Evaluation:
+        """Return the evaluation of this run with the whole plan asked."""
+        if evaluation.n == len(evaluation.plan):
+            return evaluation
+        policy = self._policies[evaluation.policy]
+        return self._evaluate(policy, evaluation.task_type, evaluation.k, evaluation.run_seed)
+
+    def _again(self, evaluation: Evaluation, attempt: Attempt) -> Evaluation:
+        """Return the evaluation of an earlier attempt; what the store has lost is drawn again."""
+        return self._evaluate(
+            self._policies[evaluation.policy],
+            evaluation.task_type,
+            evaluation.k,
+            attempt.seed,
+            lambda groups: len(groups) >= attempt.n,
+        )
+
+    def _until_decided(self, policy: Policy, task_type: TaskType) -> Until | None:
+        """Tell when the accuracy check of a recorded policy has its decision."""
+        stored = self._recorded_of(policy, task_type)
+        if stored is None:
+            return None
+        plan = [problem.id for problem in task_type.problems(self.settings.problems)]
+        if not all(problem in stored.records for problem in plan):
+            return None
+        records = [stored.records[problem] for problem in plan]
+        return lambda groups: self.rules.decided(groups, records)
+
+    def _recorded_of(self, policy: Policy, task_type: TaskType) -> Baseline | None:
+        """Return the baseline that was recorded of this very policy, if there is one."""
+        for role in ROLES:
+            if self.settings.policy(role) != policy.name:
+                continue
+            path = _path(self.settings, role, policy.checkpoint.slug, task_type.name)
+            try:
+                stored = baseline.load(path)
+            except BaselineError:
+                continue
+            if stored.header["fingerprint"] == asdict(policy.fingerprint):
+                return stored
+        return None
+
+    def _evaluate(
+        self, policy: Policy, task_type: TaskType, k: int, seed: int, until: Until | None = None
+    ) -> Evaluation:
         n = self.settings.problems
         with self.progress(f"{policy.name} {task_type.name}", n * k) as progress:
             return evaluate(
@@ -121,6 +253,8 @@ class Session:
                 run_seed=seed,
                 store=self.store,
                 reward=self.settings.reward,
+                code=self.code,
+                until=until,
                 progress=progress,
             )
 

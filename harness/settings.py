@@ -15,6 +15,9 @@ from harness.reward import reward_func
 from harness.sampling import Sampling
 from harness.tasks import load_task_type, task_types
 
+ROLES = ("base", "trained")
+"""What a policy can be in a run."""
+
 
 class SettingsError(HarnessError):
     """A setting that cannot be used: which, where it stands, and what it may be."""
@@ -37,8 +40,13 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
     baselines: Path = Path("baselines")
     reward: RewardFunction = reward_func
+    sequential: bool = False
     device: str = "auto"
     dtype: str = "auto"
+
+    def policy(self, role: str) -> str:
+        """Return the name of the policy in a role."""
+        return self.base if role == "base" else self.trained
 
 
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -57,8 +65,8 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     """Resolve the settings of a run below ``root``.
 
     ``options`` holds what the command line set, by the names of the keys plus ``greedy``,
-    ``device`` and ``dtype``; ``None`` means not set. Paths of the command line are relative to
-    ``cwd``, those of a ``pyproject.toml`` to its folder. Raises ``SettingsError``.
+    ``sequential``, ``device`` and ``dtype``; ``None`` means not set. Paths of the command line are
+    relative to ``cwd``, those of a ``pyproject.toml`` to its folder. Raises ``SettingsError``.
     """
     file, table = _nearest_table(root)
     home = file.parent if file else root
@@ -90,6 +98,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         sampling=sampling,
         baselines=baselines or home / str(table.get("baselines", Settings.baselines)),
         reward=_reward(table["reward"], file) if "reward" in table else reward_func,
+        sequential=bool(given.get("sequential")),
         device=given.get("device", Settings.device),
         dtype=given.get("dtype", Settings.dtype),
     )

@@ -212,6 +212,13 @@ class Estimate:
             float(observations.mean()), float(observations.std(ddof=1)) / math.sqrt(n), n - 1
         )
 
+    @classmethod
+    def expected(cls, variance: float, n: int) -> Estimate:
+        """The guarded estimate that `n` observations of mean 0 and this variance lead to."""
+        both = n + len(PSEUDO_PROBLEMS)
+        spread = n * variance + sum(d * d for d in PSEUDO_PROBLEMS)
+        return cls(0.0, math.sqrt(spread / (both - 1) / both), both - 1)
+
     def quantile(self, confidence: float) -> float:
         """Student's t at a one-sided `confidence`, in standard errors."""
         return float(stdtrit(self.df, confidence))

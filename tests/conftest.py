@@ -1,6 +1,7 @@
 """A tiny real checkpoint, untrained, for everything that needs a policy and not its skill."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,13 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 import harness.report
 import harness.sampling.transformers
 import harness.session  # noqa: F401
+from harness.evaluation import evaluate
 from harness.nano.tokenizer import build_tokenizer
 from harness.policy import load
+from harness.reward import reward_func
+from harness.sampling import Sample
+from harness.store import Store
+from harness.tasks import task_types
 
 pytest_plugins = ["pytester"]
 
@@ -86,3 +92,57 @@ def tiny_policy(tiny):
 def copy(tiny, tmp_path):
     """A copy of the untrained checkpoint to break."""
     return shutil.copytree(tiny, tmp_path / "copy")
+
+
+class Answers:
+    """An engine that answers gcd problems by the seed, ``skill`` of them correctly.
+
+    Two runs differ, and each is repeatable.
+    """
+
+    def __init__(self, right, skill=0.4, temperature=0.8):
+        self.right = right
+        self.skill = skill
+        self.temperature = temperature
+
+    def settings(self):
+        return {"temperature": self.temperature}
+
+    def sample(self, requests, progress=None):
+        return [
+            Sample(
+                self.right[r.prompt] if r.seed % 1000 < 1000 * self.skill else "0",
+                1 + r.seed % 7,
+                r.seed // 1000 % 11 == 0,
+            )
+            for r in requests
+        ]
+
+
+@pytest.fixture
+def answers(tiny_policy):
+    """A function that makes an engine of a given skill: ``answers(skill=0.4, temperature=0.8)``."""
+    gcd = task_types()["gcd"]
+    right = {tiny_policy.render(p.prompt): str(p.answer) for p in gcd.problems(256)}
+
+    return partial(Answers, right)
+
+
+@pytest.fixture
+def measure(tiny_policy, tmp_path, answers):
+    """A function that evaluates the untrained policy on gcd with an engine of its own."""
+
+    def measure(run_seed=1, n=8, k=3, sampler=None, reward=reward_func):
+        return evaluate(
+            tiny_policy,
+            sampler or answers(),
+            task_types()["gcd"],
+            n=n,
+            k=k,
+            run_seed=run_seed,
+            store=Store(tmp_path / "samples"),
+            code=str(id(sampler)),
+            reward=reward,
+        )
+
+    return measure

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,20 +30,25 @@ def evaluation(outcomes, text="7", policy="new", weights="w"):
         for i, problem in enumerate(PROBLEMS)
     )
     fingerprint = Fingerprint(weights, "t", "c")
-    return Evaluation(policy, policy, fingerprint, GCD, {}, 0, K, ("p",) * len(groups), groups)
+    ids = tuple(problem.id for problem in PROBLEMS)
+    prompts = ("p",) * len(groups)
+    return Evaluation(policy, policy, fingerprint, GCD, {}, "r", 0, K, ids, prompts, groups)
 
 
 def baseline(correct, truncated=0, unparsable=0, log_length=1.0986, error=None):
     """A baseline of 16 samples a problem, all problems alike."""
-    record = Record(16, correct, truncated, unparsable, 48, 16 * log_length, 0.0, "")
+    record = Record(16, correct, truncated, unparsable, 48, 16 * log_length, 0.0, "", correct, 16)
 
-    def select(evaluation, reward):
+    def select(evaluation):
         if error:
             raise BaselineError(error)
-        return [record] * evaluation.n
+        return [record] * len(evaluation.plan)
 
-    stored = Baseline(Path("x.json"), {"policy": "old"}, {})
-    return SimpleNamespace(policy=stored.policy, select=select, same_policy=lambda _: True)
+    records = {problem.id: record for problem in PROBLEMS}
+    stored = Baseline(Path("x.json"), {"policy": "old"}, records, "")
+    return SimpleNamespace(
+        policy=stored.policy, records=records, select=select, same_policy=lambda _: True
+    )
 
 
 def share(good, bad="wrong"):
@@ -121,3 +127,67 @@ def test_more_checks_ask_for_more_proof():
     alone, among_many = Rules(checks=1), Rules(checks=10_000)
     assert alone.accuracy(now, baseline(12)).name == "FAIL"
     assert among_many.accuracy(now, baseline(12)).name != "FAIL"
+
+
+def test_an_attempt_pools_and_halves_the_risk():
+    now = evaluation(lambda i, j: "correct" if j < (2 if i < 30 else 3) else "wrong")
+    pooled = now.pooled([now])
+    assert pooled.samples == [2 * K] * 128
+    assert pooled.accuracy == now.accuracy
+    first, second = RULES.accuracy(now, baseline(12)), replace(RULES, attempt=1)
+    again = second.accuracy(pooled, baseline(12))
+    assert again.verdict.k == 2 * K
+    assert again.verdict.p < first.verdict.p
+    assert "pooled with the samples of 1 earlier run" in again.reason
+    # The p-value between the two thresholds is what half the risk no longer calls proven.
+    p = first.verdict.p
+    strict = replace(RULES, alpha=1.5 * p * RULES.checks)
+    assert strict.accuracy(now, baseline(12)).name == "FAIL"
+    assert replace(strict, attempt=1).accuracy(now, baseline(12)).name != "FAIL"
+
+
+class TestSequential:
+    RULES = replace(RULES, sequential=True)
+
+    def stopped(self, now):
+        """The evaluation as a run that stops at a decision leaves it."""
+        records = [baseline(12).records[problem] for problem in now.plan]
+        for n in range(16, now.n + 1, 16):
+            if self.RULES.decided(now.groups[:n], records):
+                return replace(now, groups=now.groups[:n])
+        return now
+
+    def test_a_collapse_is_found_at_the_floor(self):
+        now = self.stopped(evaluation(share(0)))
+        assert now.n == 64
+        check = self.RULES.accuracy(now, baseline(12))
+        assert check.name == "FAIL"
+        assert check.verdict.n <= 64
+
+    def test_a_steady_policy_passes_early_and_is_judged_on_what_was_drawn(self):
+        now = self.stopped(evaluation(share(3)))
+        assert 64 <= now.n < 128
+        assert self.RULES.accuracy(now, baseline(12)).name == "PASS"
+        assert self.RULES.length(now, baseline(12)).verdict.n == now.n
+        assert self.RULES.truncation(now, baseline(12)).name == "PASS"
+
+    def test_two_sides_are_compared_on_the_problems_that_both_were_asked(self):
+        base, better = evaluation(share(1), policy="base"), evaluation(share(3), weights="v")
+        shorter = replace(better, groups=better.groups[:96])
+        check = self.RULES.no_loss([shorter, better], [base, base])
+        assert check.name == "PASS"
+        assert check.verdict.n == 96 + 128
+
+    def test_another_policy_is_judged_by_the_fixed_rule(self):
+        now = evaluation(share(3))
+        stored = baseline(12)
+        stored.same_policy = lambda _: False
+        assert self.RULES.accuracy(now, stored) == RULES.accuracy(now, stored)
+
+
+def test_the_plan_foresees_what_the_rule_can_find():
+    plan = RULES.plan(baseline(12), [problem.id for problem in PROBLEMS], K)
+    assert (plan.n, plan.k, plan.then) == (128, K, 0.75)
+    more = RULES.plan(baseline(12), [problem.id for problem in PROBLEMS], 2 * K)
+    assert more.mde90 < plan.mde90
+    assert RULES.plan(baseline(12), ["gcd-unknown"], K) is None

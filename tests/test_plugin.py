@@ -189,10 +189,12 @@ def test_an_unproven_check_is_counted_and_fails_only_when_strict(project):
     # 64 problems in two samples each cannot prove this margin, nor break it.
     project.makepyfile(
         test_own="""
-        from dataclasses import replace
+        from functools import partial
 
-        def test_accuracy(evaluation, baseline, gate):
-            gate._rules = replace(gate._rules, margin=0.011)
+        from harness.checks import Rules
+
+        def test_accuracy(evaluation, baseline, gate, monkeypatch):
+            monkeypatch.setattr("harness.session.Rules", partial(Rules, margin=0.011))
             gate.accuracy(evaluation, baseline)
         """
     )
@@ -365,3 +367,146 @@ def test_outside_of_its_suites_the_plugin_is_silent(pytester):
     result.assert_outcomes(passed=1)
     assert "== grpo-harness ==" not in result.stdout.str()
     assert os.environ.get("CI") is None
+
+
+@pytest.fixture
+def skilled(project):
+    """The project with an engine that answers right at the rate that a file says.
+
+    The file is no code, so two runs at different rates differ as two runs differ by chance.
+    """
+    project.makeconftest(
+        """
+        from pathlib import Path
+
+        import pytest
+
+        from harness.sampling import Sample
+        from harness.sampling.transformers import TransformersSampler
+        from harness.tasks import task_types
+
+        PALINDROME = task_types()["palindrome"]
+
+        @pytest.fixture(autouse=True)
+        def skilled(monkeypatch):
+            skill = float(Path("skill.txt").read_text())
+
+            def sample(self, requests, progress=None):
+                right = {
+                    self._policy.render(problem.prompt): PALINDROME.canonical(problem.task)
+                    for problem in PALINDROME.problems(256)
+                }
+                return [
+                    Sample(right[r.prompt] if r.seed % 1000 < 1000 * skill else "?", 3, False)
+                    for r in requests
+                ]
+
+            monkeypatch.setattr(TransformersSampler, "sample", sample)
+        """
+    )
+    table = project.path / "pyproject.toml"
+    table.write_text(table.read_text().replace("problems = 64", "problems = 256"))
+
+    def skilled(rate, *arguments, **outcomes):
+        (project.path / "skill.txt").write_text(str(rate))
+        return run(project, *arguments, **outcomes)
+
+    skilled(0.8, "--grpo-record", skipped=2)
+    skilled.path = project.path
+    return skilled
+
+
+def verdict(skilled, question="accuracy", policy="base-policy"):
+    report = json.loads((skilled.path / "out" / "report.json").read_text())
+    (check,) = [
+        check
+        for check in report["checks"]
+        if check["question"] == question and check["policy"].endswith(policy)
+    ]
+    return check
+
+
+def test_a_rerun_pools_instead_of_drawing_again_until_green(skilled):
+    only = ("-k", "base-palindrome", "--grpo-report", "out")
+    skilled(0.6, *only, "--grpo-seed", "1", failed=1)
+    # By itself the second run would pass; with the first it proves the drop that is there.
+    rerun = skilled(0.8, *only, "--grpo-seed", "2", failed=1)
+    rerun.stdout.fnmatch_lines(["*pooled with the samples of 1 earlier run*"])
+    assert verdict(skilled)["verdict"]["k"] == 4
+    # The seed of a run that was judged gives the verdict that it was given.
+    skilled(0.6, *only, "--grpo-seed", "1", failed=1)
+    assert verdict(skilled)["verdict"]["k"] == 2
+
+
+def test_a_pass_ends_the_series_and_so_does_other_code(skilled):
+    only = ("-k", "base-palindrome", "--grpo-report", "out")
+    skilled(0.8, *only, passed=1)
+    skilled(0.6, *only, failed=1)
+    assert verdict(skilled)["verdict"]["k"] == 2
+    conftest = skilled.path / "conftest.py"
+    conftest.write_text(conftest.read_text() + "\n# mended\n")
+    skilled(0.8, *only, passed=1)
+    assert verdict(skilled)["verdict"]["k"] == 2
+
+
+def test_a_sequential_run_stops_at_a_decision_and_says_where(skilled):
+    steady = skilled(0.8, "--grpo-sequential", "--grpo-report", "out", passed=2)
+    steady.stdout.fnmatch_lines(["palindrome *base-policy *of 256 × 2*"])
+    report = json.loads((skilled.path / "out" / "report.json").read_text())
+    for evaluation in report["evaluations"]:
+        assert 64 <= evaluation["n"] < 256
+        assert evaluation["planned"] == 256
+    skilled(0.4, "--grpo-sequential", "--grpo-report", "out", failed=2)
+    assert verdict(skilled)["verdict"]["n"] <= 64
+
+
+def test_a_lower_accuracy_is_recorded_only_with_a_reason(skilled):
+    before = {path: path.read_bytes() for path in skilled.path.glob("baselines/*/*.json")}
+    refused = skilled(0.5, "--grpo-record", errors=2)
+    refused.stdout.fnmatch_lines(["*nothing is recorded*--grpo-accept-regression*"])
+    assert all(path.read_bytes() == content for path, content in before.items())
+    why = "palindromes are no longer our business"
+    accepted = skilled(0.5, "--grpo-record", "--grpo-accept-regression", why, skipped=2)
+    accepted.stdout.fnmatch_lines(["*: accepted, and the anchor moves down*"])
+    for path in before:
+        assert json.loads(path.read_text())["reason"] == why
+    assert skilled(0.5).ret == 0
+
+
+@pytest.mark.parametrize("arguments", [["why"], ["  ", "--grpo-record"]])
+def test_a_reason_belongs_to_a_recording_and_says_something(project, arguments):
+    result = run(project, "--grpo-accept-regression", *arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--grpo-accept-regression says why*"])
+
+
+def test_stale_recordings_are_reported_and_pruned_by_a_run_of_its_own(project, monkeypatch):
+    run(project, "--grpo-record")
+    gone = project.path / "baselines" / "gone-policy"
+    shutil.copytree(project.path / "baselines" / "base-policy", gone)
+    result = run(project, passed=2)
+    result.stdout.fnmatch_lines(["stale: *gone-policy/palindrome.json: *--grpo-prune deletes it"])
+    kept = {name: path.read_bytes() for name, path in baselines(project).items()}
+    monkeypatch.setenv("CI", "true")
+    assert run(project, "--grpo-prune").ret == pytest.ExitCode.USAGE_ERROR
+    assert gone.is_dir()
+    monkeypatch.delenv("CI")
+    pruned = run(project, "--grpo-prune")
+    assert pruned.ret == 0
+    pruned.stdout.fnmatch_lines(["pruned *gone-policy/palindrome.json*", "1 stale entries*"])
+    del kept["baselines/gone-policy/palindrome.json"]
+    assert {name: path.read_bytes() for name, path in baselines(project).items()} == kept
+
+
+def test_the_plan_is_shown_before_anything_is_drawn(skilled):
+    listed = skilled(0.8, "--co", "-q")
+    listed.stdout.fnmatch_lines(
+        [
+            "plan: 2 checks share *",
+            "*drop found 9 times in 10*problems that find 5 points*",
+            "palindrome *base-policy *256 × 2 *%*",
+            "palindrome *trained-policy *256 × 2 *%*",
+        ]
+    )
+    judged = skilled(0.8)
+    judged.stdout.fnmatch_lines(["plan: 2 checks share *(check by check: --co)"])

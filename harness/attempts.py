@@ -1,0 +1,68 @@
+"""The runs that did not pass, so that a rerun adds to their evidence instead of replacing it.
+
+Who runs a red check again until it is green draws until chance helps. So a rerun of the same check
+pools its samples with those of the runs before it and meets a stricter threshold. A pass ends the
+series, and so does whatever makes it another question: another policy, setting, baseline or code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A run of a check: its seed, how many problems it asked, and the verdict's name."""
+
+    seed: int
+    n: int
+    verdict: str
+
+
+class Attempts:
+    """The attempts in one folder, one a line, only ever appended."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "attempts.jsonl"
+
+    def before(self, check: str, seed: int) -> list[Attempt]:
+        """Return the attempts of an open series of ``check`` that precede the run of ``seed``.
+
+        A seed draws the same samples again, so a run that repeats one is judged as it was then.
+        """
+        series: list[Attempt] = []
+        for entry in self._entries():
+            if entry.pop("check") != check:
+                continue
+            attempt = Attempt(**entry)
+            if attempt.seed == seed:
+                return series
+            if attempt.verdict == "PASS":
+                series = []
+            elif attempt.seed not in {earlier.seed for earlier in series}:
+                series.append(attempt)
+        return series
+
+    def add(self, check: str, attempt: Attempt) -> None:
+        """Append an attempt of ``check``."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"check": check, **asdict(attempt)}, sort_keys=True)
+        with FileLock(self._path.with_suffix(".lock")), self._path.open("a") as file:
+            # The newline comes first: a line that a dying process cut short spoils only itself.
+            file.write(f"\n{line}")
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        with FileLock(self._path.with_suffix(".lock")):
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            with suppress(ValueError):
+                yield json.loads(line)

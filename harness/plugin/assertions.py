@@ -1,0 +1,78 @@
+"""The gate's rules as a suite asserts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harness.plugin.state import carry
+
+if TYPE_CHECKING:
+    from harness.baseline import Baseline
+    from harness.checks import Check, Rules
+    from harness.evaluation import Evaluation
+    from harness.session import Session
+
+
+class Gate:
+    """The gate's rules as assertions: each judges, reports, and fails the test on harm.
+
+    FAIL and ERROR fail the test. UNPROVEN is reported and counted beside passed and failed, and
+    fails it under ``--grpo-strict``.
+    """
+
+    def __init__(self, session: Session, node: pytest.Item, *, strict: bool) -> None:
+        self._session = session
+        self._node = node
+        self._strict = strict
+
+    def accuracy(self, evaluation: Evaluation, baseline: Baseline) -> Check:
+        """Fail when the share of correct completions has dropped."""
+        return self._against("accuracy", evaluation, baseline)
+
+    def length(self, evaluation: Evaluation, baseline: Baseline) -> Check:
+        """Fail when completions have become longer or shorter."""
+        return self._against("length", evaluation, baseline)
+
+    def truncation(self, evaluation: Evaluation, baseline: Baseline) -> Check:
+        """Fail when more completions are cut off by the token limit."""
+        return self._against("truncation", evaluation, baseline)
+
+    def unparsable(self, evaluation: Evaluation, baseline: Baseline) -> Check:
+        """Fail when more completions hold no readable answer."""
+        return self._against("unparsable", evaluation, baseline)
+
+    def improvement(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
+        """Fail when the trained policy is proven worse than its base; pass when proven better."""
+        return self._between("improvement", trained, base)
+
+    def no_loss(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
+        """Fail when the trained policy is worse than its base, or is its base."""
+        return self._between("no_loss", trained, base)
+
+    def _against(self, rule: str, evaluation: Evaluation, baseline: Baseline) -> Check:
+        def judge(rules: Rules, evaluations: Sequence[Evaluation]) -> Check:
+            check: Check = getattr(rules, rule)(*evaluations, baseline)
+            return check
+
+        return self._assert(self._session.judge(rule, [evaluation], baseline.digest, judge))
+
+    def _between(
+        self, rule: str, trained: Sequence[Evaluation], base: Sequence[Evaluation]
+    ) -> Check:
+        def judge(rules: Rules, evaluations: Sequence[Evaluation]) -> Check:
+            sides = evaluations[: len(trained)], evaluations[len(trained) :]
+            check: Check = getattr(rules, rule)(*sides)
+            return check
+
+        return self._assert(self._session.judge(rule, [*trained, *base], "base", judge))
+
+    def _assert(self, check: Check) -> Check:
+        carry(self._node, "check", check.asdict())
+        bad = ("FAIL", "ERROR", "UNPROVEN") if self._strict else ("FAIL", "ERROR")
+        if check.name in bad:
+            again = f"pytest '{self._node.nodeid}' --grpo-seed {self._session.run_seed}"
+            pytest.fail(f"{check.message()}\n  again: {again}", pytrace=False)
+        return check

@@ -1,0 +1,37 @@
+"""What the parts of the plugin share: what a run stashes, and the rows that its tests carry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from harness.settings import Settings
+
+PROPERTY = "grpo-harness"
+"""Name of the test properties that carry rows from the workers to the report, and into JUnit."""
+
+SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
+RUN_SEED: pytest.StashKey[int] = pytest.StashKey()
+CHECKS: pytest.StashKey[int] = pytest.StashKey()
+"""How many checks the run planned: they share one risk of a false alarm."""
+
+
+def carry(node: pytest.Item, kind: str, row: dict[str, Any]) -> None:
+    """Attach a row to a test: whichever process ran it, the report will have it."""
+    node.user_properties.append((PROPERTY, json.dumps({"kind": kind, **row})))
+
+
+def rows(report: pytest.TestReport) -> Iterator[dict[str, Any]]:
+    """Yield the rows that a test carried."""
+    for name, value in report.user_properties:
+        if name == PROPERTY:
+            yield json.loads(str(value))
+
+
+def fixtures_of(item: pytest.Item) -> list[str]:
+    """Return the names of the fixtures that a test uses, directly or not."""
+    return getattr(item, "fixturenames", [])

@@ -1,0 +1,53 @@
+"""A rerun adds to the evidence of the runs before it that did not pass."""
+
+import pytest
+
+from harness.attempts import Attempt, Attempts
+
+
+@pytest.fixture
+def attempts(tmp_path):
+    return Attempts(tmp_path / "cache")
+
+
+def seeds(found):
+    return [attempt.seed for attempt in found]
+
+
+def test_nothing_precedes_the_first(attempts):
+    assert attempts.before("a", 1) == []
+
+
+def test_what_did_not_pass_precedes_the_next(attempts):
+    attempts.add("a", Attempt(1, 256, "FAIL"))
+    attempts.add("b", Attempt(9, 256, "FAIL"))
+    attempts.add("a", Attempt(2, 128, "UNPROVEN"))
+    assert attempts.before("a", 3) == [Attempt(1, 256, "FAIL"), Attempt(2, 128, "UNPROVEN")]
+
+
+def test_a_pass_ends_the_series(attempts):
+    attempts.add("a", Attempt(1, 256, "FAIL"))
+    attempts.add("a", Attempt(2, 256, "PASS"))
+    assert attempts.before("a", 3) == []
+    attempts.add("a", Attempt(3, 256, "UNPROVEN"))
+    assert seeds(attempts.before("a", 4)) == [3]
+
+
+def test_a_repeated_seed_is_judged_as_it_was_and_counts_once(attempts):
+    for seed in (1, 2, 2, 1):
+        attempts.add("a", Attempt(seed, 256, "FAIL"))
+    assert seeds(attempts.before("a", 1)) == []
+    assert seeds(attempts.before("a", 2)) == [1]
+    assert seeds(attempts.before("a", 3)) == [1, 2]
+    attempts.add("a", Attempt(3, 256, "PASS"))
+    assert seeds(attempts.before("a", 2)) == [1]
+
+
+@pytest.mark.parametrize("cut", range(1, 50, 7))
+def test_a_line_that_was_cut_short_spoils_only_itself(attempts, tmp_path, cut):
+    attempts.add("a", Attempt(1, 256, "FAIL"))
+    attempts.add("a", Attempt(2, 256, "FAIL"))
+    path = tmp_path / "cache" / "attempts.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    attempts.add("a", Attempt(3, 256, "FAIL"))
+    assert seeds(attempts.before("a", 4)) == [1, 3]
