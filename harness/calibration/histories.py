@@ -71,7 +71,7 @@ def slow_losses(draw: Draws, plan: Plan) -> Study:
     for n in (192, 256):
         rng = draw.stream(f"histories of {n}")
         histories = []
-        for _ in range(plan.studies // 10):
+        for _ in range(plan.studies // 5):
             before = rng.beta(0.7, 0.3, n)
             anchor = parent = rng.binomial(K_THEN, before)
             red = np.zeros(3, dtype=bool)

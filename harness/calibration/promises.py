@@ -85,7 +85,7 @@ class Bound:
         return np.asarray((names == self.verdict).reshape(-1, self.batch.scenario.checks).any(1))
 
 
-def rows(bounds: Sequence[Bound], gates: dict[str, Gate]) -> list[Row]:
+def rows(bounds: Sequence[Bound], gates: Mapping[str, Gate]) -> list[Row]:
     """Put every gate to every bound."""
     return [(b.promise, {name: b.sessions(gate) for name, gate in gates.items()}) for b in bounds]
 

@@ -23,7 +23,6 @@ from harness.calibration.simulation import (
     Scenario,
 )
 from harness.gate import judge_length
-from harness.stats import holm
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,15 @@ def sequential_runs(draw: Draws, plan: Plan) -> Study:
     return Study("Sequential, a look every 16 problems", found, ("likelihood alone",))
 
 
+def step_down(p: Floats) -> Floats:
+    """Holm's adjusted p of every session at once; p and result have the shape (sessions, m)."""
+    order = p.argsort(axis=1)
+    steps = np.take_along_axis(p, order, axis=1) * np.arange(p.shape[1], 0, -1)
+    adjusted = np.empty_like(p)
+    np.put_along_axis(adjusted, order, np.maximum.accumulate(steps, axis=1), axis=1)
+    return np.minimum(1.0, adjusted)
+
+
 def families(draw: Draws, plan: Plan) -> Study:
     """Each of m checks alone at alpha / m, or all together by Holm's step-down.
 
@@ -125,10 +133,9 @@ def families(draw: Draws, plan: Plan) -> Study:
             return np.concatenate(columns, axis=1)
 
         p, drops = sheet("p"), sheet("delta") <= -MINIMUM
-        step_down = np.array([holm(session.tolist()) for session in p])
         return {
             "Bonferroni": (p <= ALPHA / p.shape[1]) & drops,
-            "Holm": (step_down <= ALPHA) & drops,
+            "Holm": (step_down(p) <= ALPHA) & drops,
         }
 
     one, all_twelve = failed((harmed, 1), (unharmed, 11)), failed((harmed, 12))
