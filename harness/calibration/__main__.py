@@ -82,9 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
         *power,
         *promises.announced_bounds(draw, plan),
     ]
-    gate = Study("The gate", rows(bounds, {"gate": reference}))
+    gate = Study("The gate: false alarms, power, wrong PASS", rows(bounds, {"gate": reference}))
     mutants = Study(
-        "Mutants of the gate", rows(core, {"the gate": reference, **MUTANTS}), tuple(MUTANTS)
+        "The gate and its mutants, each of which must break a promise",
+        rows(core, {"the gate": reference, **MUTANTS}),
+        tuple(MUTANTS),
     )
 
     more = [study(draw, plan) for study in STUDIES] if plan.studies else []

@@ -57,7 +57,11 @@ def reruns(draw: Draws, plan: Plan) -> Study:
             harmed = Scenario(n, 4, pattern=pattern, drop=DROP)
             green = {rule: ~np.all(attempts, axis=1) for rule, attempts in red(harmed).items()}
             found.append((Promise(str(harmed), "ends green", high=missed), green))
-    return Study("Run again while red", found, ("alone",))
+    return Study(
+        "Run again while red, 3 attempts: samples pooled at falling alpha, and each judged alone",
+        found,
+        ("alone",),
+    )
 
 
 def slow_losses(draw: Draws, plan: Plan) -> Study:
@@ -90,7 +94,10 @@ def slow_losses(draw: Draws, plan: Plan) -> Study:
         truth = f"{n} x 4, {COMMITS} times {100 * LOSS:g} pt lost"
         found.append((Promise(truth, "unseen", high=ALPHA), unseen))
     return Study(
-        "A slow loss, the baseline recorded anew each time", found, ("parent", "tolerance")
+        "A slow loss, the baseline recorded anew each time: judged against the first recording, "
+        "against the one before, and by a tolerance of 5 points",
+        found,
+        ("parent", "tolerance"),
     )
 
 

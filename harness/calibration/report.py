@@ -21,9 +21,11 @@ NARROW = re.compile(r", | (?=[<>]=)|(?<=[a-z]) (?=[0-9]+ pt|policy)")
 """Where the head of a column may be broken."""
 
 LEGEND = """\
-256 x 4 is 256 problems with 4 samples each, against a reference of 16. A drop is spread over all
-problems, concentrated in a few, or broken: some problems are lost entirely, by chance. Figures
-are percent of simulated sessions; a star is a broken promise: it is off by more than chance."""
+Percent of simulated sessions, beside what the gate promises of them. A star is a broken promise:
+off by more than chance. 256 x 4 is 256 problems with 4 samples each, against a reference of 16,
+and mean 0.7 is the share of correct answers before. A drop of so many points (pt) is spread over
+all problems, concentrated in a few, or broken: each problem is lost entirely or not at all, by
+chance. Another policy is reshuffled where it is as good as the old one, on other problems."""
 
 
 def table(rows: Sequence[Row], *, by_rule: bool = False) -> tuple[str, set[str]]:

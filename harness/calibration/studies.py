@@ -64,7 +64,7 @@ def lengths(draw: Draws, plan: Plan) -> Study:
         (1 / 1.25, "PASS", 0.0, 0.05),
     ]
     return Study(
-        "Length",
+        "Length: the gate, and FAIL wherever the mean differs by 5 percent",
         [
             (
                 Promise(f"{n} x {k}, {ratio:.3g} times as long", event, low, high),
@@ -104,7 +104,11 @@ def sequential_runs(draw: Draws, plan: Plan) -> Study:
             used = np.array([verdict.n for verdict in batch.sequential]) / fixed
             promise = Promise(str(batch.scenario), f"used of {fixed} problems", high=most)
             found.append((promise, {"gate": used}))
-    return Study("Sequential, a look every 16 problems", found, ("likelihood alone",))
+    return Study(
+        "Sequential, a look every 16 problems: the gate, and a likelihood ratio alone",
+        found,
+        ("likelihood alone",),
+    )
 
 
 def step_down(p: Floats) -> Floats:
@@ -161,4 +165,6 @@ def families(draw: Draws, plan: Plan) -> Study:
             {rule: f.ravel() for rule, f in all_twelve.items()},
         ),
     ]
-    return Study("Many checks in one session, 256 x 4", found)
+    return Study(
+        "Many checks of 256 x 4 in one session: each alone at alpha / m, and all by Holm", found
+    )
