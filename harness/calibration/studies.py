@@ -67,7 +67,7 @@ def lengths(draw: Draws, plan: Plan) -> Study:
         "Length: the gate, and FAIL wherever the mean differs by 5 percent",
         [
             (
-                Promise(f"{n} x {k}, {ratio:.3g} times as long", event, low, high),
+                Promise(f"{n} x {k}, {ratio:.2f} times as long", event, low, high),
                 outcomes(ratio, event),
             )
             for ratio, event, low, high in promises
