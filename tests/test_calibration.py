@@ -1,23 +1,24 @@
 """The gate holds its promises on simulated runs, and every mutant of it breaks one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from statsmodels.stats.multitest import multipletests
 
-from harness import calibration
-from harness.calibration import (
-    HARMS,
-    MUTANTS,
-    Batch,
-    Bound,
-    Draws,
-    Scenario,
-    decide,
-    main,
-    reference,
-    table,
-)
+from harness.calibration import __main__ as command
+from harness.calibration import promises
+from harness.calibration.__main__ import STUDIES, default_seed, main
+from harness.calibration.gates import MUTANTS, decide, reference
+from harness.calibration.promises import CHANCE, QUICK, Bound, Promise, rows
+from harness.calibration.report import table
+from harness.calibration.simulation import HARMS, Batch, Draws, Pattern, Scenario
+from harness.calibration.studies import Study, step_down
+
+SMALL = replace(QUICK, studies=100)
+OBVIOUS = {"tolerance .05", "tolerance"}
+"""The mutants of studies that a small one shows."""
 
 
 def test_the_gate_keeps_its_promises_and_no_mutant_survives(
@@ -26,37 +27,71 @@ def test_the_gate_keeps_its_promises_and_no_mutant_survives(
     status = main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert "The gate keeps every promise." in printed
+    assert "The gate keeps every promise" in printed
     assert all(mutant in printed for mutant in MUTANTS)
     assert (tmp_path / "calibration.txt").read_text(encoding="utf-8") == printed
     assert (tmp_path / "power.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__)
+def test_the_gate_keeps_its_promises_over_several_runs(study) -> None:
+    seed = default_seed()
+    found = study(Draws(seed), SMALL)
+    text, broken = table(found.rows)
+    told = f"--seed {seed}\n{found.title}\n{text}"
+    assert not broken - set(found.mutants), told
+    assert OBVIOUS & set(found.mutants) <= broken, told
+
+
+@pytest.fixture
+def promised(monkeypatch: pytest.MonkeyPatch):
+    """Let the command hold nothing but this one promise."""
+
+    def only(bound: Bound) -> None:
+        monkeypatch.setattr(promises, "core_bounds", lambda *_: [bound])
+        for others in ("alarm_bounds", "power_bounds", "announced_bounds"):
+            monkeypatch.setattr(promises, others, lambda *_: [])
+
+    return only
+
+
 def test_a_gate_that_breaks_a_promise_fails_the_calibration(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    promised, capsys: pytest.CaptureFixture[str]
 ) -> None:
     harmed = Draws(0)(Scenario(64, 4, pattern="spread", drop=0.3), 50)
-    monkeypatch.setattr(calibration, "core_bounds", lambda *_: [Bound(harmed, "FAIL", 0.01)])
-    monkeypatch.setattr(calibration, "further_bounds", lambda *_: [])
-    monkeypatch.setattr(calibration, "power_bounds", lambda *_: [])
-    assert main(["--seed", "0"]) == 1
-    assert "100.0*" in capsys.readouterr().out
+    promised(Bound(harmed, "FAIL", high=0.01))
+    assert main(["--quick", "--seed", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert "100.0*" in printed
+    assert "gate breaks a promise" in printed
 
 
 def test_a_mutant_that_survives_fails_the_calibration(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    promised, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unharmed = Draws(0)(Scenario(64, 4), 50)
-    monkeypatch.setattr(calibration, "core_bounds", lambda *_: [Bound(unharmed, "FAIL", 0.01)])
-    monkeypatch.setattr(calibration, "further_bounds", lambda *_: [])
-    monkeypatch.setattr(calibration, "power_bounds", lambda *_: [])
-    monkeypatch.setattr(calibration, "MUTANTS", {"identical": reference})
-    assert main(["--seed", "0"]) == 1
-    assert "No promise is broken by the mutant: identical" in capsys.readouterr().out
+    promised(Bound(Draws(0)(Scenario(64, 4), 50), "FAIL", high=0.01))
+    monkeypatch.setattr(command, "MUTANTS", {"identical": reference})
+    assert main(["--quick", "--seed", "0"]) == 1
+    assert "no promise is broken by identical" in capsys.readouterr().out
+
+
+def test_a_study_counts_like_the_rest(
+    promised, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promised(Bound(Draws(0)(Scenario(64, 4), 50), "FAIL", high=0.01))
+    monkeypatch.setattr(command, "MUTANTS", {})
+    outcomes = {"kept": np.zeros(50, bool), "broken": np.ones(50, bool)}
+    study = Study("Always", [(Promise("x", "event", high=0.5), outcomes)], ("kept",))
+    monkeypatch.setattr(command, "STUDIES", [lambda *_: study])
+    monkeypatch.setattr(command, "QUICK", replace(QUICK, studies=1))
+    assert main(["--quick", "--seed", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert "Always: broken breaks a promise" in printed
+    assert "Always: no promise is broken by kept" in printed
 
 
 @pytest.mark.parametrize("pattern", HARMS)
-def test_an_injected_drop_is_as_large_as_it_says(pattern: calibration.Pattern) -> None:
+def test_an_injected_drop_is_as_large_as_it_says(pattern: Pattern) -> None:
     rng = np.random.default_rng(0)
     now, then = Scenario(512, 8, pattern=pattern, drop=0.05).draw(rng, 200)
     drops = (then / 16).mean(axis=1) - (now / 8).mean(axis=1)
@@ -78,28 +113,67 @@ def test_draws_depend_on_seed_and_scenario_alone() -> None:
     assert (one.then != Draws(1)(Scenario(64, 8), 3).then).any()
 
 
+def test_the_predictions_of_power_enclose_it_and_meet_at_large_n() -> None:
+    small, large = (Draws(0)(Scenario(n, 4), 20) for n in (64, 4096))
+    assert small.predicted_power(0.05) < small.predicted_power(0.05, guarded=False) - 0.1
+    assert large.predicted_power(0.01) == pytest.approx(
+        large.predicted_power(0.01, guarded=False), abs=0.01
+    )
+
+
 def test_a_session_has_a_verdict_if_one_of_its_checks_has() -> None:
     batch = Batch(Scenario(64, 4, checks=2), np.zeros((4, 64), int), np.zeros((4, 64), int))
-    bound = Bound(batch, "FAIL", 0.5)
+    bound = Bound(batch, "FAIL", high=0.5)
     names = decide(np.array([False, True, False, False]), np.zeros(4, bool))
     assert bound.sessions(lambda _: names).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
-    ("hits", "least", "broken"),
-    [(0, False, False), (50, False, True), (0, True, True), (50, True, False), (12, False, False)],
+    ("low", "high", "hits", "broken"),
+    [
+        (0.0, 0.1, 0, False),
+        (0.0, 0.1, 12, False),
+        (0.0, 0.1, 50, True),
+        (0.1, 1.0, 0, True),
+        (0.1, 1.0, 9, False),
+        (0.1, 1.0, 50, False),
+        (0.3, 0.6, 45, False),
+        (0.3, 0.6, 10, True),
+        (0.3, 0.6, 80, True),
+    ],
 )
-def test_a_bound_is_broken_beyond_chance_only(hits: int, least: bool, broken: bool) -> None:
-    batch = Batch(Scenario(64, 4), np.zeros((100, 64), int), np.zeros((100, 64), int))
-    failed = np.arange(100) < hits
-    bound = Bound(batch, "FAIL", 0.1, least)
-    share, is_broken = bound.measure(lambda _: decide(failed, ~failed), 0.001)
-    assert (share, is_broken) == (hits / 100, broken)
+def test_a_promise_is_broken_beyond_chance_only(
+    low: float, high: float, hits: int, broken: bool
+) -> None:
+    promise = Promise("x", "event", low, high)
+    assert promise.broken(np.arange(100) < hits, CHANCE) == broken
 
 
-def test_the_table_names_the_gates_that_break_a_promise() -> None:
+@pytest.mark.parametrize(("mean", "broken"), [(0.4, False), (0.6, False), (0.7, True)])
+def test_a_promise_of_a_mean_is_broken_beyond_chance_only(mean: float, broken: bool) -> None:
+    numbers = mean + np.random.default_rng(0).normal(0, 0.1, 100)
+    assert (
+        Promise("x", "problems", high=0.6).broken(numbers - numbers.mean() + mean, CHANCE) == broken
+    )
+
+
+def test_a_promise_says_its_limits() -> None:
+    limits = [(0.0, 0.015), (0.95, 1.0), (0.2, 0.5)]
+    said = [str(Promise("x", "FAIL", low, high)) for low, high in limits]
+    assert said == ["FAIL <= 1.5 %", "FAIL >= 95 %", "FAIL 20 to 50 %"]
+
+
+@pytest.mark.parametrize("by_rule", [False, True])
+def test_the_table_names_the_gates_that_break_a_promise(by_rule: bool) -> None:
     batch = Draws(0)(Scenario(64, 4), 100)
     gates = {"calm": reference, "shrill": lambda b: np.full(len(b.now), "FAIL")}
-    frame, broken = table([Bound(batch, "FAIL", 0.01)], gates)
+    text, broken = table(rows([Bound(batch, "FAIL", high=0.01)], gates), by_rule=by_rule)
     assert broken == {"shrill"}
-    assert frame["shrill"].tolist() == ["100.0*"]
+    assert text.count("*") == 1
+    assert "100.0*" in text
+
+
+def test_holm_is_that_of_statsmodels() -> None:
+    p = np.random.default_rng(0).uniform(0, 0.2, (2, 12)).round(2)
+    expected = [multipletests(session, method="holm")[1] for session in p]
+    assert step_down(p) == pytest.approx(np.array(expected))
