@@ -6,6 +6,7 @@ a person needs next: the numbers, the problems that changed most, and the comman
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from harness import gate
 from harness.baseline import Baseline, BaselineError, Record
 from harness.evaluation import LOOK, Evaluation, Group
 from harness.gate import Verdict
+from harness.reward import Outcome
 from harness.text import escape
 
 Unit = Literal["%", "tokens"]
@@ -55,13 +57,17 @@ class Check:
             v = self.verdict
             tokens = self.unit == "tokens"
             now, then = (f"{x:.1f} tokens" if tokens else f"{x:.1%}" for x in (v.now, v.then))
+            unit = "%" if tokens else " points"
             lines.append(
-                f"  {then} ({self.reference}) -> {now}: {v.delta:+.1%}, "
-                f"90 % interval {v.lower:+.1%} to {v.upper:+.1%}, p = {v.p:.2g}, "
+                f"  {then} ({self.reference}) -> {now}: {100 * v.delta:+.1f}{unit}, "
+                f"90 % interval {100 * v.lower:+.1f} to {100 * v.upper:+.1f}, p = {v.p:.2g}, "
                 f"n = {v.n} problems x {v.k} samples"
             )
         lines.append(f"  {self.reason}")
         lines += [f"  {line}" for line in self.changed]
+        if self.name == "FAIL" and self.question not in AGAINST_BASE:
+            why = " --grpo-accept-regression 'why'" if self.question == "accuracy" else ""
+            lines.append(f"  if it is meant: --grpo-record{why}")
         return "\n".join(lines)
 
     def asdict(self) -> dict[str, Any]:
@@ -138,7 +144,7 @@ class Rules:
                 **self._settings(),
             )
 
-        return self._against("accuracy", evaluation, baseline, judge)
+        return self._against("accuracy", evaluation, baseline, judge, _ACCURACY)
 
     def truncation(self, evaluation: Evaluation, baseline: Baseline) -> Check:
         """Has the share of completions that the token limit cut off risen?"""
@@ -160,7 +166,7 @@ class Rules:
                 checks=self.checks,
             )
 
-        return self._against("length", evaluation, baseline, judge, unit="tokens")
+        return self._against("length", evaluation, baseline, judge, _LENGTH)
 
     def improvement(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
         """Is the trained policy better than its base, over all problems of these evaluations?"""
@@ -204,8 +210,8 @@ class Rules:
         ]
         now, then = [group for group, _ in pairs], [group for _, group in pairs]
         verdict = judge(*_counts(now), *_counts(then))
-        rates = [_rate(group) for group in then]
-        return self._judged(check, verdict, _changed(now, rates, verdict))
+        before = [_ACCURACY.now(group) for group in then]
+        return self._judged(check, verdict, _changed(now, before, _ACCURACY, verdict))
 
     def _fault(
         self,
@@ -223,7 +229,7 @@ class Rules:
                 **self._settings(),
             )
 
-        return self._against(question, evaluation, baseline, judge)
+        return self._against(question, evaluation, baseline, judge, _FAULTS[outcome])
 
     def _against(
         self,
@@ -231,10 +237,11 @@ class Rules:
         evaluation: Evaluation,
         baseline: Baseline,
         judge: Callable[[Sequence[Record]], Verdict],
-        unit: Unit = "%",
+        measure: _Measure,
     ) -> Check:
         reference = f"baseline of {baseline.policy}"
-        check = Check(question, evaluation.task_type.name, evaluation.policy, reference, unit=unit)
+        name, unit = evaluation.task_type.name, measure.unit
+        check = Check(question, name, evaluation.policy, reference, unit=unit)
         try:
             records = baseline.select(evaluation)
         except BaselineError as error:
@@ -242,8 +249,8 @@ class Rules:
         if reason := _unscored([evaluation]):
             return replace(check, reason=reason)
         verdict = judge(records)
-        rates = [record.correct / record.k for record in records]
-        return self._judged(check, verdict, _changed(evaluation.groups, rates, verdict))
+        before = [measure.then(record) for record in records]
+        return self._judged(check, verdict, _changed(evaluation.groups, before, measure, verdict))
 
     def _judged(self, check: Check, verdict: Verdict, changed: tuple[str, ...]) -> Check:
         reason = verdict.reason
@@ -263,8 +270,51 @@ def _counts(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
     return [group.count("correct") for group in groups], [len(g.completions) for g in groups]
 
 
-def _rate(group: Group) -> float:
-    return group.count("correct") / len(group.completions)
+@dataclass(frozen=True)
+class _Measure:
+    """What a check looks at in one problem, then and now, and how to say that it got worse."""
+
+    then: Callable[[Record], float]
+    now: Callable[[Group], float]
+    worse: Callable[[float, float], float]
+    label: str
+    unit: Unit = "%"
+
+    def show(self, value: float) -> str:
+        return f"{value:.1f}" if self.unit == "tokens" else f"{value:.0%}"
+
+
+def _share(outcome: Outcome) -> Callable[[Group], float]:
+    return lambda group: group.count(outcome) / len(group.completions)
+
+
+_ACCURACY = _Measure(
+    then=lambda record: record.correct / record.k,
+    now=_share("correct"),
+    worse=lambda then, now: then - now,
+    label="correct",
+)
+_FAULTS = {
+    "truncated": _Measure(
+        then=lambda record: record.truncated / record.k,
+        now=_share("truncated"),
+        worse=lambda then, now: now - then,
+        label="truncated",
+    ),
+    "unparsable": _Measure(
+        then=lambda record: record.unparsable / record.k,
+        now=_share("unparsable"),
+        worse=lambda then, now: now - then,
+        label="unparsable",
+    ),
+}
+_LENGTH = _Measure(
+    then=lambda record: math.exp(record.mean_log_length),
+    now=lambda group: math.exp(group.log_length),
+    worse=lambda then, now: abs(math.log(now / then)),
+    label="tokens",
+    unit="tokens",
+)
 
 
 def _unscored(evaluations: Sequence[Evaluation]) -> str:
@@ -282,19 +332,22 @@ def _unscored(evaluations: Sequence[Evaluation]) -> str:
     )
 
 
-def _changed(groups: Sequence[Group], before: Sequence[float], verdict: Verdict) -> tuple[str, ...]:
-    """Show the problems whose share of correct answers fell most, with what is answered now."""
+def _changed(
+    groups: Sequence[Group], before: Sequence[float], measure: _Measure, verdict: Verdict
+) -> tuple[str, ...]:
+    """Show the problems that got worse most, with what is answered now."""
     if verdict.name != "FAIL":
         return ()
-    rates = [_rate(group) for group in groups]
-    drops = [then - now for now, then in zip(rates, before, strict=False)]
-    worst = sorted(range(len(groups)), key=lambda i: -drops[i])[:_SHOWN]
+    # A sequential run may have asked fewer problems than the reference holds.
+    sides = [(then, measure.now(group)) for group, then in zip(groups, before, strict=False)]
+    harm = [measure.worse(then, now) for then, now in sides]
+    worst = sorted(range(len(sides)), key=lambda i: -harm[i])[:_SHOWN]
     return tuple(
-        f"{groups[i].problem.id}: {before[i]:.0%} -> {rates[i]:.0%} correct, wanted "
-        f"{escape(str(groups[i].problem.answer), 40)!r}, now "
+        f"{groups[i].problem.id}: {measure.show(sides[i][0])} -> {measure.show(sides[i][1])} "
+        f"{measure.label}, wanted {escape(str(groups[i].problem.answer), 40)!r}, now "
         + " | ".join(
             f"{escape(completion.text, 40)!r}" for completion in groups[i].completions[:_SHOWN]
         )
         for i in worst
-        if drops[i] > 0
+        if harm[i] > 0
     )

@@ -8,7 +8,8 @@ Several checks share one risk of a false alarm: a rule that is told it is one of
 `alpha / checks` (Bonferroni). Every check of a run is a test of its own that asserts its own
 verdict, whichever others were selected and wherever a parallel worker put them, so there is no
 place where all the p-values are at hand, as Holm's step-down needs. The price is small: the
-smallest p-value, which decides whether a run fails at all, meets the same threshold under both.
+smallest p-value, which decides whether a run fails at all, meets the same threshold under both,
+so a single drop among many checks is caught as often (`make calibrate` prints both).
 
 A rerun judged on the pooled samples must halve `alpha` for every earlier attempt; the caller
 knows of those, the rules do not.

@@ -69,7 +69,7 @@ def test_accuracy():
 def test_a_failure_shows_number_place_and_problems_escaped():
     check = RULES.accuracy(evaluation(share(2), text="\x1b[31m::error::\u202e"), baseline(12))
     message = check.message()
-    for part in ("accuracy", "new", "gcd", "75.0%", "50.0%", "-25.0%", PROBLEMS[0].id):
+    for part in ("accuracy", "new", "gcd", "75.0%", "50.0%", "-25.0 points", PROBLEMS[0].id):
         assert part in message
     assert "\x1b" not in message
     assert "::" not in message
@@ -78,7 +78,9 @@ def test_a_failure_shows_number_place_and_problems_escaped():
 
 def test_truncation_and_unparsable_answers_are_faults_of_their_own():
     now = evaluation(share(2, bad="truncated"))
-    assert RULES.truncation(now, baseline(8)).name == "FAIL"
+    check = RULES.truncation(now, baseline(8))
+    assert check.name == "FAIL"
+    assert "0% -> 50% truncated" in check.changed[0]
     assert RULES.truncation(now, baseline(8, truncated=8)).name == "PASS"
     assert RULES.unparsable(now, baseline(8)).name == "PASS"
     assert RULES.unparsable(evaluation(share(2, bad="unparsable")), baseline(8)).name == "FAIL"
@@ -89,6 +91,8 @@ def test_length_both_ways(log_length, name):
     check = RULES.length(evaluation(share(2)), baseline(8, log_length=log_length))
     assert check.name == name
     assert check.unit == "tokens"
+    assert bool(check.changed) == (name == "FAIL")
+    assert all("-> 3.0 tokens" in line for line in check.changed)
 
 
 def test_improvement():
