@@ -438,6 +438,13 @@ def test_a_rerun_pools_instead_of_drawing_again_until_green(skilled):
     assert verdict(skilled)["verdict"]["k"] == 2
 
 
+def test_without_pytests_cache_every_run_is_the_first(skilled):
+    only = ("-k", "base-palindrome", "--grpo-report", "out", "-p", "no:cacheprovider")
+    skilled(0.6, *only, failed=1)
+    skilled(0.8, *only, passed=1)
+    assert verdict(skilled)["verdict"]["k"] == 2
+
+
 def test_a_pass_ends_the_series_and_so_does_other_code(skilled):
     only = ("-k", "base-palindrome", "--grpo-report", "out")
     skilled(0.8, *only, passed=1)

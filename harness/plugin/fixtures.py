@@ -42,10 +42,11 @@ def grpo_session(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathF
     from harness.session import Session
     from harness.store import Store
 
-    if pytestconfig.cache is None:  # switched off, and with it all memory of earlier runs
-        cache = tmp_path_factory.mktemp("grpo-harness")
-    else:
+    if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
+        assert pytestconfig.cache is not None
         cache = Path(pytestconfig.cache.mkdir("grpo-harness"))
+    else:  # switched off, and with it all memory of earlier runs
+        cache = tmp_path_factory.mktemp("grpo-harness")
     report = pytestconfig.getoption("grpo_report")
     return Session(
         settings=pytestconfig.stash[SETTINGS],
