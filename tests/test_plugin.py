@@ -374,6 +374,7 @@ def skilled(project):
     """The project with an engine that answers right at the rate that a file says.
 
     The file is no code, so two runs at different rates differ as two runs differ by chance.
+    Recorded is a rate of 0.8; at 0.85 a run passes whatever its seed, at 0.6 it fails.
     """
     project.makeconftest(
         """
@@ -430,7 +431,7 @@ def test_a_rerun_pools_instead_of_drawing_again_until_green(skilled):
     only = ("-k", "base-palindrome", "--grpo-report", "out")
     skilled(0.6, *only, "--grpo-seed", "1", failed=1)
     # By itself the second run would pass; with the first it proves the drop that is there.
-    rerun = skilled(0.8, *only, "--grpo-seed", "2", failed=1)
+    rerun = skilled(0.85, *only, "--grpo-seed", "2", failed=1)
     rerun.stdout.fnmatch_lines(["*pooled with the samples of 1 earlier run*"])
     assert verdict(skilled)["verdict"]["k"] == 4
     # The seed of a run that was judged gives the verdict that it was given.
@@ -441,23 +442,23 @@ def test_a_rerun_pools_instead_of_drawing_again_until_green(skilled):
 def test_without_pytests_cache_every_run_is_the_first(skilled):
     only = ("-k", "base-palindrome", "--grpo-report", "out", "-p", "no:cacheprovider")
     skilled(0.6, *only, failed=1)
-    skilled(0.8, *only, passed=1)
+    skilled(0.85, *only, passed=1)
     assert verdict(skilled)["verdict"]["k"] == 2
 
 
 def test_a_pass_ends_the_series_and_so_does_other_code(skilled):
     only = ("-k", "base-palindrome", "--grpo-report", "out")
-    skilled(0.8, *only, passed=1)
+    skilled(0.85, *only, passed=1)
     skilled(0.6, *only, failed=1)
     assert verdict(skilled)["verdict"]["k"] == 2
     conftest = skilled.path / "conftest.py"
     conftest.write_text(conftest.read_text() + "\n# mended\n")
-    skilled(0.8, *only, passed=1)
+    skilled(0.85, *only, passed=1)
     assert verdict(skilled)["verdict"]["k"] == 2
 
 
 def test_a_sequential_run_stops_at_a_decision_and_says_where(skilled):
-    steady = skilled(0.8, "--grpo-sequential", "--grpo-report", "out", passed=2)
+    steady = skilled(0.85, "--grpo-sequential", "--grpo-report", "out", passed=2)
     steady.stdout.fnmatch_lines(["palindrome *base-policy *of 256 × 2*"])
     report = json.loads((skilled.path / "out" / "report.json").read_text())
     for evaluation in report["evaluations"]:
@@ -506,7 +507,7 @@ def test_stale_recordings_are_reported_and_pruned_by_a_run_of_its_own(project, m
 
 
 def test_the_plan_is_shown_before_anything_is_drawn(skilled):
-    listed = skilled(0.8, "--co", "-q")
+    listed = skilled(0.85, "--co", "-q")
     listed.stdout.fnmatch_lines(
         [
             "plan: 2 checks share *",
@@ -515,5 +516,5 @@ def test_the_plan_is_shown_before_anything_is_drawn(skilled):
             "palindrome *trained-policy *256 × 2 *%*",
         ]
     )
-    judged = skilled(0.8)
+    judged = skilled(0.85)
     judged.stdout.fnmatch_lines(["plan: 2 checks share *(check by check: --co)"])
