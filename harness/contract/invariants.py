@@ -269,16 +269,21 @@ def advantages_are_group_relative(run: Witness, oracle: Oracle) -> None:
     for step in run.steps:
         window = step.window
         right = oracle.advantages(window.rewards, g, how).tolist()
-        seen: list[tuple[str, int, float]] = []
-        for rows, part in zip(rows_of(step), step.parts, strict=True):
-            used = part.advantages.tolist()
-            seen += [("used", place, a) for place, a in zip(rows, used, strict=False)]
+        used = {
+            place: advantage
+            for rows, part in zip(rows_of(step), step.parts, strict=True)
+            for place, advantage in zip(rows, part.advantages.tolist(), strict=False)
+        }
         table = _table(run, window)
-        if table is not None:
-            seen += [("logged", i, float(a)) for i, a in enumerate(table["advantage"])]
-        for what, i, value in sorted(seen, key=lambda entry: entry[1]):
-            # A rounding of the rewards counts as much more where they hardly differ.
-            _equal(f"{_place(window, i, g)}: the advantage {what}", value, right[i], 1e-5, 1e-4)
+        logged = {} if table is None else dict(enumerate(table["advantage"].tolist()))
+        for what, seen in (("used", used), ("logged", logged)):
+            for i, value in sorted(seen.items()):
+                # A rounding of the rewards counts as much more where they hardly differ.
+                if not math.isclose(value, right[i], rel_tol=1e-4, abs_tol=1e-5):
+                    raise BrokenInvariantError(
+                        f"{_place(window, i, g)}: the advantage {what} is {value:.6f}, and "
+                        f"{right[i]:.6f} is right{oracle.suspect_advantages(run, window, seen)}"
+                    )
     for row, windows in _logged(run):
         spread = _mean([_spread(_scores(window)) for window in windows])
         flat = _mean([_flat(window, g, how) for window in windows])

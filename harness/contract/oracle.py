@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -205,12 +205,24 @@ class Oracle:
 
     def suspect(self, run: Witness, step: Step) -> str:
         """Say what the gradient of ``step`` is instead of the recipe's, where that can be told."""
-        right = Conventions.of(run.recipe)
-        for what, how in _alternatives(right, run):
+        for what, how in _alternatives(run):
             if distance(step.gradient, self.step(run, step, how).gradient) <= GRADIENT_TOLERANCE:
                 return f"; it is the gradient of {what}"
         times = scale(step.gradient, self.step(run, step).gradient)
         return "" if times is None else f"; it is {times:.4g} times the right one"
+
+    def suspect_advantages(self, run: Witness, window: Window, seen: Mapping[int, float]) -> str:
+        """Say what the advantages ``seen``, by place, are instead of the recipe's, likewise."""
+        for what, how in _alternatives(run):
+            others = self.advantages(window.rewards, run.recipe.num_generations, how).tolist()
+            # Rows that are alike have places that were given to them in any order.
+            rows = list(zip(window.prompt_ids, window.completion_ids, strict=True))
+            one = sorted((rows[i], a) for i, a in seen.items())
+            two = sorted((rows[i], others[i]) for i in seen)
+            pairs = zip(one, two, strict=True)
+            if all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5) for (_, a), (_, b) in pairs):
+                return f"; they are {what}"
+        return ""
 
     def _set(self, weights: Tensors) -> None:
         with torch.no_grad():
@@ -277,7 +289,9 @@ def _norm(gradient: Tensors) -> float:
     return math.sqrt(sum(float((values.double() ** 2).sum()) for values in gradient.values()))
 
 
-def _alternatives(right: Conventions, run: Witness) -> Iterator[tuple[str, Conventions]]:
+def _alternatives(run: Witness) -> Iterator[tuple[str, Conventions]]:
+    right = Conventions.of(run.recipe)
+
     def but(**changes: object) -> Conventions:
         return dataclasses.replace(right, **changes)  # type: ignore[arg-type]
 
