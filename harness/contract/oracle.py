@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +69,15 @@ class Conventions:
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """A step as it should be: its loss and gradient, and figures averaged as TRL logs them."""
+    """A step as it should be: its loss and gradient, and figures averaged as TRL logs them.
+
+    ``log_probabilities`` has shape (completions, tokens of the longest).
+    """
 
     loss: float
     gradient: Tensors
     logged: dict[str, float]
+    log_probabilities: Tensor
 
 
 class Oracle:
@@ -83,6 +88,7 @@ class Oracle:
         self.base = {name: p.cpu().clone() for name, p in self.policy.model.named_parameters()}
         self._model = self.policy.model.double().requires_grad_(True)
         self._computed: dict[Step, Computed] = {}
+        self._suspects: dict[Step, str] = {}
 
     def truncated(self, completion: Sequence[int]) -> bool:
         """Tell whether a completion was cut off before a token that ends an answer."""
@@ -201,14 +207,27 @@ class Oracle:
             float(total.detach()),
             {n: grad.float().cpu() for n, grad in zip(names, gradients, strict=True)},
             {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]},
+            new.detach().cpu(),
         )
 
     def suspect(self, run: Witness, step: Step) -> str:
         """Say what the gradient of ``step`` is instead of the recipe's, where that can be told."""
+        if step not in self._suspects:
+            right = self.step(run, step).gradient
+            # Half the precision is enough to tell one mistake from another, and twice as fast.
+            self._model.float()
+            self._suspects[step] = self._suspect(run, step, right)
+            self._model.double()
+        return self._suspects[step]
+
+    def _suspect(self, run: Witness, step: Step, right: Tensors) -> str:
+        times = scale(step.gradient, right)
         for what, how in _alternatives(run):
+            # A factor is a factor, but for another σ, which is nearly one.
+            if times and how.ddof != 0:
+                break
             if distance(step.gradient, self.step(run, step, how).gradient) <= GRADIENT_TOLERANCE:
                 return f"; it is the gradient of {what}"
-        times = scale(step.gradient, self.step(run, step).gradient)
         return "" if times is None else f"; it is {times:.4g} times the right one"
 
     def suspect_advantages(self, run: Witness, window: Window, seen: Mapping[int, float]) -> str:
@@ -290,32 +309,42 @@ def _norm(gradient: Tensors) -> float:
 
 
 def _alternatives(run: Witness) -> Iterator[tuple[str, Conventions]]:
-    right = Conventions.of(run.recipe)
-
-    def but(**changes: object) -> Conventions:
-        return dataclasses.replace(right, **changes)  # type: ignore[arg-type]
-
-    g = run.recipe.num_generations
-    groups = run.recipe.prompts_per_step
-    yield "advantages with ddof = 0, the population's σ", but(ddof=0)
-    yield "advantages that are not divided by σ (scale_rewards none)", but(scale="none")
-    yield "advantages over the batch's σ (scale_rewards batch)", but(scale="batch")
-    yield "advantages over the group's σ (scale_rewards group)", but(scale="group")
-    yield "log-probabilities that ignore the temperature", but(temperature=1.0)
-    yield "epsilon = 0: clipped wherever the ratio has moved", but(epsilon=0.0, epsilon_high=0.0)
-    yield "no clipping at all", but(epsilon=math.inf, epsilon_high=math.inf)
-    for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo"):
-        yield f"loss_type {loss_type}", but(loss_type=loss_type)
-    if right.beta:
-        yield "KL estimator k1 times the ratio", but(estimator="k1")
-        yield "KL estimator k1", but(estimator="k1", kl_times_ratio=False)
-        yield "KL estimator k3 without the ratio", but(kl_times_ratio=False)
-        yield "no KL term at all", but(beta=0.0)
-    yield (
-        "truncated completions treated the other way",
-        but(mask_truncated=not right.mask_truncated),
-    )
-    yield "rewards broadcast from the first completion", but(rewards_of_the_first=g * groups)
-    yield "rewards broadcast from each group's first completion", but(rewards_of_the_first=g)
-    for off in range(1, groups):
-        yield f"advantages of the wrong group, {off} further on", but(groups_off=off)
+    """Yield what goes wrong in the field, by what it does to the advantages or the gradient."""
+    right, g = Conventions.of(run.recipe), run.recipe.num_generations
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("advantages with ddof = 0, the population's σ", {"ddof": 0}),
+        ("advantages that are not divided by σ (scale_rewards none)", {"scale": "none"}),
+        ("advantages over the batch's σ (scale_rewards batch)", {"scale": "batch"}),
+        ("advantages over the group's σ (scale_rewards group)", {"scale": "group"}),
+        *(
+            (f"advantages of the wrong group, {off} further on", {"groups_off": off})
+            for off in range(1, run.recipe.prompts_per_step)
+        ),
+        ("rewards broadcast from each group's first completion", {"rewards_of_the_first": g}),
+        (
+            "rewards broadcast from the first completion",
+            {"rewards_of_the_first": g * run.recipe.prompts_per_step},
+        ),
+        ("log-probabilities that ignore the temperature", {"temperature": 1.0}),
+        ("loss_type bnpo", {"loss_type": "bnpo"}),
+        ("loss_type grpo", {"loss_type": "grpo"}),
+        ("loss_type dr_grpo", {"loss_type": "dr_grpo"}),
+        ("loss_type dapo", {"loss_type": "dapo"}),
+        ("truncated completions masked", {"mask_truncated": True}),
+        ("truncated completions kept", {"mask_truncated": False}),
+    ]
+    if run.recipe.config.get("num_iterations", 1) > 1:
+        clipped = "epsilon = 0: clipped wherever the ratio has moved"
+        changes.insert(1, (clipped, {"epsilon": 0.0, "epsilon_high": 0.0}))
+        changes.insert(2, ("no clipping", {"epsilon": math.inf, "epsilon_high": math.inf}))
+    if run.recipe.beta:
+        changes[1:1] = [
+            ("KL estimator k1 times the ratio", {"estimator": "k1"}),
+            ("KL estimator k1", {"estimator": "k1", "kl_times_ratio": False}),
+            ("KL estimator k3 without the ratio", {"kl_times_ratio": False}),
+            ("no KL term", {"beta": 0.0}),
+        ]
+    for what, change in changes:
+        how = dataclasses.replace(right, **change)
+        if how != right:
+            yield what, how
