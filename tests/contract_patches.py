@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from harness.contract import Oracle
+
 tests = runpy.run_path(str(Path(__file__).with_name("test_contract.py")))
+
+
+@pytest.mark.parametrize("patch", tests["CAUGHT"])
+def test_patch_breaks_its_invariant(patch, tmp_path, monkeypatch):
+    tests["check_patch"](patch, Oracle("nano-base", device="cpu"), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("patch", tests["CAUGHT"])
