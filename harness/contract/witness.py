@@ -232,7 +232,7 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps[-1].gradient = {
-            name: p.grad.detach().clone() if p.grad is not None else torch.zeros_like(p)
+            name: (torch.zeros_like(p) if p.grad is None else p.grad).detach().cpu().clone()
             for name, p in self._model.named_parameters()
         }
 
