@@ -1,43 +1,260 @@
-"""Does GRPO still train? A few real steps of TRL's GRPOTrainer on the smallest policy."""
+"""Does GRPO still train, and is it still GRPO? TRL's trainer on the smallest policy, to the digit.
 
-import math
+The contract: tiny runs of the product are watched from outside, and every step is held against
+the formulas in plain torch (`harness.grpo`), computed from the raw completions. Each test is one
+invariant of `harness.contract`, where it says which regression of the field it is there for.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
 
 import pytest
 
 from harness.recipes import RECIPES
 
+EVERY = [
+    "plain",
+    "cool",
+    "accumulated",
+    "anchored",
+    "clipped",
+    "masked",
+    "unscored",
+    "unscaled",
+    "batch-scaled",
+    "grpo",
+    "bnpo",
+    "dr-grpo",
+]
+"""The runs that must be right in every figure; what each varies is said in `harness.contract`."""
+
+ONCE = [name for name in EVERY if name != "clipped"]
+"""Those in which completions are used for one update."""
+
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Train by the smoke recipe, once for all the questions below."""
+def contract():
+    """The invariants by name: imported late, since collecting loads no torch."""
+    import harness.contract
+
+    return harness.contract
+
+
+@pytest.fixture(scope="module")
+def oracle(contract):
+    """The base policy and the formulas."""
+    return contract.Oracle("nano-base")
+
+
+@pytest.fixture(scope="module")
+def holds(contract):
+    """Assert one invariant, by name, of what was seen."""
+
+    def holds(name, *seen):
+        try:
+            contract.INVARIANTS[name](*seen)
+        except contract.BrokenInvariantError as broken:
+            pytest.fail(str(broken), pytrace=False)
+
+    return holds
+
+
+@pytest.fixture(scope="module")
+def watched(contract, tmp_path_factory):
+    """The runs of the contract by name, each made once, at the first question about it."""
+    seen = {}
+
+    def watched(name):
+        if name not in seen:
+            run = contract.RUNS[name]
+            out = tmp_path_factory.mktemp("contract") / name
+            seen[name] = contract.watch(run.recipe, out, reward=run.reward, nan_at=run.nan_at)
+        return seen[name]
+
+    return watched
+
+
+@pytest.fixture(params=EVERY)
+def run(request, watched):
+    """Each of the runs that must be right in every figure."""
+    return watched(request.param)
+
+
+def test_settings(run, holds):
+    """The trainer runs by the recipe, and by what is pinned beside it."""
+    holds("settings_are_the_recipes", run)
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_rows(name, watched, holds):
+    """Every step is logged, with every figure, and every figure is a number."""
+    holds("rows_are_complete_and_finite", watched(name))
+
+
+def test_start(run, oracle, holds):
+    """Before the first step the weights are the base policy's, to the bit."""
+    holds("training_starts_from_the_base", run, oracle)
+
+
+def test_completions(run, oracle, holds):
+    """The completions that the model drew are those that were scored and those that were used."""
+    holds("what_is_drawn_is_scored_and_trained_on", run, oracle)
+
+
+def test_rollouts(run, oracle, holds):
+    """Every completion is what the weights of its step draw from that random state."""
+    holds("rollouts_are_the_current_policys", run, oracle)
+
+
+def test_rewards(run, contract, oracle, holds):
+    """The raw completions, scored again, have the rewards that were returned and logged."""
+    reward = contract.RUNS[run.recipe.name].reward
+    holds("rewards_are_the_completions", run, oracle, reward)
+
+
+def test_advantages(run, oracle, holds):
+    """The advantages logged and used are those of the rewards, each within its own group."""
+    holds("advantages_are_group_relative", run, oracle)
+
+
+def test_counts(run, oracle, holds):
+    """Lengths, the share cut off and the tokens seen are those of the raw completions."""
+    holds("counts_are_those_of_the_completions", run, oracle)
+
+
+def test_log_probabilities(run, oracle, holds):
+    """Padded in a batch, each token has the log-probability that it has without padding."""
+    holds("log_probabilities_are_the_policys", run, oracle)
+
+
+def test_loss(run, oracle, holds):
+    """Each step's loss is the formula's on the raw completions, and it is what is logged."""
+    holds("loss_equals_the_oracles", run, oracle)
+
+
+def test_gradient(run, oracle, holds):
+    """Each step's gradient is autograd's of the formula, on a fresh copy of the weights."""
+    holds("gradient_equals_the_oracles", run, oracle)
+
+
+def test_figures(run, oracle, holds):
+    """Entropy, KL to the base and the clip ratios that are logged are those of the tokens."""
+    holds("figures_of_the_policy_are_the_oracles", run, oracle)
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_on_policy(name, watched, holds):
+    """Where completions are used once, the ratio is exactly 1 and nothing is clipped."""
+    holds("on_policy_the_ratio_is_one", watched(name))
+
+
+def test_clipping(watched, oracle, holds):
+    """On used completions, at a large rate, tokens are clipped at 1 ± ε, and not all of them."""
+    holds("clipping_acts_off_policy", watched("clipped"), oracle)
+
+
+def test_accumulation(watched, holds):
+    """Four groups in four parts have the gradient that they have in one."""
+    holds("accumulation_changes_nothing", watched("accumulated"), watched("plain"))
+
+
+def test_constant_reward(watched, holds):
+    """Where every completion has the same reward, the weights stay as they are, to the bit."""
+    holds("constant_reward_changes_nothing", watched("constant"))
+
+
+def test_negated_reward(watched, holds):
+    """The reward the other way round turns the first gradient round and does nothing else."""
+    holds("negated_reward_negates_the_gradient", watched("negated"), watched("plain"))
+
+
+def test_same_seed(watched, holds):
+    """A run and its repetition log the same figures, to the bit, but for the time they took."""
+    holds("the_same_seed_gives_the_same_rows", watched("plain"), watched("again"))
+
+
+def test_weights_move(watched, holds):
+    """At least half the elements of every trainable tensor have changed."""
+    holds("weights_move", watched("plain"))
+
+
+def test_update(watched, holds):
+    """The first step moves each weight by the learning rate against its gradient's sign."""
+    holds("the_first_update_is_adams", watched("plain"))
+
+
+def test_nan(watched, holds):
+    """A NaN loss is logged as what it is, and ends the run."""
+    holds("a_nan_is_seen", watched("poisoned"))
+
+
+def test_controls(watched, oracle):
+    """The runs are not trivial: rewards differ, a row is cut off, and the policy moves away."""
+    plain = watched("plain")
+    for step in plain.steps:
+        cut = [oracle.truncated(ids) for ids in step.window.completion_ids]
+        assert 0 < sum(cut) < len(cut), f"step {step.number}: {sum(cut)} of {len(cut)} are cut off"
+        assert len(set(step.window.rewards)) > 1, f"step {step.number}: all rewards are equal"
+    last = plain.steps[-1]
+    redrawn = [same for row in oracle.redraw(oracle.base, last.window, 1.0) for same in row]
+    assert sum(redrawn) < 0.95 * len(redrawn), "the base would draw the last completions too"
+    assert watched("anchored").rows[-1]["kl"] > 1e-3, "the KL term is too small to be seen"
+
+
+def test_reward_that_raises_ends_the_run(tmp_path):
+    """An error in the reward is an error of the run, never a score (verl#5635)."""
     from harness.training import train
 
-    return train(RECIPES["smoke"], tmp_path_factory.mktemp("smoke") / "trained")
+    def broken(**_):
+        raise ZeroDivisionError("in the reward")
+
+    with pytest.raises(ZeroDivisionError, match="in the reward"):
+        train(RECIPES["smoke"], tmp_path / "out", reward=broken)
+    assert not (tmp_path / "out").exists()
 
 
-def test_every_step_is_finite(run):
-    """Loss, gradient and reward of every step are numbers."""
-    assert len(run.log) == RECIPES["smoke"].steps
-    for row in run.log:
-        for name in ("loss", "grad_norm", "reward"):
-            assert math.isfinite(row[name]), f"step {row['step']}: {name} is {row[name]}"
+READ_AGAIN = """
+import json, sys, torch
+from harness.policy import load
+policy = load(sys.argv[1], device=sys.argv[2], dtype="float32")
+with torch.inference_mode():
+    logits = policy.model(torch.arange(1, 33, device=policy.device)[None]).logits
+print(json.dumps(logits.flatten().tolist()))
+"""
 
 
-def test_weights_move(run):
-    """At least half the elements of every trainable tensor have changed."""
-    assert run.weights_moved >= 0.5, (
-        f"in one tensor only {run.weights_moved:.1%} of the elements changed: the learning rate "
-        "is lost in the weights' precision, or their gradient is"
-    )
-
-
-def test_checkpoint_reloads(run):
-    """What is on disk answers like what was in memory."""
+def test_checkpoint_reloads(watched):
+    """What is on disk answers, in a new process, like what was in memory."""
     import torch
 
-    from harness.policy import load
-
-    policy = load(str(run.path), device=str(run.model.device), dtype="float32")
-    ids = torch.arange(1, 33, device=policy.device)[None]
+    run = watched("plain").run
+    device = run.model.device
+    command = [sys.executable, "-c", READ_AGAIN, str(run.path), str(device)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     with torch.inference_mode():
-        torch.testing.assert_close(policy.model(ids).logits, run.model(ids).logits)
+        logits = run.model(torch.arange(1, 33, device=device)[None]).logits
+    again = torch.tensor(json.loads(printed), device=device).view_as(logits)
+    torch.testing.assert_close(again, logits)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base_files():
+    """The digests of the base policy's files before anything was trained, by name."""
+    return _digests()
+
+
+def test_base_is_unchanged(base_files, watched):
+    """Training leaves the files of the base policy as they are."""
+    watched("plain")
+    assert _digests() == base_files
+
+
+def _digests():
+    from harness.checkpoint import find
+
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(find("nano-base").path.iterdir())
+    }

@@ -13,7 +13,7 @@ import harness
 ROOT = Path(harness.__file__).parent
 MAP = re.findall(r"^``([\w/.]+)``", harness.__doc__, re.MULTILINE)
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate"}
-MAY_BE_HEAVY = {"policy.py", "sampling/", "training.py", "nano/"}
+MAY_BE_HEAVY = {"policy.py", "sampling/", "grpo.py", "training.py", "contract/", "nano/"}
 
 
 def room(path):

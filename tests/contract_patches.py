@@ -1,0 +1,32 @@
+"""The whole training suite against every patch of TRL, in a process each: `make contract`.
+
+Kept out of `make test` by its name: it takes about a minute a patch.
+"""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from harness.contract import Oracle
+
+tests = runpy.run_path(str(Path(__file__).with_name("test_contract.py")))
+
+
+@pytest.mark.parametrize("patch", tests["CAUGHT"])
+def test_patch_breaks_its_invariant(patch, tmp_path, monkeypatch):
+    tests["check_patch"](patch, Oracle("nano-base", device="cpu"), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("patch", tests["CAUGHT"])
+def test_suite_turns_red(patch):
+    _, invariant, says = tests["CAUGHT"][patch]
+    result = tests["pytest_of_the_suite"](patch)
+    assert result.returncode == 1, result.stdout
+    assert f"{invariant}: " in result.stdout
+    assert says in result.stdout
+
+
+def test_suite_is_green_without_a_patch():
+    result = tests["pytest_of_the_suite"](None)
+    assert result.returncode == 0, result.stdout

@@ -1,0 +1,198 @@
+"""Ways in which an upgrade of TRL could break GRPO, as patches to the installed one.
+
+Each takes pytest's ``monkeypatch``. As a plugin (``-p trl_patches``) the module applies the one
+that the environment names, so that a whole pytest run has it from the start.
+"""
+
+import inspect
+import os
+import textwrap
+
+import pytest
+import torch
+from trl.trainer import grpo_trainer
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+VARIABLE = "TRL_PATCH"
+
+
+def rewrite(monkeypatch, method, old, new):
+    """Replace a piece of a method's own source."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(GRPOTrainer, method))))
+    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {method}"
+    # Outside its class a method must be told whose super() is meant.
+    source = source.replace(old, new).replace("super()", "super(GRPOTrainer, self)")
+    found = {}
+    exec(source, vars(grpo_trainer), found)  # noqa: S102 - the installed library's own source
+    monkeypatch.setattr(GRPOTrainer, method, found[method])
+
+
+def wrap(monkeypatch, method, around):
+    """Put ``around(original, self, ...)`` in place of a method."""
+    original = getattr(GRPOTrainer, method)
+
+    def patched(self, *args, **kwargs):
+        return around(original, self, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, method, patched)
+
+
+def ddof_0(monkeypatch):
+    original = grpo_trainer.nanstd
+
+    def population(tensor, dim=None, keepdim=False):
+        n = tensor.numel() if dim is None else tensor.shape[dim]
+        return original(tensor, dim=dim, keepdim=keepdim) * ((n - 1) / n) ** 0.5
+
+    monkeypatch.setattr(grpo_trainer, "nanstd", population)
+
+
+def ddof_0_behind_the_logs(monkeypatch):
+    def around(original, self, inputs):
+        output = original(self, inputs)
+        g = self.num_generations
+        return {**output, "advantages": output["advantages"] * (g / (g - 1)) ** 0.5}
+
+    wrap(monkeypatch, "_generate_and_score_completions", around)
+
+
+def temperature_ignored(monkeypatch):
+    original = grpo_trainer.add_fused_lm_head
+
+    def ignoring(model, **options):
+        return original(model, **{**options, "temperature": 1.0})
+
+    monkeypatch.setattr(grpo_trainer, "add_fused_lm_head", ignoring)
+
+
+def epsilon_0(monkeypatch):
+    rewrite(
+        monkeypatch,
+        "_compute_loss",
+        "torch.clamp(coef_1, 1 - self.epsilon_low, 1 + self.epsilon_high)",
+        "torch.clamp(coef_1, 1, 1)",
+    )
+
+
+def epsilon_0_in_the_trainer(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.epsilon_low = self.epsilon_high = 0.0
+
+    wrap(monkeypatch, "__init__", around)
+
+
+def bnpo_for_dapo(monkeypatch):
+    rewrite(monkeypatch, "_compute_loss", 'elif self.loss_type == "bnpo":', "elif True:")
+
+
+def k1_for_k3(monkeypatch):
+    rewrite(
+        monkeypatch,
+        "_compute_loss",
+        "torch.exp(ref_per_token_logps - per_token_logps) - "
+        "(ref_per_token_logps - per_token_logps) - 1",
+        "per_token_logps - ref_per_token_logps",
+    )
+
+
+def halved_under_accumulation(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        return loss / 2 if self.args.gradient_accumulation_steps > 1 else loss
+
+    wrap(monkeypatch, "_compute_loss", around)
+
+
+def rewards_broadcast(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        rewards = original(self, *args, **kwargs)
+        return rewards[:1].expand_as(rewards).clone()
+
+    wrap(monkeypatch, "_calculate_rewards", around)
+
+
+def first_completion_scored_for_all(monkeypatch):
+    def around(original, self, inputs, prompts, completions, ids):
+        n = len(prompts)
+        return original(self, inputs, prompts, completions[:1] * n, ids[:1] * n)
+
+    wrap(monkeypatch, "_calculate_rewards", around)
+
+
+def rollouts_from_the_base(monkeypatch):
+    base = {}
+
+    def around(original, self, *args, **kwargs):
+        now = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        base.setdefault(id(self), now)
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(base[id(self)][name])
+            drawn = original(self, *args, **kwargs)
+            for name, p in self.model.named_parameters():
+                p.copy_(now[name])
+        return drawn
+
+    wrap(monkeypatch, "_generate_single_turn", around)
+
+
+def rollouts_from_another_model(monkeypatch):
+    from harness.policy import load
+
+    def around(original, self, *args, **kwargs):
+        if self.state.global_step == 0:
+            return original(self, *args, **kwargs)
+        wrapped, self.model_wrapped = self.model_wrapped, load("nano-base", device="cpu").model
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.model_wrapped = wrapped
+
+    wrap(monkeypatch, "_generate_single_turn", around)
+
+
+def nan_filter_forced(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.args.logging_nan_inf_filter = True
+
+    wrap(monkeypatch, "__init__", around)
+
+
+def nan_to_num_on_the_loss(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        return torch.nan_to_num(original(self, *args, **kwargs))
+
+    wrap(monkeypatch, "_compute_loss", around)
+
+
+def advantages_of_the_wrong_group(monkeypatch):
+    def around(original, self, inputs):
+        output = original(self, inputs)
+        return {**output, "advantages": output["advantages"].roll(self.num_generations)}
+
+    wrap(monkeypatch, "_generate_and_score_completions", around)
+
+
+def advantages_of_the_wrong_group_in_the_loss(monkeypatch):
+    def score(original, self, inputs):
+        output = original(self, inputs)
+        return {**output, "rolled": output["advantages"].roll(self.num_generations)}
+
+    def compute(original, self, model, inputs):
+        return original(self, model, {**inputs, "advantages": inputs["rolled"]})
+
+    wrap(monkeypatch, "_generate_and_score_completions", score)
+    wrap(monkeypatch, "_compute_loss", compute)
+
+
+def attention_mask_left_out(monkeypatch):
+    def around(original, self, model, input_ids, attention_mask, *args, **kwargs):
+        return original(self, model, input_ids, torch.ones_like(attention_mask), *args, **kwargs)
+
+    wrap(monkeypatch, "_get_per_token_logps_and_entropies", around)
+
+
+def pytest_configure(config):
+    globals()[os.environ[VARIABLE]](pytest.MonkeyPatch())
