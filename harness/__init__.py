@@ -21,7 +21,15 @@ The map, in the order of a sample's way. A module imports only from those above 
 ``session.py``     what the tests of one run share
 ``plugin.py``      pytest's options, fixtures and summary
 ``recipes.py``     what a GRPO run is made of, and the runs that have a name
-``training.py``    a recipe -> TRL's GRPOTrainer -> a trained policy on disk
+``config.py``      a recipe -> one exact GRPOConfig
+``recorded.py``    what the recipes resolved to, and what has changed since
+``curves.py``      what a training logged, as files
+``resources.py``   what a training took: time, tokens, memory
+``unfinished.py``  a training's checkpoints until it is finished
+``trainer.py``     TRL's GRPOTrainer under watch
+``training.py``    a recipe -> a trained policy on disk
+``processes.py``   several processes that train one policy
+``command.py``     the command line
 ``calibration.py`` the gate's own test: false alarms, power, mutants
 ``nano/``          the embedded pair of policies, and the script that makes them
 =================  ==============================================================

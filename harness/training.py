@@ -1,158 +1,70 @@
 """A recipe becomes TRL's GRPOTrainer, and that a trained policy on disk.
 
-A :class:`~harness.recipes.Recipe` is the whole of a run. It resolves to one exact ``GRPOConfig``:
-a key that the installed TRL does not have is an error, never dropped, and what TRL would take
-from a default that has changed before is pinned. The rule reward is the only signal.
+A :class:`~harness.recipes.Recipe` is the whole of a run, and the rule reward its only signal. A
+run that ended early goes on from its last checkpoint when the same is asked again. Several
+processes, started by torch's or accelerate's launcher, train one policy together.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import dataclasses
-import difflib
 import json
-import math
+import os
 import platform
 import shutil
-import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.grpo_trainer import GRPOTrainer
 
-from harness.checkpoint import TRAINED_ON
-from harness.errors import HarnessError
+from harness.checkpoint import TRAINED_ON, digest
+from harness.config import checkpointing, resolve, settings
+from harness.curves import Row, write_curves
 from harness.evaluation import RewardFunction
 from harness.policy import Policy, load, quiet
-from harness.recipes import RECIPES, Recipe
+from harness.recipes import Recipe
+from harness.resources import Resources, peak_memory, resources, write_resources
 from harness.reward import reward_func
 from harness.tasks import Problem, make_problems
-
-Row = Mapping[str, float]
-"""What the trainer logs of one step: ``step``, ``loss``, ``reward``, ``grad_norm`` and so on."""
-
-Progress = Callable[[Row], None]
-
-
-class TrainingError(HarnessError):
-    """A run that cannot go on: one line with the step, the figure and what it means."""
-
-
-_SHARED = (
-    "num_generations",
-    "max_completion_length",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "scale_rewards",
-    "epsilon",
-    "beta",
-    "loss_type",
-    "temperature",
-    "top_p",
-    "seed",
+from harness.trainer import (
+    Progress,
+    Trainer,
+    TrainingError,
+    Watch,
+    checked,
+    reward_name,
+    save_every,
+    writing,
 )
-"""Fields of a recipe that are GRPOConfig's as they stand."""
+from harness.unfinished import Unfinished, folder_of
 
-_FIELDS = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
-
-# The newer name where the installed transformers has it: the older one warns there.
-_CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _FIELDS
-)
-
-_RIGHT_NAMES = {
-    "clip_range": "epsilon",
-    "clip_eps": "epsilon",
-    "cliprange": "epsilon",
-    "kl_coef": "beta",
-    "group_size": "num_generations",
-    "max_new_tokens": "max_completion_length",
-    "max_prompt_length": "max_prompt_length of the recipe (the harness checks it, TRL does not)",
-}
-
-
-def resolve(recipe: Recipe, out: Path, *, device: str = "auto") -> GRPOConfig:
-    """Return the one ``GRPOConfig`` that ``recipe`` means on ``device`` (auto, cpu or cuda).
-
-    What ``recipe.config`` sets comes before what is pinned here. Raises ``ValueError`` for a key
-    that the installed ``GRPOConfig`` does not have, with the right one where it is known, for
-    one that the recipe has a field for, and for a batch that does not divide into groups.
-    """
-    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-    bf16 = cuda and torch.cuda.is_bf16_supported()
-    completions = recipe.prompts_per_step * recipe.num_generations
-    batch, rest = divmod(completions, max(1, recipe.gradient_accumulation_steps))
-    if rest or batch == 0:
-        raise ValueError(
-            f"recipe {recipe.name!r}: {completions} completions a step (prompts_per_step × "
-            f"num_generations) cannot be split into {recipe.gradient_accumulation_steps} equal "
-            "parts (gradient_accumulation_steps)"
-        )
-    own = {name: getattr(recipe, name) for name in _SHARED}
-    pinned = {
-        "output_dir": str(out),
-        "max_steps": recipe.steps,
-        "per_device_train_batch_size": batch,
-        "steps_per_generation": recipe.gradient_accumulation_steps,
-        "num_iterations": 1,
-        # Left unset, these three would come from the model's own generation config.
-        "top_k": 0,
-        "min_p": None,
-        "repetition_penalty": 1.0,
-        "mask_truncated_completions": False,
-        "max_grad_norm": 1.0,
-        "weight_decay": 0.0,
-        "data_seed": recipe.seed,
-        # The weights stay in fp32: in half precision the steps of such rates are rounded away.
-        "bf16": bf16,
-        "fp16": cuda and not bf16,
-        "use_cpu": not cuda,
-        "dataloader_pin_memory": cuda,
-        _CHECKPOINTING: cuda,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "save_strategy": "no",
-    }
-    for key in sorted(own.keys() & recipe.config.keys()):
-        raise ValueError(
-            f"recipe {recipe.name!r} sets {key!r} in config, and has a field of that name: set "
-            "the field"
-        )
-    resolved = {**pinned, **own, **recipe.config}
-    _check_keys(recipe, resolved)
-    drawn = resolved["per_device_train_batch_size"] * recipe.gradient_accumulation_steps
-    if recipe.num_generations < 2 or drawn % recipe.num_generations:
-        raise ValueError(
-            f"recipe {recipe.name!r}: {drawn} completions a step do not divide into groups of "
-            f"num_generations = {recipe.num_generations} (at least 2)"
-        )
-    return GRPOConfig(**resolved)
+__all__ = ["Progress", "Row", "TrainingError", "TrainingRun", "resolve", "train"]
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
     """A finished run: the folder it left, what was logged of every step, and the trained model.
 
-    ``weights_moved`` is the share of elements that changed, of the tensor where it is least.
+    ``weights_moved`` is the share of elements that changed, of the tensor where it is least, and
+    ``fingerprint`` what the folder's policy is known by.
     """
 
     path: Path
     log: tuple[Row, ...]
     weights_moved: float
+    fingerprint: str
+    resources: Resources
     model: PreTrainedModel
 
 
@@ -163,22 +75,30 @@ def train(
     device: str = "auto",
     reward: RewardFunction = reward_func,
     progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> TrainingRun:
     """Train ``recipe.policy`` by ``recipe`` on ``reward``, and leave the result in ``out``.
 
     The folder holds the checkpoint in safetensors with its tokenizer, ``recipe.json`` (recipe,
-    resolved config, versions), ``problems.txt`` (the ids of what it was trained on, which no
-    evaluation of it may ask), ``curves.csv``, ``log.json`` and ``curves.png``. It appears when it
-    is complete and not before. Raises ``FileExistsError`` when ``out`` exists, ``ValueError``
-    for a recipe that cannot be resolved or a prompt that is too long, ``PolicyError`` for a
-    policy that cannot be loaded, ``TrainingError`` when a figure is not finite; what the reward
-    raises passes through.
+    resolved config, versions, fingerprint), ``problems.txt`` (the ids of what it was trained on,
+    which no evaluation of it may ask), ``curves.csv``, ``log.json``, ``curves.png`` and
+    ``resources.json``. It appears when it is complete and not before. Until then
+    ``<out>.unfinished`` keeps the last two checkpoints: a run that ended early goes on from
+    there, to the same weights as if it had not, and ``notice`` is told so.
+
+    Raises ``FileExistsError`` when ``out`` exists, ``UnfinishedError`` when another run's
+    checkpoints are where this one's would go, ``ValueError`` for a recipe that cannot be resolved
+    or a prompt that is too long, ``PolicyError`` for a policy that cannot be loaded, and
+    ``TrainingError`` when the reward fails, a figure is not finite or a file cannot be written.
+    With a checkpoint to go on from, the error has a note that says where.
     """
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists already: name another folder, or remove it")
-    config = resolve(recipe, out, device=device)
-    policy = load(recipe.policy, device=device, dtype="float32")
+    config = resolve(recipe, folder_of(out), device=device)
+    # Each of several processes has a device of its own, and the trainer brings the model there.
+    on = device if config.world_size == 1 else "cpu"
+    policy = load(recipe.policy, device=on, dtype="float32")
     if recipe.beta and policy.checkpoint.gguf_file:
         raise ValueError(
             f"recipe {recipe.name!r}: beta above 0 needs a reference model, which TRL loads from "
@@ -186,53 +106,62 @@ def train(
         )
     problems = _problems(recipe)
     prompts = _prompts(recipe, policy, problems)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    # What has to be the same for one run to go on from the checkpoints of another.
+    identity = {
+        "config": settings(config),
+        "policy": dataclasses.asdict(policy.fingerprint),
+        "prompts": digest(json.dumps(prompts)),
+        "reward": f"{reward.__module__}.{reward_name(reward)}",
+        "processes": config.world_size,
+        "versions": _versions(),
+    }
+    # Of several processes the first one writes; the others have their part in every step.
+    unfinished = Unfinished(out, identity) if config.process_index == 0 else None
     try:
-        config.output_dir = str(unfinished)
-        run = _train(policy, config, prompts, reward, progress)
-        _save(unfinished, recipe, config, policy, run)
-        ids = "".join(f"{problem.id}\n" for problem in problems)
-        (unfinished / TRAINED_ON).write_text(ids, encoding="utf-8")
-        # mkdtemp and safetensors leave what only the owner may read.
-        for path in (unfinished, *unfinished.iterdir()):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return dataclasses.replace(run, path=out)
-
-
-class _Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Passes every logged step on, and ends the run at the first figure that is not finite."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.rows: list[Row] = []
-        self._progress = progress
-
-    def on_log(  # the arguments are the base class's
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:  # the summary at the end
-            return
-        row = {"step": state.global_step, **logs}
-        for name in ("loss", "grad_norm", "reward"):
-            # The trainer logs None for a number that JSON does not have.
-            value = row.get(name)
-            if value is None or not math.isfinite(value):
-                raise TrainingError(
-                    f"step {row['step']}: {name} is {value}; nothing was saved. Lower the "
-                    "learning rate, or look for the reward that is not a number"
+        watch = Watch(save_every(config, recipe.save_steps), progress if unfinished else None)
+        before = {n: p.detach().to("cpu", copy=True) for n, p in policy.model.named_parameters()}
+        trainer = _trainer(config, policy, prompts, reward, watch)
+        trainer.unfinished = unfinished
+        _go(trainer, policy.model, notice)
+        # Every process has its part in these two, wherever the weights and the memory are.
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        peak = max(gather_object([peak_memory(cuda=not config.use_cpu)]))
+        told: list[Any] = [None]
+        if unfinished is not None:
+            moved = min(float((weights[n].cpu() != p).float().mean()) for n, p in before.items())
+            result = unfinished.folder / "result"
+            with writing(result, "the result"):
+                fingerprint = _write(result, policy, weights, problems, watch.rows)
+                took = resources(
+                    watch.rows,
+                    completions=config.generation_batch_size or 0,
+                    processes=config.world_size,
+                    peak=peak,
+                    cuda=not config.use_cpu,
                 )
-        self.rows.append(row)
-        if self._progress is not None:
-            self._progress(row)
+                write_resources(took, result)
+                record = {
+                    "recipe": dataclasses.asdict(recipe),
+                    "config": settings(config),
+                    "base": {"name": policy.name, "fingerprint": str(policy.fingerprint)},
+                    "fingerprint": fingerprint,
+                    "processes": config.world_size,
+                    "weights_moved": moved,
+                    "versions": {"python": platform.python_version(), **_versions()},
+                }
+                text = json.dumps(record, indent=1, default=str)
+                (result / "recipe.json").write_text(text + "\n", encoding="utf-8")
+                result.rename(out)
+            told = [(moved, fingerprint, took)]
+        broadcast_object_list(told)
+    except BaseException as error:
+        if unfinished is not None and (kept := unfinished.leave()):
+            error.add_note(kept)
+        raise
+    if unfinished is not None:
+        unfinished.remove()
+    moved, fingerprint, took = told[0]
+    return TrainingRun(out, tuple(watch.rows), moved, fingerprint, took, policy.model)
 
 
 def _problems(recipe: Recipe) -> list[Problem]:
@@ -271,145 +200,87 @@ def _once_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     )
 
 
-def _train(
-    policy: Policy,
-    config: GRPOConfig,
-    prompts: Sequence[str],
-    reward: RewardFunction,
-    progress: Progress | None,
-) -> TrainingRun:
+def _trainer(
+    config: GRPOConfig, policy: Policy, prompts: Sequence[str], reward: RewardFunction, watch: Watch
+) -> Trainer:
     model = policy.model.requires_grad_(True)
     # What ends an answer is all that the checkpoint's generation config may still say.
     model.generation_config = GenerationConfig(
         eos_token_id=list(policy.eos_token_ids), pad_token_id=policy.tokenizer.pad_token_id
     )
-    model.config.use_cache = not getattr(config, _CHECKPOINTING)
-    before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
-    watch = _Watch(progress)
-    trainer = GRPOTrainer(
+    trainer = Trainer(
         model=model,
-        reward_funcs=cast("Callable[..., list[float | None]]", reward),
+        reward_funcs=cast("Callable[..., list[float | None]]", checked(reward)),
         args=config,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         processing_class=policy.tokenizer,
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    with warnings.catch_warnings():
+    return trainer
+
+
+def _go(trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] | None) -> None:
+    start: list[Any] = [None]
+    if trainer.unfinished is not None:
+        start = [trainer.unfinished.last()]
+        if notice is not None:
+            for line in trainer.unfinished.notices:
+                notice(line)
+            if start[0] is not None:
+                notice(f"going on from {start[0]}")
+    broadcast_object_list(start)
+    folder: Path | None = start[0]
+    if folder is not None:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        trainer.epochs_done = int(state["epoch"])
+    caches = model.config.use_cache
+    model.config.use_cache = not checkpointing(cast("GRPOConfig", trainer.args))
+    with warnings.catch_warnings(), _guarded():
         # TRL asks the model by a name that transformers calls deprecated: not the user's doing.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        trainer.train()
-    model.config.use_cache = True
-    moved = min(
-        float((p.detach().cpu() != before[name]).float().mean())
-        for name, p in model.named_parameters()
-    )
-    return TrainingRun(Path(str(config.output_dir)), tuple(watch.rows), moved, model)
+        trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+    model.config.use_cache = caches
 
 
-def _save(
-    folder: Path, recipe: Recipe, config: GRPOConfig, policy: Policy, run: TrainingRun
-) -> None:
-    with quiet():
-        policy.model.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
-    settings: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call, unused-ignore]
-    for local in ("output_dir", "run_name"):
-        settings.pop(local, None)
-    record = {
-        "recipe": dataclasses.asdict(recipe),
-        "config": settings,
-        "base": {"name": policy.name, "fingerprint": str(policy.fingerprint)},
-        "weights_moved": run.weights_moved,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "trl", "datasets")},
-        },
-    }
-    _write_json(folder / "recipe.json", record)
-    _write_json(folder / "log.json", run.log)
-    columns = list(dict.fromkeys(name for row in run.log for name in row))
-    with (folder / "curves.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(run.log)
-    draw_curves(run.log, folder / "curves.png")
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """Draw reward, length, entropy and gradient norm over the steps into a PNG file."""
-    # Figure instead of pyplot: no display is looked for and no global state is left.
-    from matplotlib.figure import Figure
-
-    shown = {
-        "reward": "mean reward",
-        "completions/mean_length": "mean length (tokens)",
-        "entropy": "entropy (nats a token)",
-        "grad_norm": "gradient norm",
-    }
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, shown.items(), strict=True):
-        axes.plot([row["step"] for row in rows], [row.get(name, math.nan) for row in rows])
-        axes.set(title=title, xlabel="step")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def _check_keys(recipe: Recipe, keys: Mapping[str, Any]) -> None:
-    for key in sorted(keys.keys() - _FIELDS):
-        close = difflib.get_close_matches(key, _FIELDS, 1)
-        better = _RIGHT_NAMES.get(key) or (close[0] if close else "a field of GRPOConfig")
-        raise ValueError(
-            f"recipe {recipe.name!r}: GRPOConfig of TRL {version('trl')} has no {key!r}: "
-            f"use {better}"
-        )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, ``train RECIPE --out DIR``. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="grpo-harness")
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("train", help="train a policy with GRPO and the rule reward")
-    command.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
-    command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
-    command.add_argument("--policy", help="start from this policy instead of the recipe's")
-    command.add_argument("--steps", type=int, help="make so many steps instead of the recipe's")
-    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    arguments = parser.parse_args(argv)
+@contextmanager
+def _guarded() -> Iterator[None]:
+    # With this torch refuses every pickle that is more than tensors and numbers, whoever loads it.
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    was, shown = os.environ.get(name), logging.get_verbosity()
+    os.environ[name] = "1"
+    # transformers warns of what is meant: tied weights, the tokenizer's special tokens.
+    logging.set_verbosity_error()
     try:
-        run = train(_chosen(arguments), arguments.out, device=arguments.device, progress=_show)
-    except (ValueError, OSError, HarnessError) as error:
-        sys.stderr.write(f"grpo-harness train: {error}\n")
-        return 2
-    sys.stdout.write(
-        f"{run.path}: {len(run.log)} steps, at least {run.weights_moved:.0%} of the elements of "
-        "every tensor moved\n"
-    )
-    return 0
+        yield
+    finally:
+        logging.set_verbosity(shown)
+        os.environ.pop(name)
+        if was is not None:
+            os.environ[name] = was
 
 
-def _chosen(arguments: argparse.Namespace) -> Recipe:
-    if arguments.recipe not in RECIPES:
-        raise ValueError(f"no recipe {arguments.recipe!r}: there are {', '.join(RECIPES)}")
-    changes = {
-        name: value
-        for name in ("policy", "steps")
-        if (value := getattr(arguments, name)) is not None
-    }
-    return dataclasses.replace(RECIPES[arguments.recipe], **changes)
+def _write(
+    folder: Path,
+    policy: Policy,
+    weights: Mapping[str, torch.Tensor],
+    problems: Sequence[Problem],
+    rows: Sequence[Row],
+) -> str:
+    """Write the trained policy, what it was trained on and its curves; return its fingerprint."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with quiet():
+        policy.model.save_pretrained(folder, state_dict=dict(weights))
+        policy.tokenizer.save_pretrained(folder)
+    ids = "".join(f"{problem.id}\n" for problem in problems)
+    (folder / TRAINED_ON).write_text(ids, encoding="utf-8")
+    write_curves(rows, folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors leaves what only the owner may read
+    # Read back, a checkpoint is known to be one.
+    return str(load(str(folder), device="cpu", dtype="float32").fingerprint)
 
 
-def _show(row: Row) -> None:
-    sys.stdout.write(
-        f"step {row['step']:>4}  reward {row['reward']:+.3f}  "
-        f"length {row.get('completions/mean_length', math.nan):5.1f}  "
-        f"entropy {row.get('entropy', math.nan):.3f}  gradient {row['grad_norm']:.3f}\n"
-    )
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(["train", *sys.argv[1:]]))
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "trl", "datasets")}

@@ -11,7 +11,7 @@ import torch
 
 from harness.policy import find, load
 from harness.recipes import RECIPES
-from harness.training import TrainingError, main, resolve, train
+from harness.training import TrainingError, resolve, train
 
 SHORT = dataclasses.replace(RECIPES["smoke"], steps=2, prompts_per_step=4, num_generations=4)
 
