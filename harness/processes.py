@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from harness.errors import HarnessError
@@ -50,14 +49,23 @@ def launch(work: Callable[[Any], None], argument: Any, processes: int) -> None:
     try:
         elastic_launch(config, _worker)(work, argument)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        told: Any = failure.message  # a text, or what torch wrote into the process's error file
-        text = told["message"] if isinstance(told, dict) else told
-        raise ProcessError(f"process {rank}: {text.removeprefix('ProcessError: ')}") from None
+        raise _first(error.failures.items()) from None
     except SignalException:
         raise KeyboardInterrupt from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _first(failures: Iterable[tuple[int, Any]]) -> ProcessError:
+    said = []
+    for rank, failure in sorted(failures, key=lambda item: item[1].timestamp):
+        # A text, or what torch wrote into the process's error file.
+        told = failure.message
+        text = str(told["message"] if isinstance(told, dict) else told)
+        said.append((rank, text.removeprefix("ProcessError: "), text.startswith("ProcessError: ")))
+    # One that lost its peer may have been quicker to say so than the peer what was wrong.
+    rank, text, _ = next((entry for entry in said if entry[2]), said[0])
+    return ProcessError(f"process {rank}: {text}")
 
 
 def _worker(work: Callable[[Any], None], argument: Any) -> None:
@@ -69,9 +77,6 @@ def _worker(work: Callable[[Any], None], argument: Any) -> None:
         sys.exit(130)
     except (ValueError, OSError, HarnessError) as error:
         raise ProcessError(str(error)) from None
-    except Exception:
-        traceback.print_exc()
-        raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    # Not after an error: the others would learn of it before it is written down.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -67,12 +67,12 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("trl", "transformers")}
 
 
-def recorded(name: str, folder: Path = RECORDED) -> Mapping[str, Any]:
+def recorded(name: str, folder: Path | None = None) -> Mapping[str, Any]:
     """Return what was recorded of the recipe ``name``: ``versions`` and ``config``.
 
     Raises ``HarnessError`` when there is nothing, or what is there cannot be read.
     """
-    path = folder / f"{name}.json"
+    path = (folder or RECORDED) / f"{name}.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(record["config"], dict) and isinstance(record["versions"], dict):
@@ -105,11 +105,11 @@ def differences(
     )
 
 
-def record(recipe: Recipe, folder: Path = RECORDED) -> Path:
+def record(recipe: Recipe, folder: Path | None = None) -> Path:
     """Write down what ``recipe`` resolves to now, with the versions, and return the file."""
     config = _portable(resolve(recipe, Path("out"), device="cpu"))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{recipe.name}.json"
+    path = (folder or RECORDED) / f"{recipe.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"versions": versions(), "config": dict(sorted(config.items()))}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
@@ -44,6 +45,24 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: ``recipe.json`` says more."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a part of a step. Raises ``TrainingError`` for what a recipe can be changed for."""
+        step = self.state.global_step + 1
+        try:
+            return super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call, unused-ignore]
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"step {step}: out of memory ({one_line(error)}): raise "
+                "gradient_accumulation_steps, which takes fewer completions at once"
+            ) from error
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise TrainingError(
+                f"step {step}: the policy's probabilities are not numbers any more: lower the "
+                "learning rate"
+            ) from error
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
         # TRL draws a new order of the problems for each epoch from one generator, which a
@@ -117,9 +136,10 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if logs is None or "loss" not in logs:  # the summary at the end
             return
         row = {"step": state.global_step, **logs}
-        for name in ("loss", "grad_norm", "reward"):
+        # A step that uses completions again has no reward of its own.
+        for name in row.keys() & {"loss", "grad_norm", "reward"}:
             # The trainer logs None for a number that JSON does not have.
-            value = row.get(name)
+            value = row[name]
             if value is None or not math.isfinite(value):
                 raise TrainingError(
                     f"step {row['step']}: {name} is {value}, which no step recovers from: lower "
