@@ -25,8 +25,24 @@ from harness.unfinished import folder_of, leave
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 2 for an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="grpo-harness")
-    commands = parser.add_subparsers(required=True, dest="command")
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt as error:
+        status, said = 130, ["interrupted", *_notes(error)]
+    except (ValueError, OSError, HarnessError) as error:
+        status, said = 2, [str(error), *_notes(error)]
+    else:
+        return 0
+    sys.stdout.flush()
+    sys.stderr.write(f"grpo-harness {arguments.command}: {'; '.join(said)}\n")
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    whole = argparse.ArgumentParser(prog="grpo-harness")
+    commands = whole.add_subparsers(required=True, dest="command")
 
     command = commands.add_parser("train", help="train a policy with GRPO and the rule reward")
     command.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
@@ -45,19 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("trained", type=Path, help="a folder that `train` left")
     command.add_argument("than", type=Path, nargs="?", help="another, to compare with")
     command.set_defaults(run=_resources)
-
-    arguments = parser.parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except KeyboardInterrupt as error:
-        status, said = 130, ["interrupted", *_notes(error)]
-    except (ValueError, OSError, HarnessError) as error:
-        status, said = 2, [str(error), *_notes(error)]
-    else:
-        return 0
-    sys.stdout.flush()
-    sys.stderr.write(f"grpo-harness {arguments.command}: {'; '.join(said)}\n")
-    return status
+    return whole
 
 
 def _notes(error: BaseException) -> list[str]:

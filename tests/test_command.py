@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from trl import GRPOConfig
 
-from harness.command import main
+from harness.command import main, parser
 from harness.recipes import RECIPES
 from harness.recorded import RECORDED
 
@@ -123,3 +125,14 @@ def test_interrupted_training_goes_on(sent, tiny, tmp_path, capsys):
     assert "step    2/6" not in printed
     assert "step    3/6" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_every_command_of_the_readme_is_one():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    launched = r"^(?:grpo-harness|accelerate .* -m harness\.command) (.*)$"
+    commands = re.findall(launched, readme, re.MULTILINE)
+    commands += re.findall(r"`grpo-harness (\w+ -[^`]*)`", readme)
+    assert {command.split()[0] for command in commands} == {"train", "recipes", "resources"}
+    for command in commands:
+        arguments = parser().parse_args(command.split())
+        assert getattr(arguments, "recipe", "nano") in RECIPES

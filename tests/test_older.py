@@ -1,4 +1,4 @@
-"""Beside older releases of TRL a recipe means the same, and what they default otherwise is named."""
+"""Beside older releases of TRL a recipe means the same, and what flipped since is named."""
 
 import json
 import os
