@@ -60,7 +60,6 @@ _ELSEWHERE = {
     "output_dir": "it is the folder that the run is told to leave",
     "resume_from_checkpoint": "a run goes on from its own last checkpoint by itself",
     "use_cpu": "it follows the device",
-    "logging_steps": "every step is logged",
     "logging_nan_inf_filter": "a figure that is not finite ends the run",
 }
 """What a run decides by itself."""

@@ -136,10 +136,10 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if logs is None or "loss" not in logs:  # the summary at the end
             return
         row = {"step": state.global_step, **logs}
-        # A step that uses completions again has no reward of its own.
-        for name in row.keys() & {"loss", "grad_norm", "reward"}:
-            # The trainer logs None for a number that JSON does not have.
-            value = row[name]
+        for name in ("loss", "grad_norm", "reward"):
+            # A step that uses completions again has no reward of its own. The trainer logs None
+            # for a number that JSON does not have.
+            value = row.get(name, 0.0)
             if value is None or not math.isfinite(value):
                 raise TrainingError(
                     f"step {row['step']}: {name} is {value}, which no step recovers from: lower "
@@ -171,11 +171,14 @@ def checked(reward: RewardFunction) -> RewardFunction:
                 f"{where} returned {len(scores)} numbers for {len(completions)} completions: it "
                 "must return one each, in order"
             )
+        if all(score is None for score in scores):
+            raise TrainingError(f"{where} scored none of {len(scores)} completions: mend it")
         for completion, score in zip(completions, scores, strict=True):
-            if not _finite(score):
+            # None is a reward that does not apply; TRL leaves the completion out.
+            if score is not None and not _finite(score):
                 raise TrainingError(
                     f"{where} returned {score!r} for the completion '{escape(completion)}': it "
-                    "must return a finite number for every text"
+                    "must return a finite number, or None for what it does not apply to"
                 )
         return list(scores)
 

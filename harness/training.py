@@ -151,6 +151,8 @@ def train(
                 }
                 text = json.dumps(record, indent=1, default=str)
                 (result / "recipe.json").write_text(text + "\n", encoding="utf-8")
+                if (logged := unfinished.folder / "completions").is_dir():  # log_completions
+                    logged.rename(result / logged.name)
                 result.rename(out)
             told = [(moved, fingerprint, took)]
         broadcast_object_list(told)

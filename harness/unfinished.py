@@ -67,8 +67,9 @@ class Unfinished:
                 "): remove it, name another folder, or go on with that run's own settings"
             )
         if was != self._run:
-            for child in self.folder.glob("checkpoint-*"):
-                shutil.rmtree(child)
+            for child in self.folder.iterdir():
+                if child.is_dir():
+                    shutil.rmtree(child)
             text = json.dumps(self._run, indent=1)
             (self.folder / _HALF).write_text(text + "\n", encoding="utf-8")
             (self.folder / _HALF).replace(path)

@@ -10,6 +10,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -200,7 +201,7 @@ def text(prompts, completions, **kwargs):
     [
         (broken, "the reward broken raised RuntimeError: no such answer"),
         (not_a_number, "the reward not_a_number returned nan for the completion '"),
-        (none, "the reward none returned None for the completion '"),
+        (none, "the reward none scored none of 16 completions"),
         (one_too_few, "the reward one_too_few returned 15 numbers for 16 completions"),
         (no_list, "the reward no_list returned float"),
         (text, "the reward text returned '1.0' for the completion '"),
@@ -212,6 +213,19 @@ def test_reward_that_fails_ends_the_run_and_leaves_nothing(reward, message, one_
     assert str(failed.value).startswith(f"step 1: {message}")
     assert "\n" not in str(failed.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_reward_may_leave_a_completion_out_and_what_was_drawn_is_kept(one_step, tmp_path):
+    def partly(prompts, completions, **kwargs):
+        return [None if n % 5 == 0 else float(n) for n in range(len(completions))]
+
+    recipe = dataclasses.replace(
+        one_step, config={"log_completions": True, "num_completions_to_print": 0}
+    )
+    run = train(recipe, tmp_path / "out", device="cpu", reward=partly)
+    assert run.log[0]["reward"] == pytest.approx(sum(n for n in range(16) if n % 5) / 12)
+    (table,) = (run.path / "completions").iterdir()
+    assert len(pd.read_parquet(table)) == 16
 
 
 def test_step_that_diverges_ends_the_run(short, tmp_path):
