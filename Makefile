@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check test eval smollm2 real nano calibrate record lock
+.PHONY: help check test heavy contract eval smollm2 real nano calibrate record lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*##/\1\t/' | expand -t 12
@@ -20,8 +20,14 @@ help:  ## list the targets
 eval: .venv/installed  ## evaluate the embedded pair of policies: the main job
 	$(BIN)/python -m pytest suites/ --grpo-report report
 
+contract: .venv/installed  ## break TRL in every known way, and see the suite name each (long)
+	$(BIN)/python -m pytest tests/contract_patches.py
+
 test: .venv/installed  ## run the harness's own tests
-	$(BIN)/python -m pytest tests/
+	$(BIN)/python -m pytest tests/ -m "not heavy"
+
+heavy: .venv/installed  ## run the tests that take long or install something (older TRL)
+	$(BIN)/python -m pytest tests/ -m heavy
 
 check: .venv/installed  ## lint, format and types
 	$(BIN)/ruff check .

@@ -26,7 +26,8 @@ The map, in the order of a sample's way. A module imports only from those above 
 ``plugin/``        pytest's options, fixtures, assertions and summary
 ``recipes.py``     what a GRPO run is made of, and the runs that have a name
 ``grpo.py``        the algorithm in plain torch: the readable statement, and the oracle for TRL
-``training.py``    a recipe -> TRL's GRPOTrainer -> a trained policy on disk
+``training/``      a recipe -> TRL's GRPOTrainer -> a trained policy on disk
+``command.py``     the command line: train, recipes, resources
 ``contract/``      what a step of GRPO must compute, to the digit: TRL watched from outside
 ``calibration/``   the gate's own test: false alarms, power, mutants
 ``nano/``          the embedded pair of policies, and the script that makes them

@@ -15,7 +15,8 @@ class Recipe:
     A step draws ``num_generations`` completions for each of ``prompts_per_step`` prompts and
     makes one update, in ``gradient_accumulation_steps`` equal parts. ``max_prompt_length`` and
     ``max_completion_length`` count tokens; a longer prompt is an error, since TRL truncates
-    none. ``config`` holds further fields of ``GRPOConfig`` by name.
+    none. A checkpoint to go on from is kept every ``save_steps`` steps, or at the first end of a
+    generation window behind. ``config`` holds further fields of ``GRPOConfig`` by name.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Recipe:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 42
+    save_steps: int = 10
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -83,7 +85,16 @@ RECIPES: Mapping[str, Recipe] = {
             lr_scheduler_type="constant",
             scale_rewards="group",
         ),
-        dataclasses.replace(_NANO, name="smoke", n_math=8, n_prog=24, prompts_per_step=8, steps=4),
+        dataclasses.replace(
+            _NANO, name="smoke", n_math=8, n_prog=24, prompts_per_step=8, steps=4, save_steps=2
+        ),
     )
 }
 """The recipes that have a name."""
+
+
+def named(name: str) -> Recipe:
+    """Return the recipe of that name. Raises ``ValueError`` with the names that there are."""
+    if name not in RECIPES:
+        raise ValueError(f"no recipe {name!r}: there are {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -82,6 +82,17 @@ def run(request, watched):
     return watched(request.param)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_resolved_config(name):
+    """Every recipe means what it meant when its config was recorded: no default has flipped."""
+    from harness.training.recorded import differences
+
+    changed = differences(RECIPES[name], device="cpu")
+    assert not changed, (
+        f"{'; '.join(map(str, changed))}. If it is meant: grpo-harness recipes --record"
+    )
+
+
 def test_settings(run, holds):
     """The trainer runs by the recipe, and by what is pinned beside it."""
     holds("settings_are_the_recipes", run)
@@ -205,12 +216,12 @@ def test_controls(watched, oracle):
 
 def test_reward_that_raises_ends_the_run(tmp_path):
     """An error in the reward is an error of the run, never a score (verl#5635)."""
-    from harness.training import train
+    from harness.training import TrainingError, train
 
     def broken(**_):
         raise ZeroDivisionError("in the reward")
 
-    with pytest.raises(ZeroDivisionError, match="in the reward"):
+    with pytest.raises(TrainingError, match="in the reward"):
         train(RECIPES["smoke"], tmp_path / "out", reward=broken)
     assert not (tmp_path / "out").exists()
 

@@ -13,7 +13,7 @@ import harness
 ROOT = Path(harness.__file__).parent
 MAP = re.findall(r"^``([\w/.]+)``", harness.__doc__, re.MULTILINE)
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate"}
-MAY_BE_HEAVY = {"policy.py", "sampling/", "grpo.py", "training.py", "contract/", "nano/"}
+MAY_BE_HEAVY = {"policy.py", "sampling/", "grpo.py", "training/", "contract/", "nano/"}
 
 
 def room(path):
@@ -75,7 +75,9 @@ def test_only_the_plugin_imports_pytest():
     assert users == {"plugin/"}
 
 
-@pytest.mark.parametrize("module", ["reward", "tasks", "gate", "checks", "report", "plugin"])
+@pytest.mark.parametrize(
+    "module", ["reward", "tasks", "gate", "checks", "report", "plugin", "command"]
+)
 def test_a_module_loads_without_torch(module):
     code = f"import harness.{module}, sys; sys.exit(bool({HEAVY!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,116 +1,109 @@
-"""The recipe resolves to one exact config, and a run leaves a whole policy or nothing."""
+"""A run leaves a whole policy or nothing, and goes on where it was interrupted."""
 
 import csv
 import dataclasses
 import hashlib
 import json
 import math
+import pickle
+import resource
+import shutil
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
-from harness.policy import find, load
+from harness.checkpoint import PolicyError
+from harness.policy import load
 from harness.recipes import RECIPES
-from harness.training import TrainingError, main, resolve, train
+from harness.reward import reward_func
+from harness.training import TrainingError, resolve, train
+from harness.training.resources import read_resources
+from harness.training.trainer import save_every
+from harness.training.unfinished import UnfinishedError
 
-SHORT = dataclasses.replace(RECIPES["smoke"], steps=2, prompts_per_step=4, num_generations=4)
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A policy this small is slower on two, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def short(tiny):
+    """Seven steps over three to the epoch, so that the second epoch and the third are reached."""
+    return dataclasses.replace(
+        RECIPES["smoke"],
+        policy=str(tiny),
+        n_math=4,
+        n_prog=8,
+        prompts_per_step=4,
+        num_generations=4,
+        max_completion_length=8,
+        steps=7,
+        save_steps=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(short, tmp_path_factory):
+    return train(short, tmp_path_factory.mktemp("training") / "trained", device="cpu")
+
+
+@pytest.fixture
+def one_step(short):
+    return dataclasses.replace(short, steps=1)
 
 
 def digests(folder):
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
+        for path in sorted(Path(folder).iterdir())
     }
 
 
+def figures(log):
+    return [{name: row[name] for name in row if name != "step_time"} for row in log]
+
+
+def stop_at(step):
+    """Stand in for Ctrl-C: Python raises this wherever the run happens to be."""
+
+    def progress(row):
+        if row["step"] == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def interrupt(recipe, out, step):
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(recipe, out, device="cpu", progress=stop_at(step))
+    return getattr(stopped.value, "__notes__", [])
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return train(SHORT, tmp_path_factory.mktemp("training") / "trained", device="cpu")
+def stopped(short, tmp_path_factory):
+    """What a run leaves that was interrupted in its last step: checkpoints of step 4 and 6."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    (note,) = interrupt(short, out, 7)
+    assert "checkpoint-6 is kept" in note
+    (folder,) = out.parent.iterdir()
+    return folder
 
 
-def test_tutorial_resolves_to_the_tutorials_values(tmp_path):
-    config = resolve(RECIPES["tutorial"], tmp_path, device="cpu")
-    assert {
-        "num_generations": 2,
-        "max_completion_length": 48,
-        "max_steps": 30,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "generation_batch_size": 2,
-        "learning_rate": 2e-6,
-        "epsilon": 0.2,
-        "beta": 0.0,
-        "seed": 42,
-    }.items() <= vars(config).items()
-    assert RECIPES["tutorial"].max_prompt_length == 512
-    assert (RECIPES["tutorial"].n_math, RECIPES["tutorial"].n_prog) == (64, 64)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_pins_the_traps(name, tmp_path):
-    config = resolve(RECIPES[name], tmp_path, device="cpu")
-    assert {
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "bf16": False,
-        "fp16": False,
-        "use_cpu": True,
-        "top_k": 0,
-        "repetition_penalty": 1.0,
-        "num_iterations": 1,
-        "loss_type": "dapo",
-        "report_to": [],
-    }.items() <= vars(config).items()
-
-
-@pytest.mark.parametrize(
-    ("key", "right"),
-    [
-        ("clip_range", "epsilon"),
-        ("clip_eps", "epsilon"),
-        ("max_prompt_length", "max_prompt_length of the recipe"),
-        ("learning_rte", "learning_rate"),
-    ],
-)
-def test_unknown_key_is_an_error_that_names_the_right_one(key, right, tmp_path):
-    recipe = dataclasses.replace(SHORT, config={key: 1})
-    with pytest.raises(ValueError, match=f"no '{key}': use {right}"):
-        resolve(recipe, tmp_path, device="cpu")
-
-
-def test_key_with_a_field_of_its_own_is_an_error(tmp_path):
-    recipe = dataclasses.replace(SHORT, config={"epsilon": 0.3})
-    with pytest.raises(ValueError, match="has a field of that name"):
-        resolve(recipe, tmp_path, device="cpu")
-
-
-def test_further_keys_reach_the_config(tmp_path):
-    recipe = dataclasses.replace(SHORT, config={"epsilon_high": 0.28, "max_grad_norm": 0.5})
-    config = resolve(recipe, tmp_path, device="cpu")
-    assert (config.epsilon_high, config.max_grad_norm) == (0.28, 0.5)
-
-
-def test_batch_that_does_not_divide_into_groups_is_an_error(tmp_path):
-    recipe = dataclasses.replace(SHORT, config={"per_device_train_batch_size": 6})
-    with pytest.raises(ValueError, match="6 completions a step do not divide into groups"):
-        resolve(recipe, tmp_path, device="cpu")
-
-
-def test_batch_that_does_not_divide_into_parts_is_an_error(tmp_path):
-    recipe = dataclasses.replace(SHORT, gradient_accumulation_steps=3)
-    with pytest.raises(ValueError, match=r"16 completions a step .* 3 equal parts"):
-        resolve(recipe, tmp_path, device="cpu")
-
-
-def test_prompt_too_long_is_an_error(tmp_path):
-    recipe = dataclasses.replace(SHORT, max_prompt_length=25)
-    with pytest.raises(ValueError, match="max_prompt_length is 25"):
-        train(recipe, tmp_path / "out", device="cpu")
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def unfinished(stopped, tmp_path):
+    """A copy of it, beside what shall become ``out``."""
+    return Path(shutil.copytree(stopped, tmp_path / "out.unfinished"))
 
 
 def test_every_step_is_logged_and_finite(run):
-    assert [row["step"] for row in run.log] == [1, 2]
+    assert [row["step"] for row in run.log] == list(range(1, 8))
     for row in run.log:
         for name in ("loss", "grad_norm", "reward", "entropy", "completions/mean_length"):
             assert math.isfinite(row[name]), name
@@ -120,77 +113,258 @@ def test_weights_move(run):
     assert run.weights_moved >= 0.5
 
 
-def test_checkpoint_reloads_to_the_same_logits(run):
+def test_checkpoint_reloads_to_the_same_logits(run, tiny_policy):
     policy = load(str(run.path), device="cpu")
     ids = torch.arange(3, 67).reshape(2, 32)
     with torch.inference_mode():
         assert torch.equal(policy.model(ids).logits, run.model(ids).logits)
-    base = load("nano-base", device="cpu")
-    assert policy.eos_token_ids == base.eos_token_ids
-    assert policy.fingerprint.tokenizer == base.fingerprint.tokenizer
-    assert policy.fingerprint.weights != base.fingerprint.weights
+    assert policy.eos_token_ids == tiny_policy.eos_token_ids
+    assert policy.fingerprint.tokenizer == tiny_policy.fingerprint.tokenizer
+    assert policy.fingerprint.weights != tiny_policy.fingerprint.weights
+    assert str(policy.fingerprint) == run.fingerprint
 
 
-def test_folder_is_complete(run):
+def test_folder_is_complete(run, tiny_policy):
     record = json.loads((run.path / "recipe.json").read_text())
     assert record["recipe"]["num_generations"] == 4
     assert record["config"]["loss_type"] == "dapo"
     assert "trl" in record["versions"]
-    assert record["base"]["fingerprint"] == str(load("nano-base", device="cpu").fingerprint)
+    assert record["base"]["fingerprint"] == str(tiny_policy.fingerprint)
+    assert record["fingerprint"] == run.fingerprint
     with (run.path / "curves.csv").open() as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
-    assert len(json.loads((run.path / "log.json").read_text())) == 2
+        assert [row["step"] for row in csv.DictReader(file)] == [str(n) for n in range(1, 8)]
+    assert len(json.loads((run.path / "log.json").read_text())) == 7
     assert (run.path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert read_resources(run.path) == run.resources
+    assert len((run.path / "problems.txt").read_text().split()) == 12
     assert [path.name for path in run.path.parent.iterdir()] == ["trained"]
-    assert not list(run.path.glob("*.bin"))
+    assert not [path for path in run.path.iterdir() if path.suffix in {".bin", ".pt", ".pth"}]
 
 
-def test_same_seed_same_run_and_base_unchanged(run, tmp_path):
-    before = digests(find("nano-base").path)
-    again = train(SHORT, tmp_path / "again", device="cpu")
-    assert digests(find("nano-base").path) == before
-    assert [row["reward"] for row in again.log] == [row["reward"] for row in run.log]
-    assert [row["grad_norm"] for row in again.log] == [row["grad_norm"] for row in run.log]
-
-
-def test_progress_sees_every_step(tmp_path):
+def test_same_seed_same_run_and_base_unchanged(run, short, tiny, tmp_path):
+    before = digests(tiny)
     seen = []
-    train(SHORT, tmp_path / "out", device="cpu", progress=seen.append)
-    assert [row["step"] for row in seen] == [1, 2]
+    again = train(short, tmp_path / "again", device="cpu", progress=seen.append)
+    assert digests(tiny) == before
+    assert figures(again.log) == figures(run.log)
+    assert seen == list(again.log)
+    assert again.fingerprint == run.fingerprint
 
 
-def test_existing_out_is_refused(tmp_path):
+def test_existing_out_is_refused(short, tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
-        train(SHORT, tmp_path, device="cpu")
+        train(short, tmp_path, device="cpu")
 
 
-def test_nothing_is_left_when_the_reward_raises(tmp_path):
-    def broken(prompts, completions, **kwargs):
-        raise RuntimeError("the reward is broken")
-
-    with pytest.raises(RuntimeError, match="the reward is broken"):
-        train(SHORT, tmp_path / "out", device="cpu", reward=broken)
+def test_prompt_too_long_is_an_error(short, tmp_path):
+    recipe = dataclasses.replace(short, max_prompt_length=25)
+    with pytest.raises(ValueError, match="max_prompt_length is 25"):
+        train(recipe, tmp_path / "out", device="cpu")
     assert not list(tmp_path.iterdir())
 
 
-def test_reward_that_is_no_number_ends_the_run(tmp_path):
-    def nan(prompts, completions, **kwargs):
-        return [math.nan] * len(prompts)
+def test_policy_that_is_cut_short_is_an_error(short, copy, tmp_path):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    recipe = dataclasses.replace(short, policy=str(copy))
+    with pytest.raises(PolicyError, match="cut short"):
+        train(recipe, tmp_path / "out", device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
-    with pytest.raises(TrainingError, match="step 1: "):
-        train(SHORT, tmp_path / "out", device="cpu", reward=nan)
-    assert not list(tmp_path.iterdir())
+
+def broken(prompts, completions, **kwargs):
+    raise RuntimeError("no such answer")
+
+
+def not_a_number(prompts, completions, **kwargs):
+    return [0.0] * (len(completions) - 1) + [math.nan]
+
+
+def none(prompts, completions, **kwargs):
+    return [None] * len(completions)
+
+
+def one_too_few(prompts, completions, **kwargs):
+    return [0.0] * (len(completions) - 1)
+
+
+def no_list(prompts, completions, **kwargs):
+    return 1.0
+
+
+def text(prompts, completions, **kwargs):
+    return ["1.0"] * len(completions)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("reward", "message"),
     [
-        (["nonsense"], "no recipe 'nonsense'"),
-        (["smoke", "--policy", "no-such-policy"], "no policy 'no-such-policy'"),
+        (broken, "the reward broken raised RuntimeError: no such answer"),
+        (not_a_number, "the reward not_a_number returned nan for the completion '"),
+        (none, "the reward none scored none of 16 completions"),
+        (one_too_few, "the reward one_too_few returned 15 numbers for 16 completions"),
+        (no_list, "the reward no_list returned float"),
+        (text, "the reward text returned '1.0' for the completion '"),
     ],
 )
-def test_command_line_says_what_is_wrong_in_one_line(arguments, message, tmp_path, capsys):
-    assert main(["train", *arguments, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+def test_reward_that_fails_ends_the_run_and_leaves_nothing(reward, message, one_step, tmp_path):
+    with pytest.raises(TrainingError) as failed:
+        train(one_step, tmp_path / "out", device="cpu", reward=reward)
+    assert str(failed.value).startswith(f"step 1: {message}")
+    assert "\n" not in str(failed.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_reward_may_leave_a_completion_out_and_what_was_drawn_is_kept(one_step, tmp_path):
+    def partly(prompts, completions, **kwargs):
+        return [None if n % 5 == 0 else float(n) for n in range(len(completions))]
+
+    recipe = dataclasses.replace(
+        one_step, config={"log_completions": True, "num_completions_to_print": 0}
+    )
+    run = train(recipe, tmp_path / "out", device="cpu", reward=partly)
+    assert run.log[0]["reward"] == pytest.approx(sum(n for n in range(16) if n % 5) / 12)
+    (table,) = (run.path / "completions").iterdir()
+    assert len(pd.read_parquet(table)) == 16
+
+
+def test_step_that_diverges_ends_the_run(short, tmp_path):
+    recipe = dataclasses.replace(short, learning_rate=1e30, lr_scheduler_type="constant")
+    with pytest.raises(TrainingError, match=r"step \d: .*: lower the learning rate$"):
+        train(recipe, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kept", [6, 4])
+def test_resumed_equals_uninterrupted(kept, run, short, unfinished, tmp_path):
+    said, seen = [], []
+    if kept == 4:
+        optimizer = unfinished / "checkpoint-6" / "optimizer.pt"
+        optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    again = train(short, tmp_path / "out", device="cpu", progress=seen.append, notice=said.append)
+    left_out = "checkpoint-6 is left out: optimizer.pt is not what was written"
+    assert [left_out in line for line in said] == [True, False][kept == 6 :]
+    assert said[-1] == f"going on from {unfinished / f'checkpoint-{kept}'}"
+    assert [row["step"] for row in seen] == list(range(kept + 1, 8))
+    assert figures(again.log) == figures(run.log)
+    assert digests(again.path)["model.safetensors"] == digests(run.path)["model.safetensors"]
+    assert again.weights_moved == run.weights_moved
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_resumed_equals_uninterrupted_where_completions_are_used_again(short, tmp_path):
+    recipe = dataclasses.replace(
+        short, gradient_accumulation_steps=2, save_steps=1, steps=5, config={"num_iterations": 2}
+    )
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+    (note,) = interrupt(recipe, tmp_path / "out", 4)
+    assert "checkpoint-2 is kept" in note  # and not 3, in the middle of a window
+    again = train(recipe, tmp_path / "out", device="cpu")
+    assert figures(again.log) == figures(whole.log)
+    assert again.fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "parts", "config", "every"),
+    [
+        (10, 1, {}, 10),
+        (0, 1, {}, 0),
+        (10, 2, {"num_iterations": 4}, 12),
+        (1, 4, {"steps_per_generation": 6}, 3),
+        (5, 4, {"steps_per_generation": 4, "num_iterations": 2}, 6),
+        (1, 4, {"steps_per_generation": 2}, 1),
+    ],
+)
+def test_checkpoints_are_made_where_a_generation_window_ends(
+    save_steps, parts, config, every, tmp_path
+):
+    recipe = dataclasses.replace(
+        RECIPES["smoke"], num_generations=2, gradient_accumulation_steps=parts, config=config
+    )
+    assert save_every(resolve(recipe, tmp_path, device="cpu"), save_steps) == every
+
+
+def test_another_run_does_not_go_on_from_it(short, unfinished, tmp_path):
+    other = dataclasses.replace(short, learning_rate=1e-4)
+    with pytest.raises(UnfinishedError, match=r"config\.learning_rate was 0\.0002, and is 0\.0001"):
+        train(other, tmp_path / "out", device="cpu")
+    with pytest.raises(UnfinishedError, match="reward was"):
+        train(short, tmp_path / "out", device="cpu", reward=none)
+    assert len(list(unfinished.glob("checkpoint-*"))) == 2
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_pickle_in_a_checkpoint_is_never_run(name, short, unfinished, tmp_path):
+    checkpoint = unfinished / "checkpoint-6"
+    torch.save({"state": Bomb(tmp_path / "ran")}, checkpoint / name)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][name] = digests(checkpoint)[name]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        train(short, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "ran").exists()
+    torch.load(checkpoint / name, weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def full_disk():
+    """Let files grow no further than so many bytes: the system itself then refuses the rest."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+# Of the optimizer's state, which is twice as large as the weights, one half fits; then not even
+# the weights do.
+@pytest.mark.parametrize("room", [1.5, 0.5])
+def test_full_disk_at_a_checkpoint_keeps_the_one_before(room, short, full_disk, tiny, tmp_path):
+    def fill(row):
+        if row["step"] == 3:
+            full_disk(int(room * (tiny / "model.safetensors").stat().st_size))
+
+    with pytest.raises(TrainingError, match="step 4: its checkpoint cannot be written") as failed:
+        train(short, tmp_path / "out", device="cpu", progress=fill)
+    assert "\n" not in str(failed.value)
+    assert "checkpoint-2 is kept" in failed.value.__notes__[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    checkpoints = (tmp_path / "out.unfinished").glob("checkpoint-*")
+    assert [path.name for path in checkpoints] == ["checkpoint-2"]
+
+
+def test_full_disk_at_the_end_keeps_the_last_checkpoint(
+    run, short, full_disk, unfinished, tmp_path
+):
+    def fill(row):
+        if row["step"] == 7:
+            full_disk(1000)
+
+    with pytest.raises(TrainingError, match="the result cannot be written") as failed:
+        train(short, tmp_path / "out", device="cpu", progress=fill)
+    assert "checkpoint-6 is kept" in failed.value.__notes__[0]
+    full_disk(resource.RLIM_INFINITY)
+    assert train(short, tmp_path / "out", device="cpu").fingerprint == run.fingerprint
+
+
+def test_reward_that_fails_later_keeps_the_checkpoint_before(run, short, tmp_path):
+    mended = False
+
+    def reward(prompts, completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 4 and not mended:
+            raise ZeroDivisionError("no answer has a length")
+        return reward_func(prompts, completions)
+
+    with pytest.raises(TrainingError, match=r"step 5: .* ZeroDivisionError") as failed:
+        train(short, tmp_path / "out", device="cpu", reward=reward)
+    assert "checkpoint-4 is kept" in failed.value.__notes__[0]
+    mended = True
+    again = train(short, tmp_path / "out", device="cpu", reward=reward)
+    assert again.fingerprint == run.fingerprint

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.training import main
+from harness.command import main
 
 ROOT = Path(__file__).parent.parent
 QWEN = "qwen/Qwen2-0.5B-Instruct"

@@ -101,7 +101,7 @@ def train_nano(recipe: str, base: Path, folder: Path) -> TrainingRun:
     record = json.loads(path.read_text(encoding="utf-8"))
     record["recipe"]["policy"] = record["base"]["name"] = RECIPES[recipe].policy
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for extra in ("log.json", "curves.csv", "curves.png"):
+    for extra in ("log.json", "curves.csv", "curves.png", "resources.json"):
         (folder / extra).unlink()
     return run
 

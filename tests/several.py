@@ -1,0 +1,77 @@
+"""What test_processes.py runs in processes of its own: ``python several.py WHAT ARGUMENTS``."""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from harness.errors import HarnessError
+from harness.recipes import RECIPES
+from harness.training import train
+from harness.training.processes import launch
+from harness.training.trainer import Trainer, Watch
+
+
+def scattered(prompts, completions, **kwargs):
+    """Reward a completion by its digest, so that every group has something to learn."""
+    return [hashlib.sha256(text.encode()).digest()[0] / 64 for text in completions]
+
+
+def one_step(argument):
+    """Make one step on the completions in ``given``, or draw them and write them there."""
+    policy, folder, given, parts = argument
+    rank = os.environ.get("RANK", "0")
+    recorded = json.loads(Path(given).read_text()) if Path(given).exists() else None
+    drawn = []
+    draw = Trainer._generate_single_turn
+
+    def replay(self, prompt_ids, *arguments):
+        drawn.extend(prompt_ids)
+        if recorded is not None:
+            return [recorded[json.dumps(ids)].pop(0) for ids in prompt_ids], None
+        completion_ids, _ = result = draw(self, prompt_ids, *arguments)
+        by_prompt = {}
+        for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+            by_prompt.setdefault(json.dumps(prompt), []).append(completion)
+        Path(given).write_text(json.dumps(by_prompt))
+        return result
+
+    def gradients(self, args, state, control, model, **kwargs):
+        save_file({n: p.grad for n, p in model.named_parameters()}, f"{folder}/{rank}.safetensors")
+
+    Trainer._generate_single_turn = replay
+    Watch.on_pre_optimizer_step = gradients
+    recipe = replace(
+        RECIPES["smoke"],
+        policy=policy,
+        steps=1,
+        prompts_per_step=4,
+        num_generations=4,
+        gradient_accumulation_steps=int(parts),
+        max_completion_length=24,
+    )
+    train(recipe, Path(folder) / "trained", device="cpu", reward=scattered)
+    Path(folder, f"{rank}.json").write_text(json.dumps(drawn))
+
+
+def fail_in_the_second(_):
+    """Fail in one process while the other waits for it."""
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo")
+    if os.environ["RANK"] == "1":
+        raise HarnessError("the second one has run out of luck")
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    what, processes, *rest = sys.argv[1:]
+    work = {"one_step": one_step, "fail": fail_in_the_second}[what]
+    if processes == "1":
+        work(rest)
+    else:
+        launch(work, rest, int(processes))

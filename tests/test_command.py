@@ -1,0 +1,138 @@
+"""The command line says in one line what is wrong, and what an interruption left."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trl import GRPOConfig
+
+from harness.command import main, parser
+from harness.recipes import RECIPES
+from harness.training.recorded import RECORDED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "no recipe 'nonsense': there are tutorial, nano, collapse, smoke"),
+        (["smoke", "--policy", "no-such-policy"], "no policy 'no-such-policy'"),
+        (["smoke", "--processes", "0"], "--processes 0: there must be at least one"),
+        (["smoke", "--processes", "3"], "cannot be split among 3 processes"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, message, tmp_path, capsys):
+    assert main(["train", *arguments, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("grpo-harness train: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_shows_its_config_its_steps_and_what_it_took(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--policy", str(tiny), "--steps", "2", "--device", "cpu"]
+    assert main(["train", "smoke", "--out", str(out), *options]) == 0
+    printed, error = capsys.readouterr()
+    assert "CHANGED" not in error
+    config, rest = printed.split("step    1/2")
+    assert "learning_rate = 0.0002   (TRL: 1e-06)" in config
+    assert "max_steps = 2 " in config
+    assert "step    2/2" in rest
+    assert "0:00 left" in rest
+    fingerprint = json.loads((out / "recipe.json").read_text())["fingerprint"]
+    assert f"fingerprint {fingerprint}" in rest
+    assert "completion tokens a second" in rest
+
+    other = shutil.copytree(out, tmp_path / "other")
+    took = json.loads((other / "resources.json").read_text())
+    (other / "resources.json").write_text(json.dumps({**took, "hardware": "abacus"}))
+    assert main(["resources", str(out), str(out)]) == 0
+    assert "step_seconds: 1.00 times" in capsys.readouterr().out
+    assert main(["resources", str(out), str(other)]) == 2
+    assert "not comparable: hardware was abacus" in capsys.readouterr().err
+
+
+def test_default_that_has_flipped_is_said_loudly(monkeypatch, tmp_path, capsys):
+    @dataclasses.dataclass
+    class Upgraded(GRPOConfig):
+        delta: float = 4.0
+
+    monkeypatch.setattr("harness.training.config.GRPOConfig", Upgraded)
+    arguments = ["smoke", "--policy", "nowhere", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("CHANGED: the recipe smoke is not what was recorded of it with {'trl'")
+    assert "\n  delta is 4.0: it was None\n" in error
+    assert main(["recipes"]) == 0
+    assert "smoke: changed\n  delta is 4.0: it was None\n" in capsys.readouterr().out
+
+
+def test_recipes_are_as_recorded_and_can_be_recorded_again(monkeypatch, tmp_path, capsys):
+    assert main(["recipes"]) == 0
+    assert capsys.readouterr().out == "".join(f"{name}: as recorded\n" for name in RECIPES)
+    monkeypatch.setattr("harness.training.recorded.RECORDED", tmp_path)
+    assert main(["recipes", "--record"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in RECORDED.iterdir()}
+
+
+def started(tiny, out, *options):
+    """Start a training as a user does, and return the process when it has made three steps."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "harness.command", "train", "smoke", "--out", str(out)),
+            *("--policy", str(tiny), "--steps", "6", "--device", "cpu", *options),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    for line in process.stdout:
+        if line.startswith("step    3/6"):
+            return process
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.heavy)]
+)
+def test_interrupted_training_goes_on(sent, tiny, tmp_path, capsys):
+    process = started(tiny, tmp_path / "out")
+    os.killpg(process.pid, sent)
+    _, error = process.communicate()
+    kept = tmp_path / "out.unfinished" / "checkpoint-2"
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert error == (
+            f"grpo-harness train: interrupted; {kept} is kept: run the same again to go on "
+            "from there\n"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+
+    again = ["--policy", str(tiny), "--steps", "6", "--device", "cpu"]
+    assert main(["train", "smoke", "--out", str(tmp_path / "out"), *again]) == 0
+    printed = capsys.readouterr().out
+    assert f"going on from {kept}\n" in printed
+    assert "step    2/6" not in printed
+    assert "step    3/6" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_every_command_of_the_readme_is_one():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    launched = r"^(?:grpo-harness|accelerate .* -m harness\.command) (.*)$"
+    commands = re.findall(launched, readme, re.MULTILINE)
+    commands += re.findall(r"`grpo-harness (\w+ -[^`]*)`", readme)
+    assert {command.split()[0] for command in commands} == {"train", "recipes", "resources"}
+    for command in commands:
+        arguments = parser().parse_args(command.split())
+        assert getattr(arguments, "recipe", "nano") in RECIPES

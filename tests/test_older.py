@@ -1,0 +1,98 @@
+"""Beside older releases of TRL a recipe means the same, and what flipped since is named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.recipes import RECIPES
+from harness.training.recorded import recorded
+
+pytestmark = pytest.mark.heavy
+
+FLIPPED = {
+    "0.29.0": {"vllm_mode", "vllm_importance_sampling_cap"},
+    "1.0.0": {"vllm_importance_sampling_cap"},
+    "1.10.0": {"router_aux_loss_coef"},
+}
+"""What each release defaults otherwise than the locked one, among the keys that both have."""
+
+PROBE = """
+import json, sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import trl
+
+from harness.training.config import resolve, settings
+from harness.recipes import RECIPES
+from harness.training.recorded import differences
+from harness.training import train
+
+policy, folder = sys.argv[1:]
+assert Path(trl.__file__).is_relative_to(folder), trl.__file__
+smoke = RECIPES["smoke"]
+try:
+    resolve(replace(smoke, config={"max_prompt_length": 512}), Path("out"), device="cpu")
+    error = ""
+except ValueError as raised:
+    error = str(raised)
+short = replace(smoke, policy=policy, steps=2, save_steps=1, max_completion_length=8)
+print(json.dumps({
+    "version": version("trl"),
+    "configs": {
+        name: settings(resolve(recipe, Path("out"), device="cpu"))
+        for name, recipe in RECIPES.items()
+    },
+    "differences": [(d.key, str(d)) for d in differences(smoke, device="cpu")],
+    "error": error,
+    "steps": [row["step"] for row in train(short, Path(folder, "out"), device="cpu").log],
+}))
+"""
+
+
+@pytest.fixture(scope="module", params=FLIPPED)
+def older(request, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("older")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*install, str(folder), f"trl=={request.param}"], check=True)
+    path = os.pathsep.join([str(folder), str(Path(__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(tiny), str(folder)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["version"] == request.param
+    return told
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_means_the_same(older, name):
+    now, then = recorded(name)["config"], older["configs"][name]
+    shared = now.keys() & then.keys()
+    assert {key for key in shared if now[key] != then[key]} == FLIPPED[older["version"]]
+    asked = {"num_generations", "max_completion_length", "learning_rate", "epsilon", "beta"}
+    assert asked | {"top_k", "loss_type", "scale_rewards", "use_bias_correction_kl"} <= shared
+
+
+def test_what_it_defaults_otherwise_is_named(older):
+    named = dict(older["differences"])
+    assert named.keys() >= FLIPPED[older["version"]]
+    gone = recorded("smoke")["config"].keys() - older["configs"]["smoke"].keys()
+    assert {key for key, text in named.items() if "is gone" in text} == gone
+
+
+def test_key_that_it_does_not_have_is_an_error(older):
+    assert f"TRL {older['version']} has no 'max_prompt_length'" in older["error"]
+
+
+def test_it_trains(older):
+    assert older["steps"] == [1, 2]

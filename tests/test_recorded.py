@@ -1,0 +1,63 @@
+"""What flips in an upgrade is named: the recipes resolve to what was recorded of them."""
+
+import dataclasses
+import json
+
+import pytest
+from trl import GRPOConfig
+
+from harness.errors import HarnessError
+from harness.recipes import RECIPES
+from harness.training.recorded import RECORDED, differences, record, recorded
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resolved_config(name):
+    changed = differences(RECIPES[name], device="cpu")
+    versions = recorded(name)["versions"]
+    assert not changed, f"recorded with {versions}: " + "; ".join(map(str, changed))
+
+
+def test_every_recipe_is_recorded_and_no_other():
+    assert {path.stem for path in RECORDED.iterdir()} == set(RECIPES)
+
+
+def test_default_that_flips_is_named(monkeypatch):
+    @dataclasses.dataclass
+    class Upgraded(GRPOConfig):
+        multi_objective_aggregation: str = "normalize_then_sum"
+        novelty: int = 3
+
+    monkeypatch.setattr("harness.training.config.GRPOConfig", Upgraded)
+    assert [str(difference) for difference in differences(RECIPES["smoke"], device="cpu")] == [
+        "multi_objective_aggregation is 'normalize_then_sum': it was 'sum_then_normalize'",
+        "novelty is new: 3",
+    ]
+
+
+def test_key_that_is_gone_and_recipe_that_changed_are_named():
+    was = recorded("smoke")
+    was["config"]["max_prompt_length"] = 512
+    recipe = dataclasses.replace(RECIPES["smoke"], beta=0.04)
+    changed = differences(recipe, was, device="cpu")
+    assert [str(difference) for difference in changed] == [
+        "beta is 0.04: it was 0.0",
+        "max_prompt_length is gone: it was 512",
+    ]
+
+
+def test_recording_again_changes_nothing(tmp_path):
+    for recipe in RECIPES.values():
+        path = record(recipe, tmp_path)
+        assert json.loads(path.read_text())["config"] == recorded(recipe.name)["config"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"config": {}', '{"config": 1, "versions": {}}']
+)
+def test_record_that_cannot_be_read_is_an_error(text, tmp_path):
+    (tmp_path / "smoke.json").write_text(text)
+    with pytest.raises(HarnessError, match=r"smoke\.json is not a recorded config"):
+        recorded("smoke", tmp_path)
+    with pytest.raises(HarnessError, match="recipes --record"):
+        recorded("nano", tmp_path)
