@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
+
+REMEMBERED = 7
+"""Earlier attempts that are pooled at most: by then there are eight times the samples."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,19 @@ class Attempts:
     def before(self, check: str, seed: int) -> list[Attempt]:
         """Return the attempts of an open series of ``check`` that precede the run of ``seed``.
 
-        A seed draws the same samples again, so a run that repeats one is judged as it was then.
+        A seed draws the same samples again, so a run that repeats one is judged as it was then,
+        and is no attempt of its own. At most ``REMEMBERED`` are returned, the latest.
         """
         series: list[Attempt] = []
-        for entry in self._entries():
-            if entry.pop("check") != check:
-                continue
-            attempt = Attempt(**entry)
+        seen: set[int] = set()
+        for attempt in self._of(check):
             if attempt.seed == seed:
-                return series
-            if attempt.verdict == "PASS":
-                series = []
-            elif attempt.seed not in {earlier.seed for earlier in series}:
-                series.append(attempt)
-        return series
+                break
+            if attempt.seed in seen:
+                continue
+            seen.add(attempt.seed)
+            series = [] if attempt.verdict == "PASS" else [*series, attempt]
+        return series[-REMEMBERED:]
 
     def add(self, check: str, attempt: Attempt) -> None:
         """Append an attempt of ``check``."""
@@ -58,11 +59,14 @@ class Attempts:
             # The newline comes first: a line that a dying process cut short spoils only itself.
             file.write(f"\n{line}")
 
-    def _entries(self) -> Iterator[dict[str, Any]]:
+    def _of(self, check: str) -> Iterator[Attempt]:
         if not self._path.exists():
             return
         with FileLock(self._path.with_suffix(".lock")):
             lines = self._path.read_text(encoding="utf-8").splitlines()
         for line in lines:
-            with suppress(ValueError):
-                yield json.loads(line)
+            # What is no line of ours, cut short or of another version, is no attempt of ours.
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
+                entry = json.loads(line)
+                if entry.pop("check") == check:
+                    yield Attempt(**entry)

@@ -24,7 +24,7 @@ from harness.evaluation import Evaluation
 SCHEMA = 2
 
 
-_HEADER = {"policy": str, "fingerprint": dict, "conditions": dict, "anchor": dict}
+_HEADER = {"policy": str, "fingerprint": dict, "conditions": dict, "anchor": dict, "planned": int}
 
 
 class BaselineError(HarnessError):
@@ -136,19 +136,19 @@ def path_of(folder: Path, slug: str, task_type: str) -> Path:
 
 def load(path: Path) -> Baseline:
     """Read a baseline. Raises ``BaselineError`` when it is missing or damaged."""
-    again = "record it with --grpo-record, or restore it from git"
+    again = "restore it from git, or remove it and record anew with --grpo-record"
     try:
         file = path.read_bytes()
         content = json.loads(file)
     except FileNotFoundError:
-        raise BaselineError(f"there is no baseline {path}: {again}") from None
+        raise BaselineError(f"there is no baseline {path}: record it with --grpo-record") from None
     except (OSError, ValueError) as error:
         raise BaselineError(f"the baseline {path} cannot be read ({error}): {again}") from error
     try:
         if (schema := content.pop("schema")) != SCHEMA:
             raise BaselineError(
                 f"the baseline {path} has schema {schema!r}, and this version of the harness "
-                f"reads {SCHEMA}: record it with --grpo-record"
+                f"reads {SCHEMA}: {again}"
             )
         records = {name: Record(**entry) for name, entry in content.pop("problems").items()}
         for name, record in records.items():

@@ -191,16 +191,14 @@ class Rules:
         base: Sequence[Evaluation],
         judge: Callable[..., Verdict],
     ) -> Check:
+        if not trained or len(trained) != len(base):
+            raise ValueError(
+                f"{len(trained)} evaluations of the trained policy and {len(base)} of the base: "
+                "they are compared in pairs, and there must be one"
+            )
         name = trained[0].task_type.name if len(trained) == 1 else "all"
         check = Check(question, name, trained[0].policy, base[0].policy)
-        if trained[0].fingerprint == base[0].fingerprint:
-            reason = (
-                f"the trained policy {trained[0].policy} is the base policy {base[0].policy}: "
-                f"both have the fingerprint {base[0].fingerprint}. Point --grpo-trained at what "
-                "was trained"
-            )
-            return replace(check, reason=reason)
-        if reason := _unscored([*trained, *base]):
+        if reason := _no_pairs(trained, base) or _unscored([*trained, *base]):
             return replace(check, reason=reason)
         # Where runs stop at a decision, one side may have been asked more problems than the other.
         pairs = [
@@ -315,6 +313,28 @@ _LENGTH = _Measure(
     label="tokens",
     unit="tokens",
 )
+
+
+def _no_pairs(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> str:
+    """Say why evaluations of trained and base cannot be compared with each other, if so."""
+    for ours, theirs in zip(trained, base, strict=True):
+        if ours.fingerprint.weights == theirs.fingerprint.weights:
+            return (
+                f"the trained policy {ours.policy} is the base policy {theirs.policy}: both have "
+                f"the same weights (fingerprints {ours.fingerprint} and {theirs.fingerprint}). "
+                "Point --grpo-trained at what was trained"
+            )
+        if (ours.task_type.name, ours.plan) != (theirs.task_type.name, theirs.plan):
+            return (
+                f"not comparable: {len(ours.plan)} problems of {ours.task_type.name} were asked "
+                f"of {ours.policy}, and {len(theirs.plan)} of {theirs.task_type.name} of "
+                f"{theirs.policy}: ask both the same"
+            )
+        # Which tokens end an answer is the policy's own.
+        sampling = [{**e.settings, "eos_token_ids": None} for e in (ours, theirs)]
+        if sampling[0] != sampling[1]:
+            return f"not comparable: {ours.policy} and {theirs.policy} were sampled differently"
+    return ""
 
 
 def _unscored(evaluations: Sequence[Evaluation]) -> str:

@@ -47,11 +47,11 @@ def code_digest(files: Iterable[Path]) -> str:
     return digest("\n".join([str(versions()), *contents]))
 
 
-def git(*arguments: str) -> str | None:
-    """Run git and return what it says, or ``None`` without git or without a repository."""
+def git(*arguments: str, cwd: Path) -> str | None:
+    """Run git in a folder and return what it says, or ``None`` where it cannot answer."""
     try:
         run = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True, timeout=60
+            ["git", *arguments], cwd=cwd, capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError):
         return None

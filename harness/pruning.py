@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.baseline import BaselineError, load, write
+from harness.provenance import git
 from harness.tasks import TaskType
 
 
@@ -23,10 +25,13 @@ class Stale:
         return f"{what}: {self.why}"
 
 
-def stale(folder: Path, slugs: Collection[str], task_types: Mapping[str, TaskType]) -> list[Stale]:
+def stale(
+    folder: Path, slugs: Collection[str], task_types: Mapping[str, TaskType], problems: int
+) -> list[Stale]:
     """List what no run of the policies ``slugs`` on ``task_types`` can ask for any more.
 
-    A problem is stale when its task type no longer draws it. Files that are no baselines, or
+    A problem is stale when its task type no longer draws it, neither among the first ``problems``
+    nor among as many as were planned when it was recorded. Files that are no baselines, or
     cannot be read as one, are left alone: reading them is an error elsewhere.
     """
     found = []
@@ -41,11 +46,28 @@ def stale(folder: Path, slugs: Collection[str], task_types: Mapping[str, TaskTyp
         elif task_type is None:
             found.append(Stale(path, f"{path.stem} is not a configured task type"))
         else:
-            drawn = task_type.problems(len(stored.records))
+            try:
+                drawn = task_type.problems(max(problems, stored.header["planned"]))
+            except ValueError:  # so many are not to be had: a run that asks them says so
+                continue
             gone = frozenset(stored.records) - {problem.id for problem in drawn}
             if gone:
                 found.append(Stale(path, f"{path.stem} no longer asks them", gone))
     return found
+
+
+def check_restorable(found: Iterable[Stale]) -> None:
+    """Raise ``BaselineError`` where a deletion could not be undone: in CI, and without git."""
+    if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        raise BaselineError("nothing is pruned in CI (CI is set): do it by hand, and commit")
+    for path in (entry.path.resolve() for entry in found):
+        known = git("ls-files", "--", f":(literal){path}", cwd=path.parent)
+        changed = git("status", "--porcelain", "--", f":(literal){path}", cwd=path.parent)
+        if not known or changed or changed is None:
+            raise BaselineError(
+                f"nothing is pruned, for git could not restore {path}: commit it first, or "
+                "delete it by hand"
+            )
 
 
 def prune(found: Iterable[Stale]) -> None:

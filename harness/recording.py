@@ -47,33 +47,45 @@ class Recording:
     notes: tuple[str, ...]
 
 
-def check_recordable(folder: Path, *, also_inside: bool = False) -> None:
+def check_recordable(folder: Path, root: Path) -> None:
     """Raise ``BaselineError`` where nothing may be recorded: in CI, and from a dirty tree.
 
     A recording names the commit that it was made from, so that commit must hold everything that
-    made it. Changes below ``folder`` itself are other recordings and do not count, but for a
-    prune (``also_inside``), which only git can undo.
+    made it. ``root`` is the project's folder. Changes below ``folder`` itself are other
+    recordings, and do not count.
     """
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         raise BaselineError(
-            "baselines are not recorded in CI (CI is set), nor pruned: do it by hand, and commit"
+            "baselines are not recorded in CI (CI is set): record them by hand and commit them"
         )
-    top = git("rev-parse", "--show-toplevel")
-    here = Path.cwd()
-    if top is None and any((above / ".git").exists() for above in (here, *here.parents)):
-        raise BaselineError(
-            f"git cannot read the repository around {here}, so nothing tells whether it has "
-            "uncommitted changes: see what `git status` says"
-        )
+    top = git("rev-parse", "--show-toplevel", cwd=root)
+    if top is None:
+        if any((above / ".git").exists() for above in (root, *root.parents)):
+            raise _unreadable(root)
+        return
     excluded = []
-    if top is not None and folder.resolve().is_relative_to(top) and not also_inside:
-        excluded = ["--", top, f":(exclude){folder.resolve()}"]
-    status = git("status", "--porcelain", *excluded)
+    if folder.resolve() == Path(top).resolve():
+        raise BaselineError(
+            f"baselines are not kept in the top folder of the repository, {top}, where they "
+            "cannot be told from what makes them: set [tool.grpo-harness] baselines"
+        )
+    if folder.resolve().is_relative_to(Path(top).resolve()):
+        excluded = ["--", top, f":(exclude,literal){folder.resolve()}"]
+    status = git("status", "--porcelain", "--untracked-files=all", *excluded, cwd=root)
+    if status is None:
+        raise _unreadable(root)
     if status:
         raise BaselineError(
-            f"baselines are not recorded or pruned in a tree with uncommitted changes, such as "
+            f"baselines are not recorded from a tree with uncommitted changes, such as "
             f"{status.splitlines()[0].strip()!r}: commit or stash them first"
         )
+
+
+def _unreadable(root: Path) -> BaselineError:
+    return BaselineError(
+        f"git cannot read the repository around {root}, so nothing tells whether it has "
+        "uncommitted changes: see what `git status` says"
+    )
 
 
 def record(
@@ -82,18 +94,23 @@ def record(
     evaluations: Sequence[Evaluation],
     *,
     bounds: Mapping[str, float],
+    root: Path = Path(),
+    before: Path | None = None,
     checks: int = 1,
     reason: str | None = None,
 ) -> Recording:
     """Write the baseline that ``evaluations`` of one policy and task type make together.
 
     They differ in their run's seed alone. Problems of an older file that they did not ask stay,
-    if they were recorded of the same policy under the same conditions. ``bounds`` are the gate's
-    settings, and ``checks`` the files that the run records, which share the risk of a refusal by
-    chance. ``reason`` says why the accuracy may be lower than before.
+    if they were recorded of the same policy under the same conditions. ``before`` is the file
+    that the policy was judged by until now, its own if it is left out. ``bounds`` are the gate's
+    settings, ``root`` is the project's folder, and ``checks`` the number of files that the run
+    records, which share the risk of a refusal by chance. ``reason`` says why the accuracy may be
+    lower than before.
 
     Raises ``BaselineError``, with the file as it was, when a completion is missing, when problems
-    would be lost, and when the accuracy is proven to be lower and there is no ``reason``.
+    would be lost, and when there is no ``reason`` although the accuracy is proven to be lower or
+    nothing can tell whether it is.
     """
     first = evaluations[0]
     path = path_of(folder, first.slug, first.task_type.name)
@@ -102,17 +119,17 @@ def record(
         for i, group in enumerate(first.groups)
     }
     now = {
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD", cwd=root),
         "policy": first.policy,
         "reason": reason,
         "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     correct, drawn = (sum(getattr(r, name) for r in fresh.values()) for name in ("correct", "k"))
     anchor = now | {"fingerprint": str(first.fingerprint), "accuracy": correct / drawn}
-    parent, notes = _parent(path)
+    parent, notes = _parent(path if path.exists() else before or path, reason)
     records, kept = fresh, list[str]()
     if parent is not None:
-        kept = _kept(parent, first, fresh)
+        kept = _kept(parent, first, fresh) if parent.path == path else []
         changed = parent.changes(first)
         if changed:
             notes.append(f"recorded under other conditions than before: {'; '.join(changed)}")
@@ -129,6 +146,7 @@ def record(
         "task_type": first.task_type.name,
         "conditions": conditions(first),
         "seeds": [evaluation.run_seed for evaluation in evaluations],
+        "planned": max(len(first.plan), parent.header["planned"] if kept and parent else 0),
         "gate": dict(bounds),
         "environment": environment(policy),
         "parent": parent.digest if parent else None,
@@ -147,13 +165,18 @@ class _Tested:
     notes: tuple[str, ...] = ()
 
 
-def _parent(path: Path) -> tuple[Baseline | None, list[str]]:
+def _parent(path: Path, reason: str | None) -> tuple[Baseline | None, list[str]]:
     if not path.exists():
         return None, ["the first recording: it is the anchor"]
     try:
         return load(path), []
     except BaselineError as error:
-        return None, [f"the anchor is set anew, for {error}"]
+        if reason is None:
+            raise BaselineError(
+                f"nothing is recorded, for nothing tells whether the accuracy is lower: {error}. "
+                f"If it is lost, say why what it held does not matter: {_ACCEPT}"
+            ) from error
+        return None, [f"the anchor is set anew: {error}"]
 
 
 def _kept(parent: Baseline, first: Evaluation, fresh: Mapping[str, Record]) -> list[str]:
@@ -190,11 +213,20 @@ def _against_parent(
         ("parent", [r.correct for r in before], [r.k for r in before], _fingerprint(parent)),
     )
     notes = []
+    if len(parent.records) < gate.MINIMUM_PROBLEMS:
+        return _Tested(True, ("the recording before was too small to judge by: a new anchor",))
     if len(shared) < gate.MINIMUM_PROBLEMS:
-        return _Tested(
-            not shared,
-            (f"not tested: it shares {len(shared)} problems with the recording before it",),
+        untested = (
+            f"it shares {len(shared)} problems with {parent.path}, and fewer than "
+            f"{gate.MINIMUM_PROBLEMS} do not tell whether the accuracy of {first.policy} on "
+            f"{first.task_type.name} is lower"
         )
+        if reason is None:
+            raise BaselineError(
+                f"nothing is recorded: {untested}. Ask more (--grpo-problems), or say why that "
+                f"does not matter: {_ACCEPT}"
+            )
+        return _Tested(True, (f"{untested}: accepted, and the anchor is set anew",))
     for name, then, k_then, fingerprint in references:
         same = fingerprint == str(first.fingerprint)
         verdict = gate.judge(correct, k, then, k_then, same_policy=same, checks=checks, **bounds)

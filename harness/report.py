@@ -7,6 +7,7 @@ pytest-xdist they come from other processes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,8 @@ class Report:
         }
         markdown, numbers = folder / "report.md", folder / "report.json"
         markdown.write_text(self.markdown(), encoding="utf-8")
-        numbers.write_text(json.dumps(content, indent=1, ensure_ascii=True) + "\n", "utf-8")
+        text = json.dumps(_finite(content), indent=1, ensure_ascii=True, allow_nan=False)
+        numbers.write_text(f"{text}\n", "utf-8")
         return [markdown, numbers]
 
     def markdown(self) -> str:
@@ -198,6 +200,15 @@ class Report:
             "truncated": _percent(row["outcomes"]["truncated"]),
             "verdict": _worst(own),
         }
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for every number that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _worst(checks: Iterable[Row]) -> str:

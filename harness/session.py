@@ -33,10 +33,10 @@ def plan(settings: Settings, checks: int, role: str, task_type: str) -> Plan | N
 
     None where there is no baseline of all the planned problems: the run will say so.
     """
-    problems = task_types()[task_type].problems(settings.problems)
     try:
+        problems = task_types()[task_type].problems(settings.problems)
         stored = baseline.load(_path(settings, role, slug(settings.policy(role)), task_type))
-    except BaselineError:
+    except (BaselineError, ValueError):
         return None
     ids = [problem.id for problem in problems]
     return Rules(checks=checks).plan(stored, ids, settings.samples)
@@ -46,7 +46,8 @@ def stale_entries(settings: Settings) -> list[Stale]:
     """List what is recorded below the baselines' folder and no run asks for any more."""
     names = {*settings.baseline_of.values(), *(settings.policy(role) for role in ROLES)}
     types = {name: task_types()[name] for name in settings.tasks}
-    return stale(settings.baselines, {slug(name) for name in names}, types)
+    slugs = {slug(name) for name in names}
+    return stale(settings.baselines, slugs, types, settings.problems)
 
 
 def _path(settings: Settings, role: str, own: str, task_type: str) -> Path:
@@ -73,7 +74,7 @@ class Session:
     attempts: Attempts
     progress: Callable[[str, int], AbstractContextManager[Progress]]
     _policies: dict[str, Policy] = field(default_factory=dict)
-    _evaluations: dict[tuple[str, str], Evaluation] = field(default_factory=dict)
+    _evaluations: dict[tuple[str, ...], Evaluation] = field(default_factory=dict)
     _recorded: dict[tuple[str, str], Recording] = field(default_factory=dict)
 
     @property
@@ -112,7 +113,8 @@ class Session:
         A sequential run stops where the accuracy check has its decision, whichever checks are
         asked, if the policy is the recorded one; any other is asked the whole plan.
         """
-        key = (policy.name, task_type.name)
+        key = (policy.name, str(policy.fingerprint), task_type.name)
+        self._policies.setdefault(str(policy.fingerprint), policy)
         if key not in self._evaluations:
             self._evaluations[key] = self._evaluate(
                 policy,
@@ -136,10 +138,13 @@ class Session:
         evaluations: Sequence[Evaluation],
         reference: str,
         rule: Callable[[Rules, Sequence[Evaluation]], Check],
+        again: int = 0,
     ) -> Check:
         """Put a question to ``evaluations``, pooled with those of earlier runs that did not pass.
 
-        ``reference`` is a digest of what they are compared with, ``rule`` judges them.
+        ``reference`` is a digest of what they are compared with, ``rule`` judges them, and
+        ``again`` counts the questions that the same test has put before: one is what it planned,
+        so each further one must do with a small part of the risk.
         """
         check = self._check(question, evaluations, reference)
         before = self._before(check, evaluations)
@@ -150,13 +155,16 @@ class Session:
             [self._again(evaluation, attempt) for attempt in before] for evaluation in evaluations
         ]
         pooled = [e.pooled(others) for e, others in zip(evaluations, earlier, strict=True)]
-        result = rule(replace(self.rules, attempt=len(before)), pooled)
+        checks = self.checks if again == 0 else self.checks * 32 * 2**again
+        result = rule(replace(self.rules, checks=checks, attempt=len(before)), pooled)
         if result.verdict is not None and result.name != "ERROR":
             n = max(evaluation.n for evaluation in evaluations)
             self.attempts.add(check, Attempt(self.run_seed, n, result.name))
         return result
 
-    def record(self, policy: Policy, task_type: TaskType, reason: str | None) -> Recording:
+    def record(
+        self, role: str, policy: Policy, task_type: TaskType, reason: str | None
+    ) -> Recording:
         """Record the baseline of a policy on a task type, from fresh samples of several seeds.
 
         Raises ``BaselineError`` or ``EvaluationError``, and then nothing is written.
@@ -175,6 +183,8 @@ class Session:
                 self.settings.baselines,
                 policy,
                 evaluations,
+                root=self.settings.root,
+                before=_path(self.settings, role, policy.checkpoint.slug, task_type.name),
                 bounds=self.rules.bounds(),
                 checks=self.checks,
                 reason=reason,
@@ -183,16 +193,13 @@ class Session:
 
     def _check(self, question: str, evaluations: Sequence[Evaluation], reference: str) -> str:
         """Name what makes two runs of a check attempts at the same thing."""
-        same = [
-            [str(e.fingerprint), e.task_type.name, dict(e.settings), list(e.plan)]
-            for e in evaluations
-        ]
+        same = [[str(e.fingerprint), e.task_type.name, dict(e.settings)] for e in evaluations]
         return digest(json.dumps([question, self.code, reference, same], sort_keys=True))[:16]
 
     def _before(self, check: str, evaluations: Sequence[Evaluation]) -> list[Attempt]:
         # The most likely answers of a rerun are the same ones, not further evidence; and what a
         # suite evaluated by itself, this session cannot evaluate again.
-        own = all(self._evaluations.get((e.policy, e.task_type.name)) is e for e in evaluations)
+        own = all(any(e is mine for mine in self._evaluations.values()) for e in evaluations)
         if self.settings.sampling.greedy or not own:
             return []
         return self.attempts.before(check, self.run_seed)
@@ -201,13 +208,13 @@ class Session:
         """Return the evaluation of this run with the whole plan asked."""
         if evaluation.n == len(evaluation.plan):
             return evaluation
-        policy = self._policies[evaluation.policy]
+        policy = self._policies[str(evaluation.fingerprint)]
         return self._evaluate(policy, evaluation.task_type, evaluation.k, evaluation.run_seed)
 
     def _again(self, evaluation: Evaluation, attempt: Attempt) -> Evaluation:
         """Return the evaluation of an earlier attempt; what the store has lost is drawn again."""
         return self._evaluate(
-            self._policies[evaluation.policy],
+            self._policies[str(evaluation.fingerprint)],
             evaluation.task_type,
             evaluation.k,
             attempt.seed,

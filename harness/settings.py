@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint import slug
 from harness.errors import HarnessError
 from harness.evaluation import RewardFunction
 from harness.reward import reward_func
@@ -27,10 +28,11 @@ class SettingsError(HarnessError):
 class Settings:
     """Every setting of a run, resolved.
 
-    ``baseline_of`` names, for each role, the policy whose baseline a policy without one of its
-    own is judged by: the one that the project configured.
+    ``root`` is the project's folder. ``baseline_of`` names, for each role, the policy whose
+    baseline a policy without one of its own is judged by: the one that the project configured.
     """
 
+    root: Path = Path()
     base: str = "nano-base"
     trained: str = "nano-trained"
     baseline_of: Mapping[str, str] = field(default_factory=dict)
@@ -88,9 +90,16 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         if count < 1:
             raise SettingsError(f"{name} is {count}: it must be at least 1")
     baselines = cwd / given["baselines"] if "baselines" in given else None
+    base, trained = (given.get(role, configured[role]) for role in ROLES)
+    if _identity(base) != _identity(trained) and slug(base) == slug(trained):
+        raise SettingsError(
+            f"base {base!r} and trained {trained!r} would keep their baselines in one folder, "
+            f"{slug(base)!r}: rename one of them"
+        )
     return Settings(
-        base=given.get("base", configured["base"]),
-        trained=given.get("trained", configured["trained"]),
+        root=home,
+        base=base,
+        trained=trained,
         baseline_of=configured,
         tasks=_tasks(table.get("tasks"), home, file),
         problems=problems,
@@ -130,6 +139,11 @@ def _nearest_table(root: Path) -> tuple[Path | None, Mapping[str, Any]]:
 def _policy(name: str, home: Path) -> str:
     # A folder of the project is found from wherever pytest was started.
     return str(home / name) if (home / name).is_dir() else name
+
+
+def _identity(name: str) -> str | Path:
+    folder = Path(name).expanduser()
+    return folder.resolve() if folder.is_dir() else name
 
 
 def _tasks(names: list[Any] | None, home: Path, file: Path | None) -> tuple[str, ...]:

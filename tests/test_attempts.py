@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.attempts import Attempt, Attempts
+from harness.attempts import REMEMBERED, Attempt, Attempts
 
 
 @pytest.fixture
@@ -31,6 +31,31 @@ def test_a_pass_ends_the_series(attempts):
     assert attempts.before("a", 3) == []
     attempts.add("a", Attempt(3, 256, "UNPROVEN"))
     assert seeds(attempts.before("a", 4)) == [3]
+
+
+def test_a_replay_is_no_attempt(attempts):
+    attempts.add("a", Attempt(7, 256, "PASS"))
+    attempts.add("a", Attempt(8, 256, "FAIL"))
+    attempts.add("a", Attempt(7, 256, "PASS"))
+    assert seeds(attempts.before("a", 9)) == [8]
+    attempts.add("a", Attempt(9, 256, "PASS"))
+    attempts.add("a", Attempt(8, 256, "FAIL"))
+    assert seeds(attempts.before("a", 10)) == []
+
+
+def test_the_latest_are_remembered(attempts):
+    for seed in range(20):
+        attempts.add("a", Attempt(seed, 256, "UNPROVEN"))
+    assert seeds(attempts.before("a", 99)) == list(range(20 - REMEMBERED, 20))
+
+
+@pytest.mark.parametrize("line", ["5", "null", "{}", '{"check": "a"}', '{"check": "a", "x": 1}'])
+def test_a_line_of_another_kind_is_no_attempt(attempts, tmp_path, line):
+    attempts.add("a", Attempt(1, 256, "FAIL"))
+    with (tmp_path / "cache" / "attempts.jsonl").open("a") as file:
+        file.write(f"\n{line}")
+    attempts.add("a", Attempt(2, 256, "FAIL"))
+    assert seeds(attempts.before("a", 3)) == [1, 2]
 
 
 def test_a_repeated_seed_is_judged_as_it_was_and_counts_once(attempts):

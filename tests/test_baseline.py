@@ -16,7 +16,9 @@ BOUNDS = {"margin": 0.05, "minimum": 0.01, "alpha": 0.01}
 @pytest.fixture
 def recorded(tiny_policy, tmp_path, measure):
     evaluations = [measure(1), measure(2)]
-    return load(record(tmp_path / "b", tiny_policy, evaluations, bounds=BOUNDS).path), evaluations
+    return load(
+        record(tmp_path / "b", tiny_policy, evaluations, bounds=BOUNDS, root=tmp_path).path
+    ), evaluations
 
 
 def test_what_was_recorded_is_loaded(recorded, tmp_path):

@@ -115,6 +115,23 @@ def test_a_trained_policy_that_is_the_base_is_named_by_its_fingerprint():
     assert str(base.fingerprint) in check.reason
 
 
+def test_sides_that_are_no_pair_are_not_compared():
+    base, better = evaluation(share(1), policy="base"), evaluation(share(2), weights="v")
+    same_weights = replace(
+        evaluation(share(3)), fingerprint=Fingerprint("w", "another tokenizer", "c")
+    )
+    assert "is the base policy" in RULES.improvement([better, same_weights], [base, base]).reason
+    sort = replace(base, task_type=task_types()["sort"])
+    assert RULES.no_loss([better], [sort]).name == "ERROR"
+    fewer = replace(base, plan=base.plan[:64], groups=base.groups[:64])
+    assert "128 problems of gcd were asked" in RULES.no_loss([better], [fewer]).reason
+    hotter = replace(base, settings={"temperature": 1.5})
+    assert "sampled differently" in RULES.no_loss([better], [hotter]).reason
+    for sides in ([[], []], [[better], []]):
+        with pytest.raises(ValueError, match="compared in pairs"):
+            RULES.improvement(*sides)
+
+
 @pytest.mark.parametrize("rule", ["accuracy", "length", "truncation", "unparsable"])
 def test_what_cannot_be_compared_or_was_not_scored_is_an_error(rule):
     judge = getattr(RULES, rule)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -468,6 +469,61 @@ def test_a_sequential_run_stops_at_a_decision_and_says_where(skilled):
     assert verdict(skilled)["verdict"]["n"] <= 64
 
 
+def test_the_same_test_is_a_rerun_of_itself_whichever_others_are_named(skilled):
+    other = skilled.path / "other"
+    other.mkdir()
+    (other / "conftest.py").write_text("")
+    (other / "test_other.py").write_text("def test_other(): pass")
+    skilled(0.6, "-k", "base-palindrome", failed=1)
+    skilled(0.6, "test_own.py", "-k", "base-palindrome", "--grpo-report", "out", failed=1)
+    assert verdict(skilled)["verdict"]["k"] == 4
+
+
+def test_a_second_judgement_in_one_test_does_with_less_risk(skilled):
+    skilled.path.joinpath("test_own.py").write_text(
+        """
+def test_both(evaluation, baseline, gate):
+    first, second = gate.accuracy(evaluation, baseline), gate.length(evaluation, baseline)
+    third = gate.accuracy(evaluation, baseline)
+    assert third.verdict.mde90 > first.verdict.mde90
+    assert third.verdict.p == first.verdict.p
+"""
+    )
+    skilled(0.85, passed=2)
+
+
+def test_a_suite_may_ask_one_role_alone(skilled):
+    skilled.path.joinpath("test_own.py").write_text(
+        """
+import pytest
+
+@pytest.mark.parametrize("role", ["trained"], indirect=True)
+def test_accuracy(evaluation, baseline, gate):
+    gate.accuracy(evaluation, baseline)
+"""
+    )
+    skilled(0.85, passed=1)
+
+
+def test_a_policy_of_the_suites_own_can_be_judged_again(skilled):
+    skilled.path.joinpath("test_own.py").write_text(
+        """
+from harness.policy import load
+
+def test_compare(base_policy, task_type, evaluate, gate):
+    other = load("trained-policy", device="cpu")
+    gate.no_loss([evaluate(other, task_type)], [evaluate(base_policy, task_type)])
+"""
+    )
+    for _ in range(2):
+        assert skilled(0.85).ret == 0
+
+
+def test_more_problems_than_a_type_has_is_no_crash(project):
+    result = run(project, "--grpo-problems", "300000", "-k", "base-palindrome", "--co")
+    assert result.ret == 0
+
+
 def test_a_lower_accuracy_is_recorded_only_with_a_reason(skilled):
     before = {path: path.read_bytes() for path in skilled.path.glob("baselines/*/*.json")}
     refused = skilled(0.5, "--grpo-record", errors=2)
@@ -499,6 +555,14 @@ def test_stale_recordings_are_reported_and_pruned_by_a_run_of_its_own(project, m
     assert run(project, "--grpo-prune").ret == pytest.ExitCode.USAGE_ERROR
     assert gone.is_dir()
     monkeypatch.delenv("CI")
+    untracked = run(project, "--grpo-prune")
+    untracked.stderr.fnmatch_lines(["*git could not restore*"])
+    for command in (
+        ["init", "-q"],
+        ["add", "baselines"],
+        ["-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-qm", "b"],
+    ):
+        subprocess.run(["git", *command], check=True, cwd=project.path)
     pruned = run(project, "--grpo-prune")
     assert pruned.ret == 0
     pruned.stdout.fnmatch_lines(["pruned *gone-policy/palindrome.json*", "1 stale entries*"])
@@ -511,7 +575,7 @@ def test_the_plan_is_shown_before_anything_is_drawn(skilled):
     listed.stdout.fnmatch_lines(
         [
             "plan: 2 checks share *",
-            "*drop found 9 times in 10*problems that find 5 points*",
+            "*drop caught 9 times in 10*problems that catch 5 points*",
             "palindrome *base-policy *256 × 2 *%*",
             "palindrome *trained-policy *256 × 2 *%*",
         ]

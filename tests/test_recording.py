@@ -10,7 +10,7 @@ import pytest
 
 from harness import baseline
 from harness.baseline import BaselineError, load
-from harness.pruning import prune, stale
+from harness.pruning import Stale, check_restorable, prune, stale
 from harness.recording import check_recordable, record
 from harness.sampling import Sample
 from harness.tasks import task_types
@@ -24,12 +24,20 @@ def keep(tiny_policy, tmp_path, measure, answers):
     """Record the untrained policy at a skill: 128 problems, 16 samples each."""
     seeds = iter(range(100))
 
-    def keep(skill=0.5, n=128, reason=None, change=None, **how):
+    def keep(skill=0.5, n=128, reason=None, change=None, before=None, **how):
         sampler = answers(skill=skill, **how)
         evaluations = [measure(next(seeds), n=n, k=8, sampler=sampler) for _ in range(2)]
         if change:
             evaluations = [change(evaluation) for evaluation in evaluations]
-        made = record(tmp_path / "b", tiny_policy, evaluations, bounds=BOUNDS, reason=reason)
+        made = record(
+            tmp_path / "b",
+            tiny_policy,
+            evaluations,
+            bounds=BOUNDS,
+            root=tmp_path,
+            before=before,
+            reason=reason,
+        )
         return SimpleNamespace(stored=load(made.path), notes=" ".join(made.notes))
 
     return keep
@@ -123,10 +131,34 @@ class TestAnchor:
         assert made.stored.header["anchor"]["accuracy"] == made.stored.header["accuracy"]
 
     @pytest.mark.parametrize("damage", [b"", b"{", b"[]"])
-    def test_a_file_that_cannot_be_read_sets_it_anew_and_says_so(self, keep, damage):
+    def test_a_file_that_cannot_be_read_is_replaced_only_with_a_reason(self, keep, damage):
         path = keep(0.5).stored.path
         path.write_bytes(damage)
-        assert "the anchor is set anew" in keep(0.3).notes
+        with pytest.raises(BaselineError, match="nothing tells whether the accuracy is lower"):
+            keep(0.3)
+        assert path.read_bytes() == damage
+        assert "the anchor is set anew" in keep(0.3, reason="the disk failed").notes
+
+    def test_too_few_problems_do_not_slip_by_untested(self, keep):
+        path = keep(0.8).stored.path
+        before = path.read_bytes()
+        with pytest.raises(BaselineError, match="shares 63 problems"):
+            keep(0.1, n=63)
+        assert path.read_bytes() == before
+        assert "accepted" in keep(0.1, n=63, reason="a smaller suite").notes
+
+    def test_a_policy_that_stands_in_for_another_is_held_to_its_anchor(self, keep):
+        configured = keep(0.8).stored
+
+        def checkpoint(evaluation):
+            return replace(retrained(evaluation), slug="checkpoint-500", policy="checkpoint-500")
+
+        with pytest.raises(BaselineError, match="nothing is recorded"):
+            keep(0.2, change=checkpoint, before=configured.path)
+        assert not (configured.path.parent.parent / "checkpoint-500").exists()
+        made = keep(0.8, change=checkpoint, before=configured.path).stored
+        assert made.header["parent"] == configured.digest
+        assert made.header["anchor"] == configured.header["anchor"]
 
 
 class TestPartial:
@@ -167,12 +199,12 @@ class TestStale:
         return tmp_path / "b"
 
     def test_what_is_asked_is_not_stale(self, folder):
-        assert stale(folder, {"tiny"}, {"gcd": GCD}) == []
+        assert stale(folder, {"tiny"}, {"gcd": GCD}, 128) == []
 
     def test_a_policy_and_a_task_type_that_are_gone(self, folder):
-        (entry,) = stale(folder, {"other"}, {"gcd": GCD})
+        (entry,) = stale(folder, {"other"}, {"gcd": GCD}, 128)
         assert "neither base nor trained" in str(entry)
-        (entry,) = stale(folder, {"tiny"}, {})
+        (entry,) = stale(folder, {"tiny"}, {}, 128)
         assert "not a configured task type" in str(entry)
         prune([entry])
         assert not entry.path.exists()
@@ -182,18 +214,33 @@ class TestStale:
         before = lines(path)
         drawn = GCD.problems(130)
         monkeypatch.setattr(type(GCD), "problems", lambda self, n: drawn[2 : n + 2])
-        (entry,) = stale(folder, {"tiny"}, {"gcd": GCD})
+        (entry,) = stale(folder, {"tiny"}, {"gcd": GCD}, 128)
         assert entry.problems == {drawn[0].id, drawn[1].id}
         prune([entry])
         after = lines(path)
         assert after == {name: line for name, line in before.items() if name not in entry.problems}
         assert load(path).records.keys() == after.keys()
-        assert stale(folder, {"tiny"}, {"gcd": GCD}) == []
+        assert stale(folder, {"tiny"}, {"gcd": GCD}, 128) == []
+
+    def test_what_is_left_after_a_prune_is_not_stale(self, keep, folder, monkeypatch):
+        drawn = GCD.problems(170)
+        monkeypatch.setattr(type(GCD), "problems", lambda self, n: drawn[40 : n + 40])
+        prune(stale(folder, {"tiny"}, {"gcd": GCD}, 90))
+        assert len(load(folder / "tiny" / "gcd.json").records) == 88
+        assert stale(folder, {"tiny"}, {"gcd": GCD}, 90) == []
+        assert stale(folder, {"tiny"}, {"gcd": GCD}, 64) == []
+
+    def test_a_task_type_that_has_fewer_problems_now_says_so_elsewhere(self, folder, monkeypatch):
+        def few(self, n):
+            raise ValueError("has no more than 95")
+
+        monkeypatch.setattr(type(GCD), "problems", few)
+        assert stale(folder, {"tiny"}, {"gcd": GCD}, 128) == []
 
     def test_files_of_another_kind_are_left_alone(self, folder):
         (folder / "recipes").mkdir()
         (folder / "recipes" / "nano.json").write_text("{}")
-        assert stale(folder, {"tiny"}, {"gcd": GCD}) == []
+        assert stale(folder, {"tiny"}, {"gcd": GCD}, 128) == []
 
 
 class TestWriting:
@@ -248,39 +295,86 @@ class TestRecordable:
         return tmp_path
 
     def test_from_a_clean_tree(self, repository):
-        check_recordable(repository / "baselines")
+        check_recordable(repository / "baselines", repository)
 
     def test_not_from_a_dirty_one(self, repository):
         (repository / "code.py").write_text("a = 2\n")
         with pytest.raises(BaselineError, match=r"code\.py"):
-            check_recordable(repository / "baselines")
+            check_recordable(repository / "baselines", repository)
 
     def test_not_with_a_file_that_git_does_not_know(self, repository):
         (repository / "new.py").write_text("")
         with pytest.raises(BaselineError, match=r"new\.py"):
-            check_recordable(repository / "elsewhere")
+            check_recordable(repository / "elsewhere", repository)
 
     def test_other_recordings_do_not_count(self, repository):
         (repository / "baselines").mkdir()
         (repository / "baselines" / "gcd.json").write_text("{}")
-        check_recordable(repository / "baselines")
+        check_recordable(repository / "baselines", repository)
 
     def test_not_when_git_cannot_tell(self, repository, monkeypatch):
         monkeypatch.setenv("PATH", str(repository / "nothing-here"))
         with pytest.raises(BaselineError, match="git cannot read"):
-            check_recordable(repository / "baselines")
+            check_recordable(repository / "baselines", repository)
 
     def test_outside_of_any_repository(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        check_recordable(tmp_path / "baselines")
+        check_recordable(tmp_path / "baselines", tmp_path)
 
     def test_not_in_ci(self, repository, monkeypatch):
         monkeypatch.setenv("CI", "true")
         with pytest.raises(BaselineError, match="not recorded in CI"):
-            check_recordable(repository / "baselines")
+            check_recordable(repository / "baselines", repository)
 
-    def test_pruning_wants_the_recordings_committed_too(self, repository):
-        (repository / "baselines").mkdir()
-        (repository / "baselines" / "gcd.json").write_text("{}")
-        with pytest.raises(BaselineError, match="baselines/"):
-            check_recordable(repository / "baselines", also_inside=True)
+    def test_not_from_a_dirty_one_started_elsewhere(
+        self, repository, tmp_path_factory, monkeypatch
+    ):
+        (repository / "code.py").write_text("a = 2\n")
+        monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        with pytest.raises(BaselineError, match=r"code\.py"):
+            check_recordable(repository / "baselines", repository)
+
+    def test_not_when_git_is_told_to_hide_files(self, repository):
+        subprocess.run(["git", "config", "status.showUntrackedFiles", "no"], check=True)
+        (repository / "new.py").write_text("")
+        with pytest.raises(BaselineError, match=r"new\.py"):
+            check_recordable(repository / "baselines", repository)
+
+    def test_not_with_a_broken_index(self, repository):
+        (repository / ".git" / "index").write_bytes(b"broken")
+        with pytest.raises(BaselineError, match="git cannot read"):
+            check_recordable(repository / "baselines", repository)
+
+    def test_not_into_the_top_of_the_repository(self, repository):
+        with pytest.raises(BaselineError, match="top folder"):
+            check_recordable(repository, repository)
+
+    def test_the_folder_is_named_literally(self, repository):
+        (repository / "b1").mkdir()
+        (repository / "b1" / "code.py").write_text("")
+        with pytest.raises(BaselineError, match="b1"):
+            check_recordable(repository / "b[1]", repository)
+
+
+class TestRestorable:
+    @pytest.fixture
+    def entry(self, keep, tmp_path):
+        return Stale(keep().stored.path, "why")
+
+    def test_only_what_git_could_bring_back_is_pruned(self, entry, tmp_path, monkeypatch):
+        with pytest.raises(BaselineError, match="could not restore"):
+            check_restorable([entry])
+        for command in (
+            ["init", "-q"],
+            ["add", "b"],
+            ["-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-qm", "b"],
+        ):
+            subprocess.run(["git", *command], check=True, cwd=tmp_path)
+        check_restorable([entry])
+        monkeypatch.setenv("CI", "true")
+        with pytest.raises(BaselineError, match="CI"):
+            check_restorable([entry])
+        monkeypatch.delenv("CI")
+        entry.path.write_text("{}")
+        with pytest.raises(BaselineError, match="could not restore"):
+            check_restorable([entry])

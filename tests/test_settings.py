@@ -121,3 +121,13 @@ class Double(TaskType):
     def read(self, task, text):
         return read_integer(text, self.answer(task))
 """
+
+
+def test_two_policies_with_one_folder_for_their_baselines_are_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "latest").mkdir(parents=True)
+    options = {"base": str(tmp_path / "a" / "latest"), "trained": str(tmp_path / "b" / "latest")}
+    with pytest.raises(SettingsError, match="one folder, 'latest'"):
+        resolve(tmp_path, tmp_path, options)
+    options["trained"] = str(tmp_path / "a" / ".." / "a" / "latest")
+    assert resolve(tmp_path, tmp_path, options).trained == options["trained"]

@@ -8,6 +8,7 @@ torch before a fixture asks for a policy, so collecting stays quick.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from harness.plugin.fixtures import (  # noqa: F401
     task_type,
     trained_policy,
 )
-from harness.plugin.state import CHECKS, PROPERTY, RUN_SEED, SETTINGS, fixtures_of
+from harness.plugin.state import CHECKS, PROPERTY, RUN_SEED, SETTABLE, SETTINGS, fixtures_of
 from harness.plugin.summary import (  # noqa: F401
     pytest_report_collectionfinish,
     pytest_report_header,
@@ -67,16 +68,15 @@ def pytest_cmdline_main(config: pytest.Config) -> pytest.ExitCode | None:
     if not config.getoption("grpo_prune"):
         return None
     from harness.baseline import BaselineError
-    from harness.pruning import prune
-    from harness.recording import check_recordable
+    from harness.pruning import check_restorable, prune
     from harness.session import stale_entries
 
     settings = _resolved(config)
+    found = stale_entries(settings)
     try:
-        check_recordable(settings.baselines, also_inside=True)
+        check_restorable(found)
     except BaselineError as error:
         raise pytest.UsageError(str(error)) from error
-    found = stale_entries(settings)
     prune(found)
     for entry in found:
         print(f"pruned {entry}")  # noqa: T201 - pytest has not set up its terminal yet
@@ -98,7 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from harness.recording import check_recordable
 
         try:
-            check_recordable(config.stash[SETTINGS].baselines)
+            check_recordable(config.stash[SETTINGS].baselines, config.stash[SETTINGS].root)
         except BaselineError as error:
             raise pytest.UsageError(str(error)) from error
     workerinput = getattr(config, "workerinput", None)
@@ -118,11 +118,7 @@ def pytest_configure_node(node: Any) -> None:
 def _resolved(config: pytest.Config) -> Settings:
     from harness.settings import SettingsError, resolve
 
-    names = (
-        *("base", "trained", "problems", "samples", "greedy"),
-        *("device", "dtype", "baselines", "sequential"),
-    )
-    options = {name: config.getoption(f"grpo_{name}") for name in names}
+    options = {name: config.getoption(f"grpo_{name}") for name in SETTABLE}
     try:
         return resolve(config.rootpath, config.invocation_params.dir, options)
     except SettingsError as error:
@@ -130,14 +126,20 @@ def _resolved(config: pytest.Config) -> Settings:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test for each policy and each task type that it asks for."""
-    if "role" in metafunc.fixturenames:
+    """Run a test for each policy and each task type that it asks for, but for its own choice."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    chosen = {name.strip() for mark in marks for name in _names(mark.args[0])}
+    if "role" in metafunc.fixturenames and "role" not in chosen:
         from harness.settings import ROLES
 
         metafunc.parametrize("role", ROLES, indirect=True, scope="session")
-    if "task_type" in metafunc.fixturenames:
+    if "task_type" in metafunc.fixturenames and "task_type" not in chosen:
         tasks = metafunc.config.stash[SETTINGS].tasks
         metafunc.parametrize("task_type", tasks, indirect=True, scope="session")
+
+
+def _names(argnames: str | Sequence[str]) -> Sequence[str]:
+    return argnames.split(",") if isinstance(argnames, str) else argnames
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
 
-from harness.plugin.state import carry
+from harness.plugin.state import SETTABLE, carry
 
 if TYPE_CHECKING:
     from harness.baseline import Baseline
@@ -23,10 +24,10 @@ class Gate:
     fails it under ``--grpo-strict``.
     """
 
-    def __init__(self, session: Session, node: pytest.Item, *, strict: bool) -> None:
+    def __init__(self, session: Session, node: pytest.Item) -> None:
         self._session = session
         self._node = node
-        self._strict = strict
+        self._asked = 0
 
     def accuracy(self, evaluation: Evaluation, baseline: Baseline) -> Check:
         """Fail when the share of correct completions has dropped."""
@@ -57,7 +58,7 @@ class Gate:
             check: Check = getattr(rules, rule)(*evaluations, baseline)
             return check
 
-        return self._assert(self._session.judge(rule, [evaluation], baseline.digest, judge))
+        return self._judge(rule, [evaluation], baseline.digest, judge)
 
     def _between(
         self, rule: str, trained: Sequence[Evaluation], base: Sequence[Evaluation]
@@ -67,12 +68,28 @@ class Gate:
             check: Check = getattr(rules, rule)(*sides)
             return check
 
-        return self._assert(self._session.judge(rule, [*trained, *base], "base", judge))
+        return self._judge(rule, [*trained, *base], "base", judge)
 
-    def _assert(self, check: Check) -> Check:
+    def _judge(
+        self,
+        rule: str,
+        evaluations: Sequence[Evaluation],
+        reference: str,
+        judge: Callable[[Rules, Sequence[Evaluation]], Check],
+    ) -> Check:
+        check = self._session.judge(rule, evaluations, reference, judge, again=self._asked)
+        self._asked += 1
         carry(self._node, "check", check.asdict())
-        bad = ("FAIL", "ERROR", "UNPROVEN") if self._strict else ("FAIL", "ERROR")
-        if check.name in bad:
-            again = f"pytest '{self._node.nodeid}' --grpo-seed {self._session.run_seed}"
-            pytest.fail(f"{check.message()}\n  again: {again}", pytrace=False)
+        strict = self._node.config.getoption("grpo_strict")
+        if check.name in ("FAIL", "ERROR", *(["UNPROVEN"] if strict else [])):
+            pytest.fail(f"{check.message()}\n  again: {self._again()}", pytrace=False)
         return check
+
+    def _again(self) -> str:
+        """The command that draws and judges the same once more."""
+        words = ["pytest", f"'{self._node.nodeid}'", "--grpo-seed", str(self._session.run_seed)]
+        for name in SETTABLE:
+            value = self._node.config.getoption(f"grpo_{name}")
+            if value is not None and value is not False:
+                words += [f"--grpo-{name}", *([] if value is True else [shlex.quote(str(value))])]
+        return " ".join(words)

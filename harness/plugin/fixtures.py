@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,11 +62,21 @@ def grpo_session(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathF
 
 
 def _own_plugins(config: pytest.Config) -> Iterator[Path]:
-    """Yield the files of the conftest.py files and plugins that were not installed."""
+    """Yield the project's conftest.py files and the plugins that were not installed.
+
+    All of the project's, not those that were loaded: the same test is a rerun of itself whichever
+    others were named beside it.
+    """
+    skipped = config.getini("norecursedirs")
+    for folder, below, files in os.walk(config.rootpath):
+        below[:] = [name for name in below if not any(fnmatch(name, skip) for skip in skipped)]
+        if "conftest.py" in files:
+            yield Path(folder, "conftest.py")
     installed = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")]
     for plugin in config.pluginmanager.get_plugins():
         file = Path(getattr(plugin, "__file__", None) or "")
-        if file.is_file() and not any(file.is_relative_to(folder) for folder in installed):
+        ours = file.is_file() and not any(file.is_relative_to(folder) for folder in installed)
+        if ours and file.name != "conftest.py":
             yield file
 
 
@@ -155,7 +167,9 @@ def evaluation(
     if request.config.getoption("grpo_record") and "baseline" in request.fixturenames:
         reason = request.config.getoption("grpo_accept_regression")
         with _clearly():
-            recording = grpo_session.record(policy, task_type, reason)
+            recording = grpo_session.record(
+                request.getfixturevalue("role"), policy, task_type, reason
+            )
         row = {"path": str(recording.path), "notes": recording.notes}
         carry(request.node, "recorded", row)
         pytest.skip(f"recorded {recording.path}")
@@ -181,5 +195,4 @@ def baseline(
 @pytest.fixture
 def gate(request: pytest.FixtureRequest, grpo_session: Session) -> Gate:
     """Judge evaluations against baselines and each other, all checks of the run together."""
-    strict = bool(request.config.getoption("grpo_strict"))
-    return Gate(grpo_session, request.node, strict=strict)
+    return Gate(grpo_session, request.node)

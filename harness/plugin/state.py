@@ -11,6 +11,12 @@ import pytest
 if TYPE_CHECKING:
     from harness.settings import Settings
 
+SETTABLE = (
+    *("base", "trained", "problems", "samples", "greedy"),
+    *("device", "dtype", "baselines", "sequential"),
+)
+"""The options that decide what is drawn and judged, by their names without ``--grpo-``."""
+
 PROPERTY = "grpo-harness"
 """Name of the test properties that carry rows from the workers to the report, and into JUnit."""
 
