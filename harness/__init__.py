@@ -22,6 +22,7 @@ The map, in the order of a sample's way. A module imports only from those above 
 ``plugin.py``      pytest's options, fixtures and summary
 ``recipes.py``     what a GRPO run is made of, and the runs that have a name
 ``training.py``    a recipe -> TRL's GRPOTrainer -> a trained policy on disk
+``learning.py``    short runs -> has GRPO learned, by what it gained
 ``calibration.py`` the gate's own test: false alarms, power, mutants
 ``nano/``          the embedded pair of policies, and the script that makes them
 =================  ==============================================================

@@ -26,8 +26,10 @@ FIFTH = 5
 
 @dataclass(frozen=True)
 class Answers:
-    """How one policy answers held-out problems: ``correct`` of ``k`` completions of each problem,
-    and the mean natural logarithm of their lengths in tokens, both of shape (problems,).
+    """How one policy answers held-out problems.
+
+    Of each problem ``correct`` of ``k`` completions are right, and ``log_length`` is the mean
+    natural logarithm of their lengths in tokens; both of shape (problems,).
     """
 
     correct: tuple[int, ...]
@@ -165,17 +167,15 @@ def gain(trials: Sequence[Trial]) -> Gain:
             )
         if not all(map(math.isfinite, (*trial.first, *trial.last))):
             raise ValueError(f"seed {trial.seed}: a mean reward is not a finite number")
-    first, last = (
-        np.array([value for trial in trials for value in side(trial)], dtype=np.float64)
-        for side in (lambda trial: trial.first, lambda trial: trial.last)
-    )
+    first = np.array([value for trial in trials for value in trial.first], dtype=np.float64)
+    last = np.array([value for trial in trials for value in trial.last], dtype=np.float64)
     return Gain(float(first.mean()), float(last.mean()), Estimate.of(last - first))
 
 
 def judge_learning(
     trials: Sequence[Trial],
     before: Answers,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: Limits = Limits(),
 ) -> Learning:
     """Judge whether ``trials`` have learned, where ``before`` is what their policy could do.
 
@@ -190,8 +190,7 @@ def judge_learning(
     accuracy = judge_improvement(after.correct, after.k, before.correct, before.k)
     length = math.exp(fmean(after.log_length) - fmean(before.log_length))
     broken: dict[str, str] = {}
-    # `not above` rather than `at most`: one observation has no bound at all, which is NaN.
-    if not lower > limits.gain:
+    if lower <= limits.gain:
         broken["gain"] = (
             f"gain: the reward rose by {found.estimate.mean:+.3f} (from {found.first:+.3f} to "
             f"{found.last:+.3f}), of which {lower:+.3f} is certain: more than {limits.gain:+.3f} "
@@ -202,7 +201,7 @@ def judge_learning(
             f"accuracy: {accuracy.then:.1%} of held-out answers were right before and "
             f"{accuracy.now:.1%} are after ({accuracy.name}: {accuracy.reason})"
         )
-    if not length >= limits.length:
+    if length < limits.length:
         broken["length"] = (
             f"length: held-out answers are {length:.2f} times as long as before, and "
             f"{limits.length:.2f} is the least: answers go empty"
@@ -238,13 +237,15 @@ def late(trial: Trial, name: str) -> float:
 
 def _pooled(trials: Sequence[Trial], before: Answers) -> Answers:
     """All trials' answers as those of one policy: the problems stay the units."""
-    for trial in trials:
-        if len({len(trial.answers.correct), len(trial.answers.log_length),
-                len(before.correct), len(before.log_length)}) != 1:
+    n = len(before.correct)
+    for who, answers in [("before", before), *((f"seed {t.seed}", t.answers) for t in trials)]:
+        if len(answers.correct) != n or len(answers.log_length) != n:
             raise ValueError(
-                f"seed {trial.seed}: answers to {len(trial.answers.correct)} problems, and to "
-                f"{len(before.correct)} before: they must be the same problems"
+                f"{who}: {len(answers.correct)} counts and {len(answers.log_length)} lengths for "
+                f"the {n} problems that were answered before"
             )
+        if not all(map(math.isfinite, answers.log_length)):
+            raise ValueError(f"{who}: the log-length of a problem is not a finite number")
     every = [trial.answers for trial in trials]
     return Answers(
         correct=tuple(map(sum, zip(*(answers.correct for answers in every), strict=True))),

@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
-import math
 import multiprocessing
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from random import Random
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from harness.evaluation import evaluate
-from harness.learning import FIFTH, Answers, Learning, Limits, Trial, ends, judge_learning, late
-from harness.policy import load
+from harness.learning import Answers, Learning, Limits, Trial, ends, judge_learning, late
+from harness.policy import load, quiet
 from harness.recipes import RECIPES, Recipe
 from harness.reward import reward_func
 from harness.sampling import Sampling
@@ -55,7 +55,7 @@ Signal = Callable[[Random, Sequence[Any], list[float]], list[float]]
 """What becomes of a step's rewards before the trainer sees them: (luck, prompts, rewards)."""
 
 
-def as_it_is(luck: Random, prompts: Sequence[Any], rewards: list[float]) -> list[float]:
+def as_it_is(_luck: Random, _prompts: Sequence[Any], rewards: list[float]) -> list[float]:
     """Leave the rewards alone."""
     return rewards
 
@@ -63,18 +63,18 @@ def as_it_is(luck: Random, prompts: Sequence[Any], rewards: list[float]) -> list
 def shuffled(luck: Random, prompts: Sequence[Any], rewards: list[float]) -> list[float]:
     """Shuffle within each group: every group keeps its mean and spread, and nothing else."""
     mixed: list[float] = []
-    for _, group in groupby(zip(prompts, rewards, strict=True), key=itemgetter(0)):
+    for _, group in itertools.groupby(zip(prompts, rewards, strict=True), key=itemgetter(0)):
         values = [reward for _, reward in group]
         mixed += luck.sample(values, len(values))
     return mixed
 
 
-def constant(luck: Random, prompts: Sequence[Any], rewards: list[float]) -> list[float]:
+def constant(_luck: Random, _prompts: Sequence[Any], rewards: list[float]) -> list[float]:
     """Give every completion the same."""
     return [1.0] * len(rewards)
 
 
-def negated(luck: Random, prompts: Sequence[Any], rewards: list[float]) -> list[float]:
+def negated(_luck: Random, _prompts: Sequence[Any], rewards: list[float]) -> list[float]:
     """Reward what is wrong: a sign lost in the reward or in the advantage."""
     return [-reward for reward in rewards]
 
@@ -121,12 +121,12 @@ def trial(condition: str, seed: int, device: str = "auto") -> Trial:
     luck = Random(f"{condition} {seed}")
     steps: list[list[tuple[str, float]]] = []
 
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         rewards = reward_func(prompts, completions)
         steps.append(list(zip(prompts, rewards, strict=True)))
         return chosen.signal(luck, prompts, rewards)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         run = train(chosen.of(seed), Path(folder) / "trained", device=device, reward=reward)
         if len(steps) != len(run.log):
             raise ValueError(f"{len(steps)} batches were scored in {len(run.log)} steps")
@@ -233,6 +233,10 @@ class Ledger:
         self._read(json.loads(json.dumps(entry)))
         return True
 
+    def trials(self, condition: str) -> list[Trial]:
+        """Return a condition's finished trials."""
+        return [trial for (name, _), trial in self._trials.items() if name == condition]
+
     def test(self, condition: str, number: int) -> tuple[list[Trial], Answers] | None:
         """Return what one learning test is judged by, or ``None`` if it is not finished."""
         seeds = _seeds(number)
@@ -254,10 +258,8 @@ def make_table(out: Path, tests: int, device: str) -> None:
     """Run what is missing of ``tests`` learning tests of every condition, and write the table."""
     out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(out / "trials.jsonl")
-    # The real test first; then, test by test, all controls.
-    plan = [("learn", number) for number in range(tests)]
-    plan += [(name, number) for number in range(tests) for name in CONDITIONS if name != "learn"]
-    for name, number in plan:
+    # Test by test, so that every condition has as many whenever it is stopped.
+    for number, name in itertools.product(range(tests), CONDITIONS):
         first, *_ = seeds = _seeds(number)
         made = [ledger.make("base", first, device), *(ledger.make(name, s, device) for s in seeds)]
         if any(made) and (found := ledger.test(name, number)):
@@ -267,9 +269,67 @@ def make_table(out: Path, tests: int, device: str) -> None:
     write_table(ledger, tests, out / "LEARNING.md")
 
 
+_HEAD = """\
+# The learning test, tested
+
+{tests} learning tests of each condition, each of {trials} runs with seeds of their own (so each on
+problems of its own), judged by `harness.learning.judge_learning`: `learn` must pass, every control
+must fail. Made by `python -m harness.nano.learn --tests {tests} --out FOLDER`, which also goes on
+where it was stopped.
+
+Gain: mean reward of the last fifth of the steps less that of the first, by the rule reward,
+whatever the trainer was told; its lower bound is at {confidence:.0%} and must exceed {gain}.
+Accuracy: of held-out answers, before and after, in points; it must be proven better. Length: the
+ratio of geometric mean lengths in tokens, after over before; at least {length}.
+"""
+
+
 def write_table(ledger: Ledger, tests: int, path: Path) -> None:
-    """Write what the tests that are finished have found."""
-    path.write_text("", encoding="utf-8")
+    """Write what the tests that are finished have found, by the limits of today."""
+    limits = Limits()
+    parts = [
+        _HEAD.format(
+            tests=tests,
+            trials=TRIALS,
+            confidence=limits.confidence,
+            gain=limits.gain,
+            length=limits.length,
+        )
+    ]
+    found = {
+        name: {n: judge_learning(*test) for n in range(tests) if (test := ledger.test(name, n))}
+        for name in CONDITIONS
+    }
+    parts.append("| condition | tests | passed | failed | criteria broken |\n|---|---|---|---|---|")
+    for name, learnings in found.items():
+        broken = Counter(criterion for x in learnings.values() for criterion in x.broken)
+        failed = sum(x.name == "FAIL" for x in learnings.values())
+        parts.append(
+            f"| {name} | {len(learnings)} | {len(learnings) - failed} | {failed} "
+            f"| {', '.join(f'{key} {times}' for key, times in broken.most_common())} |"
+        )
+    parts.append("\n## Figures\n\nLeast and greatest of the means over the last fifth of a run.\n")
+    parts.append("| figure | limits | " + " | ".join(CONDITIONS) + " |")
+    parts.append("|---" * (2 + len(CONDITIONS)) + "|")
+    for figure, least, most in limits.bands():
+        cells = []
+        for name in CONDITIONS:
+            values = [late(trial, figure) for trial in ledger.trials(name)]
+            cells.append(f"{min(values):.3f} to {max(values):.3f}" if values else "")
+        parts.append(f"| {figure} | {least:g} to {most:g} | {' | '.join(cells)} |")
+    for name, learnings in found.items():
+        parts.append(
+            f"\n## {name}\n\n| seeds | gain | at least | accuracy | Δ | length | verdict | broken |"
+            "\n|---|---|---|---|---|---|---|---|"
+        )
+        for number, x in learnings.items():
+            seeds = _seeds(number)
+            parts.append(
+                f"| {seeds[0]}–{seeds[-1]} | {x.gain.estimate.mean:+.3f} | {x.lower:+.3f} "
+                f"| {x.accuracy.then:.1%} → {x.accuracy.now:.1%} | {100 * x.accuracy.delta:+.1f} "
+                f"| {x.length:.2f} | {x.name} | {', '.join(x.broken)} |"
+            )
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _say(text: str) -> None:
