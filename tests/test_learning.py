@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from harness.learning import Answers, Limits, Trial, ends, gain, judge_learning, late
+from harness.nano import learn
 from harness.nano.learn import CONDITIONS, LONG_LISTS, constant, negated, shuffled
+from harness.nano.learning_table import BASE, Ledger, make_table
 from harness.tasks import make_problems
 
 GOOD = {
@@ -227,3 +229,49 @@ def test_every_seed_asks_other_problems():
         tuple(p.prompt for p in make_problems(r.n_math, r.n_prog, r.problem_seed)) for r in recipes
     }
     assert len(asked) == 60
+
+
+def test_a_trial_is_measured_by_the_rule_whatever_the_trainer_is_told(monkeypatch):
+    """Two prompts and five steps of the real trainer, which is told the negated reward."""
+    recipe = dataclasses.replace(
+        CONDITIONS["learn"].recipe, n_math=0, n_prog=2, prompts_per_step=2, steps=5
+    )
+    monkeypatch.setitem(CONDITIONS, "short", learn.Condition(recipe, negated))
+    monkeypatch.setattr(learn, "PROBLEMS", 2)
+    one = learn.trial("short", 3, "cpu")
+    assert one.log[0]["reward"] == pytest.approx(-np.mean(one.first), abs=1e-4)
+    assert one.log[-1]["reward"] == pytest.approx(-np.mean(one.last), abs=1e-4)
+    assert [late(one, name) for name, _, _ in Limits().bands()]
+    assert (len(one.answers.correct), one.answers.k) == (12, 2)
+
+
+def test_the_ledger_keeps_what_is_finished_and_drops_half_a_line(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    ledger = Ledger(path)
+    ledger.add(BASE, 0, BEFORE)
+    for one in trials():
+        ledger.add("learn", one.seed, one)
+    with path.open("a") as file:
+        file.write('{"condition": "learn", "se')
+    for again in (Ledger(path), Ledger(path)):
+        assert again.test("learn", 0) == (trials(), BEFORE)
+        assert again.test("learn", 1) is None
+        assert ("learn", 2) in again
+        assert (BASE, 3) not in again
+    assert path.read_text().count("\n") == 4
+
+
+def test_the_table_counts_every_verdict(tmp_path):
+    """All that one test of each condition needs is there, so nothing is run."""
+    ledger = Ledger(tmp_path / "trials.jsonl")
+    ledger.add(BASE, 0, BEFORE)
+    for name in CONDITIONS:
+        for one in trials(rise=0.6 if name == "learn" else 0.0):
+            ledger.add(name, one.seed, one)
+    make_table(tmp_path, 1, "cpu")
+    lines = (tmp_path / "LEARNING.md").read_text().splitlines()
+    assert "| learn | 1 | 1 | 0 |  |" in lines
+    for name in CONDITIONS.keys() - {"learn"}:
+        assert f"| {name} | 1 | 0 | 1 | gain 1 |" in lines
+    assert sum(line.startswith("| 0–2 |") for line in lines) == len(CONDITIONS)
+    assert "| entropy | 0.1 to inf |" + " 0.600 to 0.600 |" * len(CONDITIONS) in lines
