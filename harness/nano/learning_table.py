@@ -83,12 +83,14 @@ def _answers(value: dict[str, Any]) -> Answers:
     return Answers(tuple(value["correct"]), tuple(value["log_length"]), value["k"])
 
 
-def make_table(out: Path, tests: int, device: str) -> None:
-    """Run what is missing of ``tests`` learning tests of every condition, and write the table."""
+def make_table(
+    out: Path, tests: int, device: str, conditions: Sequence[str] = tuple(CONDITIONS)
+) -> None:
+    """Run what is missing of ``tests`` learning tests of ``conditions``, and write the table."""
     out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(out / "trials.jsonl")
     # Test by test, so that every condition has as many whenever it is stopped.
-    for number, name in itertools.product(range(tests), CONDITIONS):
+    for number, name in itertools.product(range(tests), conditions):
         seeds = _seeds(number)
         wanted = [
             key for key in [(BASE, seeds[0]), *((name, s) for s in seeds)] if key not in ledger
@@ -181,8 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tests", type=int, default=20, help="learning tests of each condition")
     parser.add_argument("--out", type=Path, required=True, help="where to, or where to go on")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--only", choices=CONDITIONS, help="run one condition, show all there are")
     arguments = parser.parse_args(argv)
-    make_table(arguments.out, arguments.tests, arguments.device)
+    conditions = [arguments.only] if arguments.only else list(CONDITIONS)
+    make_table(arguments.out, arguments.tests, arguments.device, conditions)
     return 0
 
 
