@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import pytest
 
-from harness.learning import Limits
-
 NEXT = (
     "See the exact checks of GRPO first (pytest suites/test_training.py), then the curves of "
     "one run: grpo-harness train learn --out /tmp/learn"
@@ -54,6 +52,8 @@ def test_control_fails(judge, control, criteria):
 
 def test_collapse_is_no_learning(judge):
     """The reward rises because answers go empty: whatever gain is asked, that is a failure."""
+    from harness.learning import Limits
+
     learning = judge("collapse", replace(Limits(), gain=0.0))
     assert learning.lower > 0.0, f"this collapse earned nothing: {learning.reason}"
     missing = {"accuracy", "length"} - learning.broken.keys()
