@@ -110,10 +110,11 @@ def make_table(
 _HEAD = """\
 # The learning test, tested
 
-{tests} learning tests of each condition, each of {trials} runs with seeds of their own (so each on
-problems of its own), judged by `harness.learning.judge_learning`: `learn` must pass, every control
-must fail. Made by `python -m harness.nano.learning_table --tests {tests} --out FOLDER`, which goes
-on where it was stopped.
+Learning tests of each condition, each of {trials} runs with seeds of their own (so each on problems
+of its own), judged by `harness.learning.judge_learning`: `learn` must pass, every control must
+fail. {finished} of {planned} planned tests are finished. Made by
+`python -m harness.nano.learning_table --tests {tests} --out FOLDER`, which goes on where it was
+stopped.
 
 Gain: mean reward of the last fifth of the steps less that of the first, by the rule reward,
 whatever the trainer was told; its lower bound is at {confidence:.0%} and must exceed {gain}.
@@ -125,19 +126,21 @@ ratio of geometric mean lengths in tokens, after over before; at least {length}.
 def write_table(ledger: Ledger, tests: int, path: Path) -> None:
     """Write what the tests that are finished have found, by the limits of today."""
     limits = Limits()
+    found = {
+        name: {n: judge_learning(*test) for n in range(tests) if (test := ledger.test(name, n))}
+        for name in CONDITIONS
+    }
     parts = [
         _HEAD.format(
             tests=tests,
+            finished=sum(map(len, found.values())),
+            planned=tests * len(CONDITIONS),
             trials=TRIALS,
             confidence=limits.confidence,
             gain=limits.gain,
             length=limits.length,
         )
     ]
-    found = {
-        name: {n: judge_learning(*test) for n in range(tests) if (test := ledger.test(name, n))}
-        for name in CONDITIONS
-    }
     parts.append("| condition | tests | passed | failed | criteria broken |\n|---|---|---|---|---|")
     for name, learnings in found.items():
         broken = Counter(criterion for x in learnings.values() for criterion in x.broken)
