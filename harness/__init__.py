@@ -28,6 +28,7 @@ The map, in the order of a sample's way. A module imports only from those above 
 ``grpo.py``        the algorithm in plain torch: the readable statement, and the oracle for TRL
 ``training/``      a recipe -> TRL's GRPOTrainer -> a trained policy on disk
 ``command.py``     the command line: train, recipes, resources
+``learning.py``    short runs -> has GRPO learned, by what it gained
 ``contract/``      what a step of GRPO must compute, to the digit: TRL watched from outside
 ``calibration/``   the gate's own test: false alarms, power, mutants
 ``nano/``          the embedded pair of policies, and the script that makes them
