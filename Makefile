@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check test heavy contract eval smollm2 real nano calibrate record lock
+.PHONY: help check test heavy contract eval smollm2 real nano calibrate steady learning record lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*##/\1\t/' | expand -t 12
@@ -48,6 +48,12 @@ record: .venv/installed  ## record the baselines of the configured policies
 
 calibrate: .venv/installed  ## the gate's own test: false alarms, power, mutants (a few minutes)
 	$(BIN)/python -m harness.calibration --out report/calibration
+
+steady: .venv/installed  ## run the accuracy suite fifty times on unchanged policies (an hour)
+	$(BIN)/python -m harness.calibration.steady --runs 50
+
+learning: .venv/installed  ## run the learning test and its controls twenty times each (hours)
+	$(BIN)/python -W ignore -m harness.nano.learning_table --tests 20 --out report/learning
 
 lock: .venv/installed  ## write down what is installed, after an upgrade of it
 	$(BIN)/python -m pip freeze --all --exclude-editable \
