@@ -316,7 +316,8 @@ def judge_length(
     [1 / (1 + margin), 1 + margin]. No bound is guarded: a log-ratio has no greatest value that a
     pseudo-problem could take.
 
-    Raises ValueError on a length that is not finite, naming the problem, and on invalid settings.
+    Raises ValueError naming the problem (by index) where there is no logarithm of a length, and on
+    invalid settings.
     """
     margin, minimum = _sizes(margin, minimum, most=1e300)
     level = _level(alpha, checks)
