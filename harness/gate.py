@@ -19,18 +19,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import exp, expm1, inf, log
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
 
 from harness.stats import (
+    GREATEST_LOG,
+    NO_ROOM,
     Counts,
     Estimate,
     Numbers,
     Samples,
+    brief,
     drop_evidence,
     drop_p,
     harmless_evidence,
+    is_real,
     odds_ratio_of_drop,
     paired,
+    plain,
+    samples,
+    whole,
 )
 
 MINIMUM_PROBLEMS = 64
@@ -38,6 +47,10 @@ MINIMUM_PROBLEMS = 64
 
 PASS_CONFIDENCE = 0.95
 """One-sided confidence of the bounds that a verdict reports and that PASS rests on."""
+
+PASS_LEVEL = 1 - PASS_CONFIDENCE
+LEAST_LEVEL = 1e-300
+"""No check is held to a stricter level: the p-values below it run out of floats."""
 
 Name: TypeAlias = Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]
 
@@ -104,15 +117,15 @@ def plan(
 
     Raises ValueError as `judge` does.
     """
-    _check_settings(margin, minimum, alpha, checks)
-    if k < 1:
-        raise ValueError(f"k is {k!r}, not at least one sample a problem")
+    margin, minimum = _sizes(margin, minimum)
+    level = _level(alpha, checks)
+    k = int(whole([k], "k", least=1)[0])
     counts = Counts.of(then, k_then, then, k_then)
     rates = (counts.then + 0.5) / (counts.k_then + 1)
     variance = float((rates * (1 - rates) * (1 / k + 1 / counts.k_then)).mean())
 
     def mde90(n: int) -> float:
-        return Estimate.expected(variance, n).detectable(alpha / checks, minimum)
+        return Estimate.expected(variance, n).detectable(level, minimum)
 
     n = len(counts.then)
     needed = MINIMUM_PROBLEMS
@@ -144,9 +157,12 @@ def judge(
 
     Raises ValueError on invalid counts, naming the problem by index, and on invalid settings.
     """
-    _check_settings(margin, minimum, alpha, checks)
+    margin, minimum = _sizes(margin, minimum)
+    level = _level(alpha, checks)
+    if not isinstance(same_policy, (bool, np.bool_)):
+        raise ValueError(f"same_policy is {brief(same_policy)}, neither True nor False")
     counts = Counts.of(now, k, then, k_then)
-    return _no_harm(counts, counts, not same_policy, margin, minimum, alpha / checks)
+    return _no_harm(counts, counts, not same_policy, margin, minimum, level)
 
 
 def judge_sequential(
@@ -163,46 +179,57 @@ def judge_sequential(
 ) -> Verdict:
     """Judge accuracy after every `look` problems, and stop at the first decision.
 
-    `then` holds all planned problems in the order they are sampled, `now` those sampled so far:
-    call again with more until the verdict is not UNPROVEN or the plan is used up. `n` of the
-    verdict says how many problems it used. FAIL: the likelihood ratio of a drop by `margin`
-    reaches `checks / alpha`. PASS: bets against such a drop have won twenty times the stake. Both
-    hold however often one looks, unlike `lower` and `upper`, which are those of a run of this
-    size. `p` is the smallest inverse likelihood ratio of all looks.
+    The first look is at `MINIMUM_PROBLEMS` at the earliest, and the end of the plan is one even
+    where `look` does not divide it. `then` holds all planned problems in the order they are
+    sampled, `now` those sampled so far: call again with more until the verdict is not UNPROVEN or
+    the plan is used up. `n` of the verdict says how many problems it used. FAIL: the likelihood
+    ratio of a drop by `margin` reaches `checks / alpha`, and the observed drop is at least
+    `minimum`. PASS: bets against a drop by `margin` have won twenty times the stake. Both hold
+    however often one looks, unlike `lower` and `upper`, which are those of a run of this size.
+    `p` is the smallest inverse likelihood ratio of all looks.
+
+    Where the reference is below twice `margin`, the likelihood ratio is that of losing half of
+    it, see `odds_ratio_of_drop`: whichever drop it supposes, false alarms are as rare.
 
     For the same policy only: another one differs by problem, which a likelihood ratio of one
     common change takes for evidence. Raises ValueError as `judge` does, and where `now` is longer
     than `then`.
     """
-    _check_settings(margin, minimum, alpha, checks)
-    if look < 1:
-        raise ValueError(f"look is {look!r}, not at least one problem")
+    margin, minimum = _sizes(margin, minimum)
+    level = _level(alpha, checks)
+    look = _positive("look", look)
     plan = Counts.of(then, k_then, then, k_then)
-    if len(now) > len(then):
-        raise ValueError(f"problem {len(then)} is not in the plan of {len(then)} problems")
-    counts = Counts.of(now, k, plan.then[: len(now)], plan.k_then[: len(now)])
-    ratios = drop_evidence(counts, odds_ratio_of_drop(then, k_then, margin))
+    ours = whole(now, "now")
+    planned, drawn = len(plan.then), len(ours)
+    if drawn > planned:
+        raise ValueError(f"problem {planned} is not in the plan of {planned} problems")
+    counts = Counts.of(ours, k, plan.then[:drawn], plan.k_then[:drawn])
+    ratios = drop_evidence(counts, odds_ratio_of_drop(plan.then, plan.k_then, margin))
     wealth = harmless_evidence(counts.differences, margin)
-    used, failed, passed = len(now), False, False
-    for n in range(look, len(now) + 1, look):
-        failed = bool(ratios[n - 1] >= log(checks / alpha))
-        passed = bool(wealth[n - 1] >= -log(1 - PASS_CONFIDENCE))
+    looks = [n for n in range(look, drawn + 1, look) if n >= MINIMUM_PROBLEMS]
+    if drawn == planned:
+        looks.append(drawn)
+    used, failed, passed, strongest = drawn, False, False, 0.0
+    for n in looks:
+        strongest = max(strongest, float(ratios[n - 1]))
+        drop = -float(counts.differences[:n].mean())
+        failed = bool(ratios[n - 1] >= -log(level)) and drop >= minimum
+        passed = bool(wealth[n - 1] >= -log(PASS_LEVEL))
         if failed or passed:
             used = n
             break
-    p = min(1.0, exp(-max(ratios[look - 1 : used : look], default=0.0)))
     seen = Counts(counts.now[:used], counts.k[:used], plan.then[:used], plan.k_then[:used])
     guarded = Estimate.of(seen.differences, guarded=True)
     return _conclude(
         _undecided(
             seen,
-            p=p,
-            mde90=guarded.detectable(alpha / checks, minimum),
-            needed=guarded.problems_needed(used, margin + min(guarded.mean, 0.0), PASS_CONFIDENCE),
+            p=exp(-strongest),
+            mde90=guarded.detectable(level, minimum),
+            needed=guarded.problems_needed(used, margin + min(guarded.mean, 0.0), PASS_LEVEL),
         ),
         failed=failed,
         passed=passed,
-        planned=len(then),
+        planned=planned,
     )
 
 
@@ -225,9 +252,10 @@ def judge_rate(
 
     Raises ValueError as `judge` does.
     """
-    _check_settings(margin, minimum, alpha, checks)
+    margin, minimum = _sizes(margin, minimum)
+    level = _level(alpha, checks)
     counts = Counts.of(now, k, then, k_then)
-    return _no_harm(counts, counts.flipped(), False, margin, minimum, alpha / checks)
+    return _no_harm(counts, counts.flipped(), False, margin, minimum, level)
 
 
 def judge_improvement(
@@ -249,11 +277,9 @@ def judge_improvement(
 
     Raises ValueError as `judge` does.
     """
-    _check_settings(1.0, minimum, alpha, checks)
-    if not 0.0 <= margin < 1.0:
-        raise ValueError(f"margin is {margin!r}, not from 0 to below 1")
+    margin, minimum = _below(1.0, "margin", margin), _below(1.0, "minimum", minimum)
+    level = _level(alpha, checks)
     counts = Counts.of(trained, k, base, k_base)
-    level = alpha / checks
     loss, gain = _drop_p(counts, True), _drop_p(counts.flipped(), True)
     delta = float(counts.differences.mean())
     lost = loss <= level and delta <= -minimum
@@ -264,7 +290,7 @@ def judge_improvement(
             p=loss if lost else gain,
             mde90=guarded.detectable(level, margin),
             # The test at `level` asks for more than the bound at 95 %, so it sets the price.
-            needed=guarded.problems_needed(len(counts.now), delta - margin, 1 - level),
+            needed=guarded.problems_needed(len(counts.now), delta - margin, level),
         ),
         failed=lost,
         passed=gain <= level and guarded.lower(PASS_CONFIDENCE) > margin,
@@ -290,22 +316,24 @@ def judge_length(
     [1 / (1 + margin), 1 + margin]. No bound is guarded: a log-ratio has no greatest value that a
     pseudo-problem could take.
 
-    Raises ValueError on a length that is not finite, naming the problem, and on invalid settings.
+    Raises ValueError naming the problem (by index) where there is no logarithm of a length, and on
+    invalid settings.
     """
-    _check_settings(margin, minimum, alpha, checks)
+    margin, minimum = _sizes(margin, minimum, most=1e300)
+    level = _level(alpha, checks)
     ours, theirs = paired(now, then)
+    drawn = samples(k, len(ours), "k")
     ratio = Estimate.of(ours - theirs)
     lower, upper = ratio.lower(PASS_CONFIDENCE), ratio.upper(PASS_CONFIDENCE)
     outside, inside = log(1 + minimum), log(1 + margin)
     # An interval lies outside where one of two tests, each at half of alpha, says so.
     p = min(1.0, 2 * min(ratio.p_below(-outside), ratio.p_above(outside)))
-    level = alpha / checks
     return _conclude(
         Verdict(
             name="UNPROVEN",
             reason="",
             n=len(ours),
-            k=k if isinstance(k, int) else max(k),
+            k=int(drawn.max()),
             now=exp(ours.mean()),
             then=exp(theirs.mean()),
             delta=_relative(ratio.mean),
@@ -313,7 +341,7 @@ def judge_length(
             upper=_relative(upper),
             p=p,
             mde90=_relative(outside + ratio.detectable(level / 2)),
-            needed=ratio.problems_needed(len(ours), inside - abs(ratio.mean), PASS_CONFIDENCE),
+            needed=ratio.problems_needed(len(ours), inside - abs(ratio.mean), PASS_LEVEL),
         ),
         failed=p <= level,
         passed=-inside < lower and upper < inside,
@@ -337,9 +365,7 @@ def _no_harm(
             counts,
             p=p,
             mde90=guarded.detectable(level, minimum),
-            needed=guarded.problems_needed(
-                len(counts.now), margin - max(drop, 0.0), PASS_CONFIDENCE
-            ),
+            needed=guarded.problems_needed(len(counts.now), margin - max(drop, 0.0), PASS_LEVEL),
         ),
         failed=p <= level and drop >= minimum,
         passed=guarded.lower(PASS_CONFIDENCE) > -margin,
@@ -395,15 +421,37 @@ def _conclude(v: Verdict, *, failed: bool, passed: bool, planned: int = 0) -> Ve
 
 def _relative(log_ratio: float) -> float:
     """The relative change that a log-ratio means, infinite where a float cannot hold it."""
-    return expm1(log_ratio) if log_ratio < 700.0 else inf
+    return expm1(log_ratio) if log_ratio < GREATEST_LOG else inf
 
 
-def _check_settings(margin: float, minimum: float, alpha: float, checks: int) -> None:
-    if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha is {alpha!r}, not between 0 and 1")
-    if checks < 1:
-        raise ValueError(f"checks is {checks!r}: this check is one of at least 1")
-    if not 0.0 <= minimum < margin < inf:
+def _sizes(margin: float, minimum: float, most: float = 1.0) -> tuple[float, float]:
+    """The checked sizes of a change that is harmless and of one that may matter."""
+    margin, minimum = _below(most, "margin", margin), _below(most, "minimum", minimum)
+    if margin - minimum < NO_ROOM:
         raise ValueError(
             f"minimum is {minimum!r} and margin {margin!r}: need 0 <= minimum < margin"
         )
+    return margin, minimum
+
+
+def _level(alpha: float, checks: int) -> float:
+    """The level of a check that is one of `checks`, which share `alpha`."""
+    alpha, checks = _below(1.0, "alpha", alpha), _positive("checks", checks)
+    if checks > alpha / LEAST_LEVEL:
+        each = f"less than {LEAST_LEVEL:g} for each of {brief(checks)} checks"
+        raise ValueError(f"alpha is {alpha!r}, {each}")
+    return alpha / checks
+
+
+def _below(most: float, name: str, value: Any) -> float:
+    number = plain(value)
+    if isinstance(number, bool) or not is_real(number, 0.0, most) or number == most:
+        raise ValueError(f"{name} is {brief(number)}, not a number from 0 to below {most:g}")
+    return float(number)
+
+
+def _positive(name: str, value: Any) -> int:
+    number = plain(value)
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{name} is {brief(number)}, not a whole number from 1 on")
+    return number

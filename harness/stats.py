@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -23,6 +24,15 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Numbers: TypeAlias = Sequence[float] | npt.NDArray[Any]
 Samples: TypeAlias = int | Sequence[int] | npt.NDArray[Any]
+
+MOST_SAMPLES = 500
+"""Samples of one problem at most: no probability of a stratum is then too small for a float."""
+
+NO_ROOM = 1e-9
+"""Differences of rates below this are what floating point left over, not differences."""
+
+GREATEST_LOG = 700.0
+"""Logarithms up to here are those of numbers that a float can hold."""
 
 POWER_Z = float(ndtri(0.9))
 """Standard normal quantile of 90 % power, the one power this package speaks of."""
@@ -54,18 +64,25 @@ class Counts:
     def of(cls, now: Numbers, k: Samples, then: Numbers, k_then: Samples) -> Counts:
         """Check and pair two sequences of counts, one entry a problem.
 
-        `k` and `k_then` are one number for all problems or one a problem. Raises ValueError
-        naming the problem (by index) where a count is not a whole number in 0..k or has no
-        counterpart, and where there are no problems at all.
+        `k` and `k_then` are one number for all problems or one a problem, each at most
+        `MOST_SAMPLES`. Sequences, arrays, series and tensors will do. Raises ValueError naming
+        the problem (by index) where a count is not a whole number in 0..k or has no counterpart,
+        and where there are no problems at all.
         """
-        ours, theirs = _whole(now, "now"), _whole(then, "then")
+        ours, theirs = whole(now, "now"), whole(then, "then")
         _same_length(len(ours), len(theirs))
-        return cls(
-            ours,
-            _samples(ours, k, "now", "k"),
-            theirs,
-            _samples(theirs, k_then, "then", "k_then"),
+        counts = cls(
+            ours, samples(k, len(ours), "k"), theirs, samples(k_then, len(theirs), "k_then")
         )
+        for who, correct, drawn in (
+            ("now", counts.now, counts.k),
+            ("then", counts.then, counts.k_then),
+        ):
+            for i in np.flatnonzero(correct > drawn)[:1]:
+                raise ValueError(
+                    f"problem {i}: {who} has {correct[i]} correct, not in 0..{drawn[i]}"
+                )
+        return counts
 
     def flipped(self) -> Counts:
         """The same measurements, counting what did not happen: a rise becomes a drop."""
@@ -121,17 +138,21 @@ def odds_ratio_of_drop(then: Numbers, k_then: Samples, drop: float) -> float:
     """The odds ratio, below 1, that lowers the mean rate of these problems by `drop`.
 
     Rates are shrunk by half a success and half a failure, else a problem without a failure could
-    not lose anything at any odds ratio. Raises ValueError where the mean rate has no such drop.
+    not lose anything at any odds ratio. Where `drop` is more than half of the mean rate, that half
+    is lost: a rate below `drop` cannot drop by it, and the loss of nearly everything would be a
+    hypothesis that a single correct answer refutes. Raises ValueError where `drop` is not
+    positive.
     """
     counts = Counts.of(then, k_then, then, k_then)
     rates = (counts.then + 0.5) / (counts.k_then + 1)
-    if not 0.0 < drop < rates.mean():
-        raise ValueError(f"a mean rate of {rates.mean():.3f} cannot drop by {drop!r}")
+    if not drop > 0.0:
+        raise ValueError(f"a drop by {drop!r} is none")
+    loss = min(drop, float(rates.mean()) / 2)
     # Imported late: only a sequential run needs it, and it slows down every start.
     from scipy.optimize import brentq
 
     def missing(log_ratio: float) -> float:
-        return drop - float((rates - expit(logit(rates) + log_ratio)).mean())
+        return loss - float((rates - expit(logit(rates) + log_ratio)).mean())
 
     return math.exp(brentq(missing, -50.0, 0.0))
 
@@ -147,8 +168,9 @@ def drop_evidence(counts: Counts, odds_ratio: float) -> Floats:
     @cache
     def normaliser(k: int, k_then: int, m: int) -> float:
         pmf = _hypergeometric(k, k_then, m)
-        least = max(0, m - k_then)
-        return math.log(float(pmf @ odds_ratio ** np.arange(least, least + len(pmf))))
+        # The least power is taken out: of many samples it is too small for a float.
+        rest = math.log(float(pmf @ odds_ratio ** np.arange(len(pmf))))
+        return max(0, m - k_then) * math.log(odds_ratio) + rest
 
     strata = zip(counts.k.tolist(), counts.k_then.tolist(), counts.now + counts.then, strict=True)
     constants = np.array([normaliser(k, k_then, int(m)) for k, k_then, m in strata])
@@ -219,17 +241,18 @@ class Estimate:
         spread = n * variance + sum(d * d for d in PSEUDO_PROBLEMS)
         return cls(0.0, math.sqrt(spread / (both - 1) / both), both - 1)
 
-    def quantile(self, confidence: float) -> float:
-        """Student's t at a one-sided `confidence`, in standard errors."""
-        return float(stdtrit(self.df, confidence))
+    def quantile(self, level: float) -> float:
+        """Student's t that is exceeded with chance `level`, in standard errors."""
+        # By the lower tail: 1 - level is 1 for a tiny one.
+        return -float(stdtrit(self.df, level))
 
     def lower(self, confidence: float) -> float:
         """The one-sided lower bound of the mean at `confidence`."""
-        return self.mean - self.quantile(confidence) * self.se
+        return self.mean - self.quantile(1 - confidence) * self.se
 
     def upper(self, confidence: float) -> float:
         """The one-sided upper bound of the mean at `confidence`."""
-        return self.mean + self.quantile(confidence) * self.se
+        return self.mean + self.quantile(1 - confidence) * self.se
 
     def p_below(self, bound: float) -> float:
         """One-sided p of the t test that the mean lies below `bound`."""
@@ -248,26 +271,99 @@ class Estimate:
         `at_least` is the smallest observed change that the rule acts on: where the test itself
         would see less, the change must still exceed that nine times in ten.
         """
-        return max(float(ndtri(1.0 - alpha)) * self.se, at_least) + POWER_Z * self.se
+        return max(-float(ndtri(alpha)) * self.se, at_least) + POWER_Z * self.se
 
-    def problems_needed(self, n: int, room: float, confidence: float) -> int | None:
-        """Problems at which a bound at `confidence` clears `room` nine times in ten.
+    def problems_needed(self, n: int, room: float, level: float) -> int | None:
+        """Problems at which a one-sided bound at `level` clears `room` nine times in ten.
 
         `n` is the number of problems behind this estimate and `room` the distance from the
         expected mean to the limit. None where there is no room: no n would do.
         """
-        if room <= 0.0 or not math.isfinite(self.se):
+        if room < NO_ROOM:
             return None
-        return math.ceil(n * ((self.quantile(confidence) + POWER_Z) * self.se / room) ** 2)
+        ratio = (self.quantile(level) + POWER_Z) * self.se / room
+        needed = n * ratio * ratio
+        return math.ceil(needed) if math.isfinite(needed) else None
 
 
 def paired(now: Numbers, then: Numbers) -> tuple[Floats, Floats]:
-    """Two checked sequences of real numbers, one a problem, each as shape (n,).
+    """Two checked sequences of logarithms, one a problem, each as shape (n,).
 
-    Raises ValueError naming the problem (by index) that has no finite number or no counterpart.
+    Raises ValueError naming the problem (by index) that has no counterpart, or no number from
+    -`GREATEST_LOG` to `GREATEST_LOG`.
     """
-    _same_length(len(now), len(then))
-    return _finite(now, "now"), _finite(then, "then")
+    ours, theirs = _logarithms(now, "now"), _logarithms(then, "then")
+    _same_length(len(ours), len(theirs))
+    return ours, theirs
+
+
+def brief(value: object) -> str:
+    """What to call a value in a message: its repr, on one line and shortened."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def plain(value: Any) -> Any:
+    """A number or many, of numpy, pandas or torch, in Python's own types; all else as it is."""
+    # Dates and durations would become whole numbers of nanoseconds.
+    if getattr(getattr(value, "dtype", None), "kind", "f") in "biufO":
+        try:
+            return value.tolist()
+        except (AttributeError, TypeError, RuntimeError):
+            return value
+    return value
+
+
+def is_real(value: Any, low: float, high: float) -> bool:
+    """Whether a `plain` value is one real number from `low` to `high`."""
+    return isinstance(value, (int, float, np.floating)) and bool(low <= value <= high)
+
+
+def whole(values: Any, name: str, least: int = 0) -> Ints:
+    """Checked whole numbers from `least` to `MOST_SAMPLES`, one a problem, shape (n,).
+
+    Raises ValueError with `name`, the problem (by index) and what it has instead.
+    """
+    entries = _entries(values, name)
+    for i, entry in enumerate(entries):
+        # The usual case first: this runs thousands of times in every judgement.
+        if type(entry) is int and least <= entry <= MOST_SAMPLES:
+            continue
+        if not is_real(entry, least, MOST_SAMPLES) or entry % 1:
+            wanted = f"not a whole number from {least} to {MOST_SAMPLES}"
+            raise ValueError(f"problem {i}: {name} is {brief(entry)}, {wanted}")
+    return np.asarray(entries, dtype=np.int64)
+
+
+def samples(k: Any, n: int, name: str) -> Ints:
+    """Checked numbers of samples, one for all `n` problems or one a problem, shape (n,).
+
+    Raises ValueError as `whole` does, and where they are not `n`.
+    """
+    if isinstance(plain(k), (int, float, np.floating)):
+        return np.repeat(whole([k], name, least=1), n)
+    drawn = whole(k, name, least=1)
+    if len(drawn) != n:
+        raise ValueError(
+            f"{name} is given for {len(drawn)} of {n} problems: "
+            f"problem {min(len(drawn), n)} has no counterpart"
+        )
+    return drawn
+
+
+def _entries(values: Any, name: str) -> list[Any]:
+    listed = plain(values)
+    if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes, bytearray)):
+        raise ValueError(f"problem 0: {name} is {brief(values)}, not real numbers, one a problem")
+    return [entry if type(entry) is int else plain(entry) for entry in listed]
+
+
+def _logarithms(values: Any, name: str) -> Floats:
+    entries = _entries(values, name)
+    for i, entry in enumerate(entries):
+        if isinstance(entry, bool) or not is_real(entry, -GREATEST_LOG, GREATEST_LOG):
+            wanted = f"not a logarithm from {-GREATEST_LOG:g} to {GREATEST_LOG:g}"
+            raise ValueError(f"problem {i}: {name} is {brief(entry)}, {wanted}")
+    return np.asarray(entries, dtype=np.float64)
 
 
 def _same_length(now: int, then: int) -> None:
@@ -278,43 +374,6 @@ def _same_length(now: int, then: int) -> None:
         )
     if now == 0:
         raise ValueError("no problems: not even problem 0 was measured")
-
-
-def _finite(values: Numbers, who: str) -> Floats:
-    for i, value in enumerate(values):
-        if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-            raise ValueError(f"problem {i}: {who} is {value!r}, not a finite number")
-    return np.asarray(values, dtype=np.float64)
-
-
-def _whole(values: Numbers, who: str) -> Ints:
-    if not (isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iub"):
-        for i, value in enumerate(values):
-            number = isinstance(value, (int, float, np.number, np.bool_))
-            if not number or not math.isfinite(value) or value != int(value):
-                raise ValueError(f"problem {i}: {who} is {value!r}, not a whole number")
-    return np.asarray(values, dtype=np.int64)
-
-
-def _samples(values: Ints, k: Samples, who: str, name: str) -> Ints:
-    if isinstance(k, (int, np.integer)):
-        if k < 1:
-            raise ValueError(f"{name} is {k}: every problem, from problem 0 on, needs a sample")
-        samples = np.full(len(values), k, dtype=np.int64)
-    elif isinstance(k, (Sequence, np.ndarray)) and not isinstance(k, str):
-        samples = _whole(k, name)
-        if len(samples) != len(values):
-            raise ValueError(
-                f"{name} is given for {len(samples)} of {len(values)} problems: "
-                f"problem {min(len(samples), len(values))} has no counterpart"
-            )
-        for i in np.flatnonzero(samples < 1)[:1]:
-            raise ValueError(f"problem {i}: {name} is {samples[i]}, it needs a sample")
-    else:
-        raise ValueError(f"{name} is {k!r}, not a whole number: problem 0 cannot be judged")
-    for i in np.flatnonzero((values < 0) | (values > samples))[:1]:
-        raise ValueError(f"problem {i}: {who} has {values[i]} correct, not in 0..{samples[i]}")
-    return samples
 
 
 @lru_cache(maxsize=4096)

@@ -4,10 +4,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm, t, ttest_1samp, ttest_rel
@@ -19,6 +21,7 @@ from harness.gate import (
     judge_length,
     judge_rate,
     judge_sequential,
+    plan,
 )
 from harness.stats import stratified_p
 
@@ -273,12 +276,14 @@ def test_lengths_a_quarter_apart_by_chance_are_told_from_a_shift() -> None:
 
 def test_a_sequential_run_stops_at_the_first_decision_and_keeps_it() -> None:
     now, then = counts(skills(0), 4, 1), counts(skills(0), 16, 2)
-    names = [judge_sequential(now[:n], 4, then, 16).name for n in range(16, N + 1, 16)]
+    drawn = range(16, N + 1, 16)
+    names = [judge_sequential(now[:n], 4, then, 16).name for n in drawn]
     first = names.index("PASS")
+    assert first > 3, "not before the floor"
     assert set(names[:first]) == {"UNPROVEN"}
     assert set(names[first:]) == {"PASS"}
     v = judge_sequential(now, 4, then, 16)
-    assert v.n == 16 * (first + 1)
+    assert v.n == drawn[first]
     assert v.now == pytest.approx((now[: v.n] / 4).mean())
 
 
@@ -287,8 +292,54 @@ def test_a_sequential_run_fails_a_large_drop_early() -> None:
     v = judge_sequential(now, 4, then, 16)
     assert v.name == "FAIL"
     assert v.p <= 0.01
-    assert v.n < 64
-    assert v.n < judge_sequential(now, 4, then, 16, checks=1000).n
+    assert v.n == 64, "no look before the floor, and the decision rests on all that was drawn"
+    assert v.delta == pytest.approx((now[:64] / 4 - then[:64] / 16).mean())
+    assert v.n < judge_sequential(now, 4, then, 16, checks=10**40).n
+
+
+def test_the_end_of_the_plan_is_a_look() -> None:
+    # Level until the last look, and then nothing right any more.
+    now, then = [4, 4, 4, 2] * 16 + [0] * 15, [14] * 79
+    assert judge_sequential(now[:64], 4, then, 16).name == "UNPROVEN"
+    early, late = judge_sequential(now[:78], 4, then, 16), judge_sequential(now, 4, then, 16)
+    assert (early.name, early.n, early.p) == ("UNPROVEN", 78, 1)
+    assert (late.name, late.n) == ("FAIL", 79)
+    assert late.p <= 0.01
+
+
+@settings(deadline=None)
+@given(st.floats(0, 0.08), st.floats(0, 1), st.integers(0, 2**32))
+def test_a_reference_that_has_no_margin_to_lose_is_judged_all_the_same(
+    rate: float, left: float, seed: int
+) -> None:
+    now, then = counts(np.full(80, rate * left), 4, seed), counts(np.full(80, rate), 16, seed + 1)
+    v = judge_sequential(now, 4, then, 16)
+    assert v.name in ("PASS", "FAIL", "UNPROVEN")
+    assert v.name != "FAIL" or v.delta <= -0.01
+    assert judge_sequential([0] * 80, 4, [0] * 80, 16).name != "FAIL"
+
+
+def test_false_alarms_on_a_poor_reference_are_rare_and_its_loss_is_found() -> None:
+    runs = range(400)
+
+    def fails(rate: float) -> int:
+        return sum(
+            judge_sequential(
+                counts(np.full(512, rate), 8, i), 8, counts(np.full(512, 0.045), 16, i + 1), 16
+            ).name
+            == "FAIL"
+            for i in runs
+        )
+
+    assert fails(0.045) <= binom.ppf(0.999, len(runs), 0.01)
+    assert judge_sequential([0] * 64, 8, [1] * 64, 16).name == "FAIL"
+
+
+def test_a_sequential_run_does_not_fail_a_drop_too_small_to_matter() -> None:
+    now, then = [3, 4] * 128, [15] * N
+    assert judge_sequential(now, 4, then, 16).delta == pytest.approx(-0.0625)
+    assert judge_sequential(now, 4, then, 16).name == "FAIL"
+    assert judge_sequential(now, 4, then, 16, minimum=0.07, margin=0.08).name != "FAIL"
 
 
 def test_a_sequential_run_is_held_to_its_plan() -> None:
@@ -318,12 +369,128 @@ def test_a_sequential_run_saves_two_problems_in_five() -> None:
         ({"checks": 0}, "checks is 0"),
         ({"margin": 0.005}, "margin 0.005"),
         ({"minimum": -0.1}, "minimum is -0.1"),
-        ({"margin": math.nan}, "margin nan"),
+        ({"margin": math.nan}, "margin is nan"),
+        ({"margin": 1}, "margin is 1, not a number from 0 to below 1"),
+        ({"margin": None}, "margin is None"),
+        ({"margin": [0.05]}, r"margin is \[0\.05\]"),
+        ({"margin": np.array([0.05, 0.06])}, r"margin is \[0\.05, 0\.06\]"),
+        ({"minimum": "0.01"}, r"minimum is '0\.01'"),
+        ({"minimum": 0.01j}, r"minimum is 0\.01j"),
+        ({"minimum": False}, "minimum is False"),
+        ({"alpha": Decimal("0.01")}, "alpha is Decimal"),
+        ({"alpha": 1e-310}, "alpha is 1e-310, less than 1e-300"),
+        ({"checks": math.nan}, "checks is nan, not a whole number"),
+        ({"checks": math.inf}, "checks is inf"),
+        ({"checks": 1.5}, r"checks is 1\.5"),
+        ({"checks": True}, "checks is True"),
+        ({"checks": "2"}, "checks is '2'"),
+        ({"checks": 10**400}, "for each of 1000.*000 checks"),
+        ({"same_policy": "False"}, "same_policy is 'False'"),
+        ({"same_policy": None}, "same_policy is None"),
+        ({"same_policy": 1}, "same_policy is 1"),
     ],
 )
-def test_invalid_settings_are_refused(settings: dict[str, float], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         accuracy([4] * 64, [16] * 64, **settings)
+
+
+SETTINGS = st.one_of(
+    st.floats(),
+    st.integers(),
+    st.floats(0, 1),
+    st.sampled_from(
+        [None, "0.05", [0.02], 1j, Decimal("0.02"), np.array([1, 2]), np.float16(0.02), 10**400]
+    ),
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["margin", "minimum", "alpha", "checks", "look"]), SETTINGS)
+def test_any_setting_is_used_or_refused(name: str, value: Any) -> None:
+    now, then, given = [3, 4] * 32, [14] * 64, {name: value}
+    lengths = [2.0, 3.0] * 32
+    rules: list[Callable[[], Any]] = [lambda: judge_sequential(now, 4, then, 16, **given)]
+    if name != "look":
+        rules += [
+            lambda: plan(then, 16, 4, **given),
+            lambda: accuracy(now, then, **given),
+            lambda: judge_rate(now, 4, then, 16, **given),
+            lambda: judge_improvement(now, 4, then, 16, **given),
+            lambda: judge_length(lengths, 4, lengths, **given),
+        ]
+    for rule in rules:
+        refusal = name
+        try:
+            assert math.isfinite(rule().mde90)
+        except ValueError as error:
+            refusal = str(error)
+        assert name in refusal
+
+
+def test_settings_of_numpy_and_torch_are_numbers() -> None:
+    expected = accuracy([3] * 64, [12] * 64, margin=0.25, checks=3)
+    assert expected == accuracy([3] * 64, [12] * 64, margin=np.float16(0.25), checks=np.int8(3))
+    assert expected == accuracy([3] * 64, [12] * 64, margin=torch.tensor(0.25), checks=3)
+    assert expected == accuracy([3] * 64, [12] * 64, margin=0.25, checks=3, same_policy=np.True_)
+
+
+@pytest.mark.parametrize("tiny", [{"alpha": 1e-17}, {"checks": 10**16}, {"alpha": 1e-299}])
+def test_tiny_levels_ask_for_more_but_are_judged(tiny: dict[str, Any]) -> None:
+    now, then = counts(skills(0) ** 0.5, 4, 1), counts(skills(0), 16, 2)
+    level = tiny.get("alpha", 0.01) / tiny.get("checks", 1)
+    found, usual = plan(then, 16, 4, **tiny), plan(then, 16, 4)
+    assert found.needed > usual.needed
+    z = norm.isf(level) + norm.ppf(0.9)
+    assert found.mde90 / usual.mde90 == pytest.approx(z / (norm.isf(0.01) + norm.ppf(0.9)))
+    v = judge_improvement(now, 4, then, 16, **tiny)
+    assert v.needed is not None
+    assert v.needed > N
+    assert accuracy([0] * N, [16] * N, **tiny).name == "FAIL"
+    assert judge_sequential([0] * N, 4, [16] * N, 16, **tiny).name == "FAIL"
+    assert judge_length([3.0, 3.1] * 64, 4, [2.0] * 128, **tiny).name in ("FAIL", "UNPROVEN")
+
+
+def test_the_residue_of_a_difference_needs_no_number_of_problems() -> None:
+    v = judge_improvement([4, 1] * 50, 5, [6, 9] * 50, 15)
+    assert v.delta == pytest.approx(0, abs=1e-12)
+    assert v.needed is None
+
+
+@pytest.mark.parametrize("k", [math.nan, 4.5, "4", None, 0, [4]])
+def test_a_plan_is_of_a_whole_number_of_samples(k: Any) -> None:
+    with pytest.raises(ValueError, match="k is"):
+        plan([12] * 64, 16, k)
+
+
+@pytest.mark.parametrize("look", [1.5, math.nan, "a", None, True])
+def test_looks_are_whole_numbers_of_problems_apart(look: Any) -> None:
+    with pytest.raises(ValueError, match="look is"):
+        judge_sequential([3] * 64, 4, [12] * 64, 16, look=look)
+
+
+@pytest.mark.parametrize(
+    ("now", "k", "message"),
+    [
+        ([1.0] * 64, 0, "problem 0: k is 0"),
+        ([1.0] * 64, -3, "problem 0: k is -3"),
+        ([1.0] * 64, None, "problem 0: k is None"),
+        ([1.0] * 64, [4, 4], "problem 2 has no counterpart"),
+        ([1.0] * 64, [], "problem 0 has no counterpart"),
+        ([800.0] * 64, 4, r"problem 0: now is 800\.0"),
+        ([1.0] * 63 + [True], 4, "problem 63: now is True"),
+        (None, 4, "problem 0: now is None"),
+    ],
+)
+def test_lengths_are_checked_with_their_samples(now: Any, k: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        judge_length(now, k, [1.0] * 64)
+
+
+def test_the_samples_of_lengths_may_differ_by_problem() -> None:
+    lengths = [1.0] * 64
+    assert judge_length(lengths, np.int64(4), lengths).k == 4
+    assert judge_length(lengths, [4, 8] * 32, lengths).k == 8
 
 
 @pytest.mark.parametrize("margin", [-0.1, 1.0, math.nan])

@@ -1,21 +1,27 @@
 """The exact test and the intervals against oracles that share no code with them."""
 
 import math
-from collections import Counter
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 from itertools import combinations, product
 from random import Random
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import fisher_exact, hypergeom, nchypergeom_fisher, norm, ttest_1samp
+from scipy.stats import fisher_exact, hypergeom, nchypergeom_fisher, norm, t, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 
 from harness.stats import (
     BETS,
+    MOST_SAMPLES,
     Counts,
     Estimate,
     drop_evidence,
@@ -166,7 +172,7 @@ def test_half_of_the_symmetric_case_lies_on_either_side() -> None:
         ([1], 4, [1, 2, 3], 16, "problem 1 has no counterpart"),
         ([], 4, [], 16, "problem 0"),
         ([1, 5], 4, [1, 2], 16, "problem 1: now has 5 correct, not in 0..4"),
-        ([1, -1], 4, [1, 2], 16, "problem 1: now has -1 correct"),
+        ([1, -1], 4, [1, 2], 16, "problem 1: now is -1, not a whole number"),
         ([1, 2], 4, [17, 2], 16, "problem 0: then has 17 correct, not in 0..16"),
         ([1, math.nan], 4, [1, 2], 16, "problem 1: now is nan, not a whole number"),
         ([1, math.inf], 4, [1, 2], 16, "problem 1: now is inf"),
@@ -182,6 +188,26 @@ def test_half_of_the_symmetric_case_lies_on_either_side() -> None:
         ([1, 2], 4, [1, 2], [16], "problem 1 has no counterpart"),
         ([1, 2], 4, [1, 2], [16, 0], "problem 1: k_then is 0"),
         ([1, 2], 4, [1, 2], [16, 1], "problem 1: then has 2 correct, not in 0..1"),
+        ([1, 2], None, [1, 2], 16, "problem 0: k is None, not real numbers"),
+        ([1, 2], math.nan, [1, 2], 16, "problem 0: k is nan"),
+        ([1, 2], 10**7, [1, 2], 16, "problem 0: k is 10000000, not a whole number from 1 to"),
+        ([1, 2], [4, 10**19], [1, 2], 16, "problem 1: k is 10000000000000000000, not a whole"),
+        ([1, 1e300], 4, [1, 2], 16, r"problem 1: now is 1e\+300, not a whole number"),
+        ([1, Decimal(2)], 4, [1, 2], 16, r"problem 1: now is Decimal\('2'\)"),
+        ([1, np.timedelta64(2, "ns")], 4, [1, 2], 16, r"problem 1: now is np.timedelta64\(2,'ns'"),
+        (np.array([1, 2], "m8[ns]"), 4, [1, 2], 16, "problem 0: now is array.*not real numbers"),
+        (np.array([1, 2], complex), 4, [1, 2], 16, "problem 0: now is array.*not real numbers"),
+        (np.ma.array([1, 2], mask=[0, 1]), 4, [1, 2], 16, "problem 1: now is None"),
+        (np.array([1, 2**63], np.uint64), 4, [1, 2], 16, "problem 1: now is 9223372036854775808"),
+        (pd.Series([1, None]), 4, [1, 2], 16, "problem 1: now is nan"),
+        (pd.Series([1, None], dtype="Int64"), 4, [1, 2], 16, "problem 1: now is <NA>"),
+        (pd.DataFrame({"now": [1, 2]}), 4, [1, 2], 16, "problem 0: now is now 0 1 1 2, not real"),
+        (torch.ones(2, 1), 4, [1, 2], 16, r"problem 0: now is \[1.0\]"),
+        (torch.ones(2, device="meta"), 4, [1, 2], 16, "problem 0: now is tensor"),
+        (b"12", 4, [1, 2], 16, "problem 0: now is b'12', not real numbers"),
+        ({1, 2}, 4, [1, 2], 16, "problem 0: now is {1, 2}, not real numbers"),
+        ((c for c in [1, 2]), 4, [1, 2], 16, "problem 0: now is <generator"),
+        ("3" * 999, 4, [1, 2], 16, "problem 0: now is '3{1,20}...3{1,20}', not"),
     ],
 )
 def test_invalid_counts_are_refused_by_problem(
@@ -197,13 +223,98 @@ def test_whole_numbers_of_any_type_are_counts() -> None:
     assert stratified_p(np.array([True, False]), 1, np.array([1, 1], dtype=np.uint8), 2) == expected
 
 
-def test_lengths_must_be_finite() -> None:
-    with pytest.raises(ValueError, match="problem 2: then is -inf, not a finite number"):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        tuple,
+        deque,
+        lambda x: array("i", x),
+        lambda x: memoryview(array("i", x)),
+        lambda x: np.array(x, dtype=object),
+        lambda x: np.array(x, dtype=np.float16),
+        lambda x: np.array(x, dtype=np.uint64),
+        lambda x: [np.float16(c) for c in x],
+        lambda x: [np.longdouble(c) for c in x],
+        lambda x: pd.Series(x, index=[7, 8, 9]),
+        lambda x: pd.Series(x, dtype="Int64"),
+        torch.tensor,
+        lambda x: torch.tensor(x, dtype=torch.bfloat16, requires_grad=True),
+        lambda x: [torch.tensor(c) for c in x],
+    ],
+)
+def test_counts_and_samples_come_in_any_container(kind: Callable[[list[int]], Any]) -> None:
+    expected = stratified_p([1, 0, 3], [4, 4, 3], [9, 5, 7], [16, 8, 16])
+    columns = [kind(x) for x in ([1, 0, 3], [4, 4, 3], [9, 5, 7], [16, 8, 16])]
+    assert stratified_p(*columns) == expected
+
+
+@pytest.mark.parametrize("k", [4.0, np.int8(4), np.array(4), torch.tensor(4), np.float16(4)])
+def test_one_number_of_samples_is_a_whole_number_of_any_type(k: Any) -> None:
+    assert stratified_p([1, 0], k, [4, 3], k) == stratified_p([1, 0], 4, [4, 3], 4)
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(0, 16),
+    st.floats(),
+    st.complex_numbers(),
+    st.text(max_size=3),
+    st.binary(max_size=3),
+    st.decimals(),
+    st.fractions(),
+    st.timedeltas(),
+    st.sampled_from(
+        [10**400, np.timedelta64(3, "ns"), np.float16(3), np.complex64(3), pd.NA, np.ma.masked]
+    ),
+)
+COLUMNS = st.one_of(
+    SCALARS,
+    st.lists(SCALARS, max_size=3),
+    st.lists(st.integers(0, 4), min_size=2, max_size=2),
+    st.lists(st.lists(st.integers(0, 4), max_size=2), max_size=2),
+    st.sets(st.integers(0, 4)),
+    st.dictionaries(st.integers(0, 4), st.integers(0, 4), max_size=2),
+    st.tuples(
+        st.lists(st.integers(0, 4), min_size=2, max_size=2),
+        st.sampled_from(["?", "i1", "u8", "f2", "g", "c8", "m8[ns]", "M8[D]", "U", "S", "O"]),
+    ).map(lambda pair: np.array(pair[0]).astype(pair[1])),
+)
+
+
+@settings(deadline=None)
+@given(COLUMNS, COLUMNS, COLUMNS, COLUMNS)
+def test_anything_is_tested_or_refused(now: Any, k: Any, then: Any, k_then: Any) -> None:
+    for columns in ((now, k, then, k_then), (now, 4, [4, 4], 16), ([1, 3], k, [4, 3], 16)):
+        refusal = "problem"
+        try:
+            assert 0 <= stratified_p(*columns) <= 1
+        except ValueError as error:
+            refusal = str(error)
+        assert "problem" in refusal
+        assert len(refusal) < 200
+
+
+def test_the_most_samples_are_tested_in_a_moment() -> None:
+    n = MOST_SAMPLES
+    assert stratified_p([0], n, [n], n) == pytest.approx(1 / math.comb(2 * n, n), rel=1e-12, abs=0)
+    assert stratified_p([n // 2] * 3, n, [n // 2] * 3, n) > 0.5
+
+
+def test_logarithms_are_those_of_numbers_that_a_float_can_hold() -> None:
+    with pytest.raises(ValueError, match="problem 2: then is -inf, not a logarithm from -700 to"):
         paired([1, 2, 3], [1, 2, -math.inf])
     with pytest.raises(ValueError, match="problem 0"):
         paired([], [])
     with pytest.raises(ValueError, match="problem 0: now is None"):
         paired([None], [1.0])
+    with pytest.raises(ValueError, match=r"problem 0: now is 800\.0"):
+        paired([800.0], [1.0])
+    with pytest.raises(ValueError, match="problem 1: then is True"):
+        paired([1.0, 1.0], [1.0, True])
+    ours, theirs = paired(torch.tensor([1.0, 2.0]), pd.Series([1, 2]))
+    assert ours.tolist() == theirs.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -233,7 +344,7 @@ def test_one_observation_proves_nothing() -> None:
     alone = Estimate.of(np.array([-1.0]))
     assert alone.p_below(0.0) == 0.5
     assert alone.lower(0.95) == -math.inf
-    assert alone.problems_needed(1, 0.05, 0.95) is None
+    assert alone.problems_needed(1, 0.05, 0.05) is None
 
 
 @pytest.mark.parametrize(("d", "p"), [(-0.25, 0.0), (0.0, 1.0), (0.25, 1.0)])
@@ -251,9 +362,22 @@ def test_the_detectable_change_is_found_nine_times_in_ten() -> None:
 
 def test_the_problems_needed_give_a_bound_nine_times_in_ten() -> None:
     estimate = Estimate(0.0, 0.02, 199)
-    needed = estimate.problems_needed(200, 0.05, 0.95)
-    assert needed == math.ceil(200 * ((estimate.quantile(0.95) + norm.ppf(0.9)) * 0.4) ** 2)
-    assert estimate.problems_needed(200, 0.0, 0.95) is None
+    needed = estimate.problems_needed(200, 0.05, 0.05)
+    assert needed == math.ceil(200 * ((t.ppf(0.95, 199) + norm.ppf(0.9)) * 0.4) ** 2)
+    assert estimate.problems_needed(200, 0.0, 0.05) is None
+
+
+def test_the_residue_of_a_difference_is_no_room() -> None:
+    estimate = Estimate(0.0, 0.02, 199)
+    assert 0.3 - 0.1 - 0.2 != 0
+    assert estimate.problems_needed(200, abs(0.3 - 0.1 - 0.2), 0.05) is None
+
+
+@pytest.mark.parametrize("level", [0.05, 1e-6, 1e-17, 1e-100])
+def test_quantiles_hold_at_tiny_levels(level: float) -> None:
+    estimate = Estimate(0.0, 1.0, 200)
+    assert estimate.quantile(level) == pytest.approx(t.isf(level, 200))
+    assert estimate.detectable(level) == pytest.approx(norm.isf(level) + norm.ppf(0.9))
 
 
 def test_holm_is_the_step_down() -> None:
@@ -271,8 +395,27 @@ def test_the_odds_ratio_of_a_drop_causes_it() -> None:
     assert (before - odds / (1 + odds)).mean() == pytest.approx(0.05)
     assert ratio < 1
     assert odds_ratio_of_drop([16] * 5, 16, 0.05) > 0, "a perfect record can still be lost"
-    with pytest.raises(ValueError, match=r"cannot drop by 0\.05"):
-        odds_ratio_of_drop([0] * 5, 16, 0.05)
+    with pytest.raises(ValueError, match=r"a drop by 0\.0 is none"):
+        odds_ratio_of_drop(then, 16, 0.0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 16), min_size=1, max_size=20), st.floats(1e-6, 0.999))
+def test_half_of_a_rate_is_lost_where_no_more_can_be(then: list[int], drop: float) -> None:
+    ratio = odds_ratio_of_drop(then, 16, drop)
+    before = (np.array(then) + 0.5) / 17
+    odds = ratio * before / (1 - before)
+    assert 0 < ratio < 1
+    lost = float((before - odds / (1 + odds)).mean())
+    assert lost == pytest.approx(min(drop, before.mean() / 2), rel=1e-3)
+
+
+def test_the_evidence_of_what_could_not_be_otherwise_is_none() -> None:
+    # All samples right before and now: their sum leaves one deal, whatever has happened.
+    n = MOST_SAMPLES
+    ratio = odds_ratio_of_drop([n] * 4, n, 0.05)
+    assert drop_evidence(Counts.of([n] * 4, n, [n] * 4, n), ratio) == pytest.approx([0.0] * 4)
+    assert (np.diff(drop_evidence(Counts.of([0] * 4, n, [n] * 4, n), ratio)) > 100).all()
 
 
 def test_the_evidence_of_a_drop_is_fishers_noncentral_likelihood_ratio() -> None:
