@@ -12,6 +12,7 @@ The map, in the order of a sample's way. A module imports only from those above 
 ``sampling/``      how answers are drawn: one file, one engine
 ``store.py``       every sample, once, on disk
 ``evaluation.py``  problems × policy -> groups of scored completions
+``inputs.py``      numbers as callers hand them over, checked
 ``stats.py``       exact tests and intervals: numbers in, numbers out
 ``gate.py``        the rules: measurement against reference -> verdict
 ``provenance.py``  what made a measurement besides the policy: commit, environment, code

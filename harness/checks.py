@@ -110,12 +110,7 @@ class Rules:
         return gate.plan(*_correct(records), k, **self._settings())
 
     def decided(self, groups: Sequence[Group], records: Sequence[Record]) -> bool:
-        """Tell whether a sequential run may stop after ``groups`` of the planned ``records``.
-
-        Not before the floor: the checks beside accuracy judge what has been drawn by then.
-        """
-        if len(groups) < gate.MINIMUM_PROBLEMS:
-            return False
+        """Tell whether a sequential run may stop after ``groups`` of the planned ``records``."""
         return self._sequential(groups, records).name in ("PASS", "FAIL")
 
     def _sequential(self, groups: Sequence[Group], records: Sequence[Record]) -> Verdict:

@@ -23,23 +23,25 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from harness.stats import (
+from harness.inputs import (
     GREATEST_LOG,
-    NO_ROOM,
-    Counts,
-    Estimate,
     Numbers,
     Samples,
     brief,
-    drop_evidence,
-    drop_p,
-    harmless_evidence,
     is_real,
-    odds_ratio_of_drop,
     paired,
     plain,
     samples,
     whole,
+)
+from harness.stats import (
+    NO_ROOM,
+    Counts,
+    Estimate,
+    drop_evidence,
+    drop_p,
+    harmless_evidence,
+    odds_ratio_of_drop,
 )
 
 MINIMUM_PROBLEMS = 64

@@ -13,7 +13,7 @@ from harness.checkpoint import slug
 from harness.errors import HarnessError
 from harness.evaluation import RewardFunction
 from harness.reward import reward_func
-from harness.sampling import Sampling
+from harness.sampling import MOST_SAMPLES, Sampling
 from harness.tasks import load_task_type, task_types
 
 ROLES = ("base", "trained")
@@ -89,6 +89,8 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     for name, count in (("problems", problems), ("samples", samples)):
         if count < 1:
             raise SettingsError(f"{name} is {count}: it must be at least 1")
+    if samples > MOST_SAMPLES:
+        raise SettingsError(f"samples is {samples}: {MOST_SAMPLES} a problem are the most")
     baselines = cwd / given["baselines"] if "baselines" in given else None
     base, trained = (given.get(role, configured[role]) for role in ROLES)
     if _identity(base) != _identity(trained) and slug(base) == slug(trained):

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from scipy.stats import fisher_exact, hypergeom, nchypergeom_fisher, norm, t, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 
+from harness.inputs import paired
+from harness.sampling import MOST_SAMPLES
 from harness.stats import (
     BETS,
-    MOST_SAMPLES,
     Counts,
     Estimate,
     drop_evidence,
     harmless_evidence,
     holm,
     odds_ratio_of_drop,
-    paired,
     stratified_p,
 )
 

@@ -7,6 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+MOST_SAMPLES = 500
+"""Samples of one problem at most: none of the exact tests' probabilities is then too small for a
+float.
+"""
+
 
 @dataclass(frozen=True)
 class Sampling:
