@@ -277,7 +277,7 @@ def _digests():
 
 
 NEXT = (
-    "See first whether the contract above holds (-k 'not learn and not control'), then the curves "
+    "See first whether the contract above holds (-k 'not learns and not control_fails'), then the curves "
     "of one run: grpo-harness train learn --out /tmp/learn"
 )
 
