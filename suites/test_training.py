@@ -277,8 +277,8 @@ def _digests():
 
 
 NEXT = (
-    "See first whether the contract above holds (-k 'not learns and not control_fails'), then the curves "
-    "of one run: grpo-harness train learn --out /tmp/learn"
+    "See first whether the contract above holds (-k 'not learns and not control_fails'), then the "
+    "curves of one run: grpo-harness train learn --out /tmp/learn"
 )
 
 
