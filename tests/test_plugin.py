@@ -324,6 +324,27 @@ def test_workers_share_the_run(project):
     assert [len(path.read_text().splitlines()) for path in paths] == [128, 128]
 
 
+def test_the_training_suite_has_one_worker(pytester):
+    pytest.importorskip("xdist")
+    shutil.copy(SUITES / "conftest.py", pytester.path)
+    pytester.makepyfile(
+        test_training="""
+        import os
+        import pytest
+
+        @pytest.mark.parametrize("i", range(8))
+        def test_together(i, record_property):
+            record_property("worker", os.environ["PYTEST_XDIST_WORKER"])
+        """,
+        test_other="def test_elsewhere(): pass",
+    )
+    result = pytester.runpytest_subprocess("-n", "2", "-p", "no:benchmark", "--junitxml", "out.xml")
+    result.assert_outcomes(passed=9)
+    workers = re.findall(r'name="worker" value="(\w+)"', (pytester.path / "out.xml").read_text())
+    assert len(workers) == 8
+    assert len(set(workers)) == 1
+
+
 def test_model_text_cannot_command_a_terminal_or_a_ci_system(project):
     run(project, "--grpo-record")
     path = baselines(project)["baselines/base-policy/palindrome.json"]
