@@ -20,6 +20,7 @@ The map, in the order of a sample's way. A module imports only from those above 
 ``recording.py``   a new baseline, tested against the one before it and the anchor
 ``pruning.py``     what no run asks for any more, and its removal
 ``attempts.py``    the runs that did not pass, so that a rerun adds to their evidence
+``measures.py``    what a check looks at in one problem, and the problems that got worst
 ``checks.py``      evaluations against baselines and each other, by the rules
 ``report.py``      rows -> tables for a terminal, Markdown and JSON
 ``settings.py``    options over pyproject.toml over defaults

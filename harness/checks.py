@@ -6,7 +6,6 @@ a person needs next: the numbers, the problems that changed most, and the comman
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -15,16 +14,10 @@ from harness import gate
 from harness.baseline import Baseline, BaselineError, Record
 from harness.evaluation import LOOK, Evaluation, Group
 from harness.gate import Verdict
-from harness.reward import Outcome
-from harness.text import escape
-
-Unit = Literal["%", "tokens"]
+from harness.measures import ACCURACY, FAULTS, LENGTH, Measure, Unit, worst
 
 AGAINST_BASE = ("not worse than base", "better than base")
 """The questions that compare the trained policy with its base instead of with a baseline."""
-
-_SHOWN = 3
-"""Changed problems that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +132,7 @@ class Rules:
                 **self._settings(),
             )
 
-        return self._against("accuracy", evaluation, baseline, judge, _ACCURACY)
+        return self._against("accuracy", evaluation, baseline, judge, ACCURACY)
 
     def truncation(self, evaluation: Evaluation, baseline: Baseline) -> Check:
         """Has the share of completions that the token limit cut off risen?"""
@@ -161,7 +154,7 @@ class Rules:
                 checks=self.checks,
             )
 
-        return self._against("length", evaluation, baseline, judge, _LENGTH)
+        return self._against("length", evaluation, baseline, judge, LENGTH)
 
     def improvement(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
         """Is the trained policy better than its base, over all problems of these evaluations?"""
@@ -203,8 +196,8 @@ class Rules:
         ]
         now, then = [group for group, _ in pairs], [group for _, group in pairs]
         verdict = judge(*_counts(now), *_counts(then))
-        before = [_ACCURACY.now(group) for group in then]
-        return self._judged(check, verdict, _changed(now, before, _ACCURACY, verdict))
+        before = [ACCURACY.now(group) for group in then]
+        return self._judged(check, verdict, now, before, ACCURACY)
 
     def _fault(
         self,
@@ -222,7 +215,7 @@ class Rules:
                 **self._settings(),
             )
 
-        return self._against(question, evaluation, baseline, judge, _FAULTS[outcome])
+        return self._against(question, evaluation, baseline, judge, FAULTS[outcome])
 
     def _against(
         self,
@@ -230,7 +223,7 @@ class Rules:
         evaluation: Evaluation,
         baseline: Baseline,
         judge: Callable[[Sequence[Record]], Verdict],
-        measure: _Measure,
+        measure: Measure,
     ) -> Check:
         reference = f"baseline of {baseline.policy}"
         name, unit = evaluation.task_type.name, measure.unit
@@ -243,15 +236,23 @@ class Rules:
             return replace(check, reason=reason)
         verdict = judge(records)
         before = [measure.then(record) for record in records]
-        return self._judged(check, verdict, _changed(evaluation.groups, before, measure, verdict))
+        return self._judged(check, verdict, evaluation.groups, before, measure)
 
-    def _judged(self, check: Check, verdict: Verdict, changed: tuple[str, ...]) -> Check:
+    def _judged(
+        self,
+        check: Check,
+        verdict: Verdict,
+        now: Sequence[Group],
+        then: Sequence[float],
+        measure: Measure,
+    ) -> Check:
         reason = verdict.reason
         if self.attempt:
             reason += (
                 f"; pooled with the samples of {self.attempt} earlier run"
                 f"{'s' if self.attempt > 1 else ''} of the same that did not pass"
             )
+        changed = worst(now, then, measure) if verdict.name == "FAIL" else ()
         return replace(check, reason=reason, verdict=verdict, changed=changed)
 
 
@@ -261,53 +262,6 @@ def _correct(records: Sequence[Record]) -> tuple[list[int], list[int]]:
 
 def _counts(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
     return [group.count("correct") for group in groups], [len(g.completions) for g in groups]
-
-
-@dataclass(frozen=True)
-class _Measure:
-    """What a check looks at in one problem, then and now, and how to say that it got worse."""
-
-    then: Callable[[Record], float]
-    now: Callable[[Group], float]
-    worse: Callable[[float, float], float]
-    label: str
-    unit: Unit = "%"
-
-    def show(self, value: float) -> str:
-        return f"{value:.1f}" if self.unit == "tokens" else f"{value:.0%}"
-
-
-def _share(outcome: Outcome) -> Callable[[Group], float]:
-    return lambda group: group.count(outcome) / len(group.completions)
-
-
-_ACCURACY = _Measure(
-    then=lambda record: record.correct / record.k,
-    now=_share("correct"),
-    worse=lambda then, now: then - now,
-    label="correct",
-)
-_FAULTS = {
-    "truncated": _Measure(
-        then=lambda record: record.truncated / record.k,
-        now=_share("truncated"),
-        worse=lambda then, now: now - then,
-        label="truncated",
-    ),
-    "unparsable": _Measure(
-        then=lambda record: record.unparsable / record.k,
-        now=_share("unparsable"),
-        worse=lambda then, now: now - then,
-        label="unparsable",
-    ),
-}
-_LENGTH = _Measure(
-    then=lambda record: math.exp(record.mean_log_length),
-    now=lambda group: math.exp(group.log_length),
-    worse=lambda then, now: abs(math.log(now / then)),
-    label="tokens",
-    unit="tokens",
-)
 
 
 def _no_pairs(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> str:
@@ -344,25 +298,4 @@ def _unscored(evaluations: Sequence[Evaluation]) -> str:
     return (
         f"completions could not be drawn: {', '.join(failed)}. Nothing is judged with answers "
         "missing: see the samples' errors, make room (--grpo-device, fewer samples), run again"
-    )
-
-
-def _changed(
-    groups: Sequence[Group], before: Sequence[float], measure: _Measure, verdict: Verdict
-) -> tuple[str, ...]:
-    """Show the problems that got worse most, with what is answered now."""
-    if verdict.name != "FAIL":
-        return ()
-    # A sequential run may have asked fewer problems than the reference holds.
-    sides = [(then, measure.now(group)) for group, then in zip(groups, before, strict=False)]
-    harm = [measure.worse(then, now) for then, now in sides]
-    worst = sorted(range(len(sides)), key=lambda i: -harm[i])[:_SHOWN]
-    return tuple(
-        f"{groups[i].problem.id}: {measure.show(sides[i][0])} -> {measure.show(sides[i][1])} "
-        f"{measure.label}, wanted {escape(str(groups[i].problem.answer), 40)!r}, now "
-        + " | ".join(
-            f"{escape(completion.text, 40)!r}" for completion in groups[i].completions[:_SHOWN]
-        )
-        for i in worst
-        if harm[i] > 0
     )
