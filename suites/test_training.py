@@ -25,6 +25,7 @@ EVERY = [
     "accumulated",
     "anchored",
     "clipped",
+    "tuned",
     "masked",
     "unscored",
     "unscaled",
@@ -75,7 +76,13 @@ def watched(contract, tmp_path_factory):
         if name not in seen:
             run = contract.RUNS[name]
             out = tmp_path_factory.mktemp("contract") / name
-            seen[name] = contract.watch(run.recipe, out, reward=run.reward, nan_at=run.nan_at)
+            seen[name] = contract.watch(
+                run.recipe,
+                out,
+                reward=run.reward,
+                nan_at=run.nan_at,
+                interrupted_in=run.interrupted_in,
+            )
         return seen[name]
 
     return watched
@@ -112,6 +119,11 @@ def test_rows(name, watched, holds):
 def test_start(run, oracle, holds):
     """Before the first step the weights are the base policy's, to the bit."""
     holds("training_starts_from_the_base", run, oracle)
+
+
+def test_problems(run, oracle, holds):
+    """The recipe's problems are asked in rounds: each once a round, each round in another order."""
+    holds("every_problem_has_its_turn", run, oracle)
 
 
 def test_completions(run, oracle, holds):
@@ -166,6 +178,31 @@ def test_on_policy(name, watched, holds):
     holds("on_policy_the_ratio_is_one", watched(name))
 
 
+def test_gradient_norm(run, holds):
+    """The optimizer is given the gradient, its norm at most ``max_grad_norm``; 0 is no limit."""
+    holds("gradients_are_clipped_as_asked", run)
+
+
+def test_update(run, holds):
+    """Each step makes one update, and it is AdamW's at the schedule's rate for its gradients."""
+    holds("every_update_is_adamws", run)
+
+
+def test_between_updates(run, holds):
+    """A step starts from the weights that the one before left, to the bit; the last are the end."""
+    holds("only_updates_move_the_weights", run)
+
+
+def test_learning_rate(run, holds):
+    """The learning rate that is logged is the one by the schedule's formula of the row's step."""
+    holds("rates_logged_are_the_schedules", run)
+
+
+def test_saved(run, holds):
+    """The checkpoint has the weights in memory, in their own dtype, to the bit."""
+    holds("what_is_saved_is_what_was_trained", run)
+
+
 def test_clipping(watched, oracle, holds):
     """On used completions, at a large rate, tokens are clipped at 1 ± ε, and not all of them."""
     holds("clipping_acts_off_policy", watched("clipped"), oracle)
@@ -191,14 +228,19 @@ def test_same_seed(watched, holds):
     holds("the_same_seed_gives_the_same_rows", watched("plain"), watched("again"))
 
 
+def test_another_seed(watched, holds):
+    """Another seed asks other problems first, and no two draws share their random numbers."""
+    holds("another_seed_gives_another_run", watched("plain"), watched("reseeded"))
+
+
+def test_resumed(watched, holds):
+    """A run that goes on from a checkpoint is the one that never stopped, to the bit."""
+    holds("resumed_equals_uninterrupted", watched("resumed"), watched("tuned"))
+
+
 def test_weights_move(watched, holds):
     """At least half the elements of every trainable tensor have changed."""
     holds("weights_move", watched("plain"))
-
-
-def test_update(watched, holds):
-    """The first step moves each weight by the learning rate against its gradient's sign."""
-    holds("the_first_update_is_adams", watched("plain"))
 
 
 def test_nan(watched, holds):

@@ -1,4 +1,4 @@
-"""Ways in which an upgrade of TRL could break GRPO, as patches to the installed one.
+"""Ways in which an upgrade could break GRPO, as patches to the installed TRL and what it stands on.
 
 Each takes pytest's ``monkeypatch``. As a plugin (``-p trl_patches``) the module applies the one
 that the environment names, so that a whole pytest run has it from the start.
@@ -6,10 +6,13 @@ that the environment names, so that a whole pytest run has it from the start.
 
 import inspect
 import os
+import random
 import textwrap
 
+import accelerate
 import pytest
 import torch
+import transformers
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -27,14 +30,14 @@ def rewrite(monkeypatch, method, old, new):
     monkeypatch.setattr(GRPOTrainer, method, found[method])
 
 
-def wrap(monkeypatch, method, around):
+def wrap(monkeypatch, method, around, of=GRPOTrainer):
     """Put ``around(original, self, ...)`` in place of a method."""
-    original = getattr(GRPOTrainer, method)
+    original = getattr(of, method)
 
     def patched(self, *args, **kwargs):
         return around(original, self, *args, **kwargs)
 
-    monkeypatch.setattr(GRPOTrainer, method, patched)
+    monkeypatch.setattr(of, method, patched)
 
 
 def ddof_0(monkeypatch):
@@ -192,6 +195,173 @@ def attention_mask_left_out(monkeypatch):
         return original(self, model, input_ids, torch.ones_like(attention_mask), *args, **kwargs)
 
     wrap(monkeypatch, "_get_per_token_logps_and_entropies", around)
+
+
+def epsilon_high_ignored(monkeypatch):
+    rewrite(
+        monkeypatch,
+        "_compute_loss",
+        "torch.clamp(coef_1, 1 - self.epsilon_low, 1 + self.epsilon_high)",
+        "torch.clamp(coef_1, 1 - self.epsilon_low, 1 + self.epsilon_low)",
+    )
+
+
+def top_p_ignored(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.generation_config.top_p = 1.0
+
+    wrap(monkeypatch, "__init__", around)
+
+
+def no_shuffle(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        original(self, *args, **{**kwargs, "shuffle": False})
+
+    wrap(monkeypatch, "__init__", around, grpo_trainer.RepeatSampler)
+
+
+def same_prompts_each_step(monkeypatch):
+    def around(original, self):
+        every = list(original(self))
+        one = self.batch_size * self.mini_repeat_count * self.repeat_count
+        return iter(every[:one] * (len(every) // one))
+
+    wrap(monkeypatch, "__iter__", around, grpo_trainer.RepeatSampler)
+
+
+def seed_ignored(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        if self.state.global_step == 0:
+            torch.manual_seed(random.SystemRandom().randrange(2**31))
+        return original(self, *args, **kwargs)
+
+    wrap(monkeypatch, "_generate_single_turn", around)
+
+
+def seed_constant(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        torch.manual_seed(1)
+        return original(self, *args, **kwargs)
+
+    wrap(monkeypatch, "_generate_single_turn", around)
+
+
+def seed_does_not_reach_the_sampler(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        original(self, *args, **{**kwargs, "seed": 0})
+
+    wrap(monkeypatch, "__init__", around, grpo_trainer.RepeatSampler)
+
+
+def schedule(share):
+    """Return a ``create_scheduler`` whose rate has that share of the full one in each step."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        def now(step):
+            return share(step / num_training_steps)
+
+        # Some releases of transformers hand the optimizer over, and some do not.
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, now)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    return create_scheduler
+
+
+def lr_schedule_ignored(monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "create_scheduler", schedule(lambda _: 1.0))
+
+
+def lr_linear_always(monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "create_scheduler", schedule(lambda x: 1 - x))
+
+
+def logged_lr_wrong(monkeypatch):
+    def around(original, self, logs, *args, **kwargs):
+        if "learning_rate" in logs:
+            logs["learning_rate"] *= 2
+        return original(self, logs, *args, **kwargs)
+
+    wrap(monkeypatch, "log", around)
+
+
+def no_grad_clip(monkeypatch):
+    def around(original, self, parameters, max_norm, norm_type=2):
+        return original(self, parameters, float("inf"), norm_type)
+
+    wrap(monkeypatch, "clip_grad_norm_", around, accelerate.Accelerator)
+
+
+def adam_second_step_reset(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        self.state.clear()
+        return original(self, *args, **kwargs)
+
+    wrap(monkeypatch, "step", around, torch.optim.AdamW)
+
+
+def sgd_after_1(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        for group in self.param_groups if self.state else ():
+            group["betas"] = (0.0, 0.5)
+        return original(self, *args, **kwargs)
+
+    wrap(monkeypatch, "step", around, torch.optim.AdamW)
+
+
+def skip_every_second_step(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        return original(self, *args, **kwargs) if self.calls % 2 else None
+
+    wrap(monkeypatch, "step", around, torch.optim.AdamW)
+
+
+def double_update(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        again = bool(self.state)
+        result = original(self, *args, **kwargs)
+        return original(self, *args, **kwargs) if again else result
+
+    wrap(monkeypatch, "step", around, torch.optim.AdamW)
+
+
+def weight_decay_dropped(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0
+        return original(self, *args, **kwargs)
+
+    wrap(monkeypatch, "step", around, torch.optim.AdamW)
+
+
+def weights_averaged_between_steps(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        for p in self.model.parameters():
+            p.data.mul_(0.9999)
+        return original(self, *args, **kwargs)
+
+    wrap(monkeypatch, "_maybe_log_save_evaluate", around, transformers.Trainer)
+
+
+def resume_loses_optimizer(monkeypatch):
+    monkeypatch.setattr(
+        transformers.Trainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: None
+    )
+
+
+def resume_loses_rng(monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "_load_rng_state", lambda self, checkpoint: None)
+
+
+def bf16_weights_saved(monkeypatch):
+    def around(original, self, folder, *args, **kwargs):
+        weights = kwargs.pop("state_dict", None) or self.state_dict()
+        rounded = {name: values.bfloat16().float() for name, values in weights.items()}
+        return original(self, folder, *args, **kwargs, state_dict=rounded)
+
+    wrap(monkeypatch, "save_pretrained", around, transformers.PreTrainedModel)
 
 
 def pytest_configure(config):

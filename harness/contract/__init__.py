@@ -2,12 +2,13 @@
 
 A run of the product is watched from outside (``witness.py``), every step of it is computed anew
 from the raw completions by `harness.grpo` (``oracle.py``), and the invariants compare: those of
-what is drawn (``drawing.py``), of the step that is made of it (``update.py``), and of whole runs
+what is drawn (``drawing.py``), of the loss and gradient that are made of it (``update.py``), of the
+weights that this moves (``weights.py``, by the formulas in ``adam.py``), and of whole runs
 (``whole.py``). Each is a function that returns in silence or raises `BrokenInvariantError`, with
 its name, the number, the place, and what such a difference usually means (``invariant.py``).
 """
 
-from harness.contract import drawing, update, whole  # noqa: F401 - importing them names them
+from harness.contract import drawing, update, weights, whole  # noqa: F401 - their import names them
 from harness.contract.invariant import INVARIANTS, BrokenInvariantError
 from harness.contract.oracle import Oracle
 from harness.contract.runs import RUNS

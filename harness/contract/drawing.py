@@ -172,15 +172,17 @@ def rollouts_are_the_current_policys(run: Witness, oracle: Oracle) -> None:
             window.random_state is not None,
             f"step {number}: the model under training drew nothing; who made these rollouts?",
         )
-        weights, temperature = run.steps[window.step].weights, run.recipe.temperature
-        same = _share(oracle.redraw(weights, window, temperature))
+        weights, recipe = run.steps[window.step].weights, run.recipe
+        same = _share(oracle.redraw(weights, window, recipe.temperature, recipe.top_p))
         # A token in a hundred may fall the other way by a rounding.
         if same < 0.99:
-            base = _share(oracle.redraw(oracle.base, window, temperature))
+            base = _share(oracle.redraw(oracle.base, window, recipe.temperature, recipe.top_p))
+            every = _share(oracle.redraw(weights, window, recipe.temperature))
             raise BrokenInvariantError(
                 f"step {number}: the current weights draw only {same:.1%} of the tokens again (the "
                 f"base policy's draw {base:.1%}): the rollouts are not the current policy's at "
-                f"temperature {temperature}"
+                f"temperature {recipe.temperature} and top_p {recipe.top_p}"
+                + (f" (without top_p: {every:.1%})" if recipe.top_p < 1 else "")
             )
 
 

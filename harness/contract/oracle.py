@@ -107,7 +107,9 @@ class Oracle:
         values = log_probabilities(logits, tokens, temperature)
         return values * mask, entropy(logits, temperature) * mask
 
-    def redraw(self, weights: Tensors, window: Window, temperature: float) -> list[list[bool]]:
+    def redraw(
+        self, weights: Tensors, window: Window, temperature: float, top_p: float = 1.0
+    ) -> list[list[bool]]:
         """Draw each token again from the random state of then: is it the one that was drawn?
 
         Sampling one token of each completion at a time takes the same random numbers whatever
@@ -119,7 +121,7 @@ class Oracle:
         self._set(weights)
         with torch.no_grad():
             logits, _, _ = self._read(window)
-        probabilities = torch.softmax(logits.float() / temperature, -1)
+        probabilities = _nucleus(torch.softmax(logits.float() / temperature, -1), top_p)
         drawn = [
             torch.multinomial(p, 1, generator=generator)[:, 0] for p in probabilities.unbind(1)
         ]
@@ -278,6 +280,15 @@ class Oracle:
         return (torch.arange(longest) < torch.tensor(kept)[:, None]).long()
 
 
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest tokens, the likeliest first, that together have ``top_p``; at least one."""
+    ordered, tokens = probabilities.sort(-1, descending=True)
+    likelier = ordered.cumsum(-1) - ordered
+    kept = torch.where(likelier < top_p, ordered, 0.0)
+    # Divided first: what is drawn is told by the ratios to the random numbers alone.
+    return torch.zeros_like(kept).scatter(-1, tokens, kept / kept.sum(-1, keepdim=True))
+
+
 def rows_of(step: Step) -> list[list[int]]:
     """Return, for each part of ``step``, the places in the window of the rows that it was given.
 
@@ -292,19 +303,20 @@ def rows_of(step: Step) -> list[list[int]]:
 
 def distance(seen: Tensors, right: Tensors) -> float:
     """Return the L2 distance of two gradients over the second one's norm (over 1 if that is 0)."""
-    off = _norm({name: seen[name] - right[name] for name in right})
-    return off / (_norm(right) or 1.0)
+    off = norm({name: seen[name] - right[name] for name in right})
+    return off / (norm(right) or 1.0)
 
 
 def scale(seen: Tensors, right: Tensors) -> float | None:
     """Return the number that makes ``right`` into ``seen``, or None if there is none."""
     dot = sum(float((seen[name].double() * right[name].double()).sum()) for name in right)
-    times = dot / (_norm(right) ** 2 or 1.0)
+    times = dot / (norm(right) ** 2 or 1.0)
     scaled = {name: times * values for name, values in right.items()}
     return times if distance(seen, scaled) <= GRADIENT_TOLERANCE else None
 
 
-def _norm(gradient: Tensors) -> float:
+def norm(gradient: Tensors) -> float:
+    """Return the L2 norm of all tensors together."""
     return math.sqrt(sum(float((values.double() ** 2).sum()) for values in gradient.values()))
 
 
@@ -337,6 +349,7 @@ def _alternatives(run: Witness) -> Iterator[tuple[str, Conventions]]:
         clipped = "epsilon = 0: clipped wherever the ratio has moved"
         changes.insert(1, (clipped, {"epsilon": 0.0, "epsilon_high": 0.0}))
         changes.insert(2, ("no clipping", {"epsilon": math.inf, "epsilon_high": math.inf}))
+        changes.insert(3, ("epsilon_high = epsilon", {"epsilon_high": right.epsilon}))
     if run.recipe.beta:
         changes[1:1] = [
             ("KL estimator k1 times the ratio", {"estimator": "k1"}),

@@ -14,11 +14,16 @@ from harness.reward import reward_func
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe with a reward, and the step (from 1) in which a NaN is planted, if one is."""
+    """A recipe with a reward, and the step (from 1) in which something befalls the run, if so.
+
+    In ``nan_at`` a NaN is planted; in ``interrupted_in`` the run is interrupted, to go on from
+    its last checkpoint.
+    """
 
     recipe: Recipe
     reward: RewardFunction = reward_func
     nan_at: int | None = None
+    interrupted_in: int | None = None
 
 
 def constant(completions: Sequence[str], **_: Any) -> list[float]:
@@ -61,10 +66,24 @@ _PLAIN = dataclasses.replace(
 
 
 def _run(name: str, /, config: Mapping[str, Any] | None = None, **changes: Any) -> Run:
-    run = {key: changes.pop(key) for key in ("reward", "nan_at") if key in changes}
+    own = ("reward", "nan_at", "interrupted_in")
+    run = {key: changes.pop(key) for key in own if key in changes}
     settings = {**_PLAIN.config, **(config or {})}
     return Run(dataclasses.replace(_PLAIN, name=name, config=settings, **changes), **run)
 
+
+# What a real recipe asks of the optimizer and the sampler, with values that act in four steps:
+# twice through its eight problems, and once more interrupted in the midst of the second round.
+_TUNED = _run(
+    "tuned",
+    {"max_grad_norm": 0.2, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95},
+    n_math=2,
+    n_prog=6,
+    steps=4,
+    save_steps=3,
+    lr_scheduler_type="linear",
+    top_p=0.7,
+)
 
 RUNS: Mapping[str, Run] = {
     run.recipe.name: run
@@ -76,7 +95,12 @@ RUNS: Mapping[str, Run] = {
         _run("anchored", beta=0.5),
         # The second update on the same completions is off-policy, and far off at this rate. The
         # trainer logs nothing of the completions where it draws none: one row for both.
-        _run("clipped", {"num_iterations": 2, "logging_steps": 2}, steps=2, learning_rate=1e-2),
+        _run(
+            "clipped",
+            {"num_iterations": 2, "logging_steps": 2, "epsilon_high": 0.4},
+            steps=2,
+            learning_rate=1e-2,
+        ),
         _run("masked", {"mask_truncated_completions": True}, steps=1),
         _run("unscored", reward=partly_none, steps=1),
         _run("unscaled", scale_rewards="none", steps=1),
@@ -84,6 +108,13 @@ RUNS: Mapping[str, Run] = {
         _run("grpo", loss_type="grpo", gradient_accumulation_steps=2, steps=1),
         _run("bnpo", loss_type="bnpo", gradient_accumulation_steps=2, steps=1),
         _run("dr-grpo", loss_type="dr_grpo", gradient_accumulation_steps=2, steps=1),
+        _TUNED,
+        dataclasses.replace(
+            _TUNED,
+            recipe=dataclasses.replace(_TUNED.recipe, name="resumed"),
+            interrupted_in=4,
+        ),
+        _run("reseeded", seed=43, steps=1),
         _run("constant", reward=constant, steps=2),
         _run("negated", reward=negated, steps=1),
         _run("poisoned", nan_at=2),

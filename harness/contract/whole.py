@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
-from harness.contract.invariant import equal, invariant, require
+import torch
+
+from harness.contract.invariant import BrokenInvariantError, equal, invariant, require
 from harness.contract.oracle import (
     GRADIENT_TOLERANCE,
+    Oracle,
     distance,
 )
-from harness.contract.witness import Witness
+from harness.contract.witness import Step, Tensors, Witness
+from harness.tasks import make_problems
 
 
 @invariant("weight decay, a KL term or an entropy bonus that was not asked for")
@@ -52,11 +57,79 @@ def accumulation_changes_nothing(run: Witness, other: Witness) -> None:
 @invariant("random numbers from somewhere that the seed does not reach")
 def the_same_seed_gives_the_same_rows(run: Witness, other: Witness) -> None:
     """A run and its repetition log the same figures, to the bit, but for the time they took."""
-    for row, again in zip(run.rows, other.rows, strict=True):
-        for key in row.keys() | again.keys():
-            if key != "step_time":
-                one, two = row.get(key), again.get(key)
-                require(one == two, f"step {row['step']}: {key} is {one}, then {two}")
+    _same_rows(run, other)
+
+
+@invariant("a seed that is set anew before every step, or that reaches only some of what is drawn")
+def another_seed_gives_another_run(run: Witness, other: Witness) -> None:
+    """Another seed asks other problems first, and no two draws share their random numbers."""
+    seeds = f"with seed {run.recipe.seed} and with {other.recipe.seed}"
+    g = run.recipe.num_generations
+    one, two = (seen.steps[0].window.prompts[::g] for seen in (run, other))
+    require(one != two, f"step 1 asks the same problems in the same order {seeds}")
+    drawn = [(step, seen) for seen in (run, other) for step in seen.steps]
+    for i, (step, seen) in enumerate(drawn):
+        for before, then in drawn[:i]:
+            if step.window is not before.window and _same_state(step, before):
+                raise BrokenInvariantError(
+                    f"step {step.number} of run {seen.recipe.name!r} draws from the random numbers "
+                    f"of step {before.number} of run {then.recipe.name!r}"
+                )
+    require(run.rows[0]["loss"] != other.rows[0]["loss"], f"step 1 has the same loss {seeds}")
+
+
+@invariant("a sampler that repeats or skips, or does not shuffle")
+def every_problem_has_its_turn(run: Witness, oracle: Oracle) -> None:
+    """The recipe's problems are asked in rounds: each once a round, each round in another order."""
+    recipe, g = run.recipe, run.recipe.num_generations
+    problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
+    prompts = [oracle.policy.render(problem.prompt) for problem in problems]
+    windows = list(dict.fromkeys(step.window for step in run.steps))
+    # A step asks a full number of problems, so what is left of a round is not asked.
+    a_round = len(prompts) // (len(windows[0].prompts) // g)
+    rounds: list[list[str]] = []
+    for n, window in enumerate(windows):
+        asked = list(window.prompts[::g])
+        if n % a_round == 0:
+            rounds.append([])
+        rounds[-1] += asked
+        for problem, times in Counter(rounds[-1]).items():
+            place = f"step {window.step + 1} asks"
+            require(problem in prompts, f"{place} what is none of the recipe's problems")
+            require(
+                times <= prompts.count(problem),
+                f"{place} problem {prompts.index(problem)} again, and others of the {len(prompts)} "
+                "have not had their turn",
+            )
+    orders = [prompts, *rounds] if recipe.config.get("shuffle_dataset", True) else []
+    for n, order in enumerate(orders[1:], 1):
+        for m, earlier in enumerate(orders[:n]):
+            other = f"round {m}" if m else "the recipe"
+            same = order == earlier[: len(order)]
+            require(not same, f"round {n} has the order of {other}: the problems are not shuffled")
+
+
+@invariant("a resume that loses the optimizer, the schedule or the random state (trl#3148, #3247)")
+def resumed_equals_uninterrupted(run: Witness, other: Witness) -> None:
+    """A run that goes on from a checkpoint is the one that never stopped, to the bit."""
+    made = [step.number for step in run.steps]
+    require(
+        0 < len(made) < len(other.steps) and made[-1] == len(other.steps),
+        f"after the interruption steps {made} were made, of {len(other.steps)}: not resumed",
+    )
+    for step, right in zip(run.steps, other.steps[-len(made) :], strict=True):
+        place = f"step {step.number}, which is made after the interruption,"
+        _same_weights(f"{place} starts from other weights", step.weights, right.weights)
+        same = step.window.prompts == right.window.prompts
+        require(same, f"{place} asks other problems: the sampler's place is lost")
+        require(
+            _same_state(step, right), f"{place} draws other random numbers: their state is lost"
+        )
+        _same_weights(f"{place} has another gradient", step.gradient, right.gradient)
+        lost = "makes another update of the same gradient: the optimizer's state or rate is lost"
+        _same_weights(f"{place} {lost}", step.after, right.after)
+    _same_weights("the end has other weights", run.after, other.after)
+    _same_rows(run, other)
 
 
 @invariant("weights in half precision: steps of such rates are rounded away")
@@ -65,22 +138,6 @@ def weights_move(run: Witness) -> None:
     for name, before in run.steps[0].weights.items():
         share = float((run.after[name] != before).float().mean())
         require(share >= 0.5, f"only {share:.1%} of the elements of {name} changed")
-
-
-@invariant("another optimizer, learning rate or decay than the recipe's")
-def the_first_update_is_adams(run: Witness) -> None:
-    """The first step moves each weight by the learning rate against its gradient's sign."""
-    first = run.steps[0]
-    after = run.steps[1].weights if len(run.steps) > 1 else run.after
-    rate = run.recipe.learning_rate
-    for name, before in first.weights.items():
-        g = first.gradient[name].double()
-        # Both of Adam's moments are corrected for their start: what is left is g / |g|.
-        right = before.double() - rate * g / (g.abs() + 1e-8)
-        off = float((after[name].double() - right).abs().max())
-        require(
-            off <= 1e-3 * rate + 1e-6, f"step 1: an element of {name} is {off:.2g} off, of {rate:g}"
-        )
 
 
 @invariant("logging_nan_inf_filter, or a nan_to_num in the loss (trl#6702)")
@@ -99,6 +156,26 @@ def a_nan_is_seen(run: Witness) -> None:
         run.error is not None and f"step {planted.number}" in str(run.error),
         f"step {planted.number}: the run went on after a NaN loss (ended by: {run.error})",
     )
+
+
+def _same_rows(run: Witness, other: Witness) -> None:
+    one, two = ([row["step"] for row in seen.rows] for seen in (run, other))
+    require(one == two, f"rows of steps {one} are logged, then of {two}")
+    for row, again in zip(run.rows, other.rows, strict=True):
+        for key in sorted(row.keys() | again.keys()):
+            if key != "step_time":
+                a, b = row.get(key), again.get(key)
+                require(a == b, f"step {row['step']}: {key} is {a}, then {b}")
+
+
+def _same_weights(otherwise: str, seen: Tensors, right: Tensors) -> None:
+    for name, values in right.items():
+        require(torch.equal(seen[name], values), f"{otherwise} (in {name})")
+
+
+def _same_state(step: Step, other: Step) -> bool:
+    one, two = step.window.random_state, other.window.random_state
+    return one is not None and two is not None and torch.equal(one, two)
 
 
 def _same_completions(run: Witness, other: Witness) -> None:

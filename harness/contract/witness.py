@@ -39,7 +39,8 @@ class Window:
     returned, ``scored`` the token ids that it was given. ``prompt_ids`` and ``completion_ids``
     are what the model under training drew, the latter up to and with the first token that ends
     an answer; ``random_state`` is torch's just before. Where that model drew nothing it is None,
-    and the ids are those that the reward function was given. ``step`` counts from 0.
+    and the ids are those that the reward function was given. ``step`` is the place, among the
+    steps that were seen, of the one that it was drawn in.
     """
 
     step: int
@@ -69,18 +70,23 @@ class Part:
 
 @dataclass(eq=False)
 class Step:
-    """One optimizer step: the weights before it, its parts, and the gradient that it took."""
+    """One optimizer step: its parts, and the weights before and ``after`` it.
+
+    ``gradient`` is what the last of the parts left, ``taken`` what the optimizer was given.
+    """
 
     number: int
     window: Window
     weights: Tensors
     parts: list[Part] = field(default_factory=list)
     gradient: Tensors = field(default_factory=dict)
+    taken: Tensors = field(default_factory=dict)
+    after: Tensors = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Witness:
-    """All that was seen of a run.
+    """All that was seen of a run; of one that was interrupted, ``steps`` are those made after it.
 
     ``rows`` are the logged rows, each with the number of the last step that it covers, and
     ``tables`` TRL's own tables of completions, by the same number. ``error`` is what ended the
@@ -109,13 +115,17 @@ def watch(
     device: str = "auto",
     reward: RewardFunction = reward_func,
     nan_at: int | None = None,
+    interrupted_in: int | None = None,
 ) -> Witness:
     """Train by ``recipe`` as the product does, and return all that was seen.
 
     ``nan_at`` plants a NaN: in the step of that number (from 1) the model answers the loss with
-    log-probabilities that are none. What ends the run early is kept in ``Witness.error``; what
-    keeps it from starting is raised.
+    log-probabilities that are none. The run is interrupted at the end of step ``interrupted_in``
+    and goes on from its last checkpoint. What ends the run early is kept in ``Witness.error``;
+    what keeps it from starting is raised.
     """
+    if interrupted_in is not None:
+        _interrupt(recipe, out, interrupted_in, device=device, reward=reward)
     seen = _Observer(reward, nan_at)
     run, error = None, None
     with _attached(seen):
@@ -132,6 +142,18 @@ def watch(
     }
     after = _copy(seen.trainer.model)
     return Witness(recipe, seen.trainer, seen.steps, rows, tables, after, run, error)
+
+
+def _interrupt(
+    recipe: Recipe, out: Path, step: int, *, device: str, reward: RewardFunction
+) -> None:
+    def stop(row: Row) -> None:
+        if row["step"] == step:
+            raise KeyboardInterrupt  # as Ctrl-C does
+
+    first = _Observer(reward, None)
+    with _attached(first), contextlib.suppress(KeyboardInterrupt):
+        train(recipe, out, device=device, reward=first.reward, progress=stop)
 
 
 @contextlib.contextmanager
@@ -174,6 +196,7 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._model = model = self.trainer.model
         self._tokenizer = self.trainer.processing_class
         generate, compute_loss = model.generate, trainer.compute_loss
+        training_step = self.trainer.training_step
 
         def drawing(*args: Any, **kwargs: Any) -> Any:
             state = _random_state(model.device)
@@ -190,13 +213,19 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._keep_part(inputs, float(loss.detach()))
             return loss
 
+        def stepping(*args: Any, **kwargs: Any) -> Any:
+            loss = training_step(*args, **kwargs)
+            self.steps[-1].gradient = _gradient(model)
+            return loss
+
         model.generate, self.trainer.compute_loss = drawing, losing
+        self.trainer.training_step = stepping
         hook = model.register_forward_hook(self._forwarded)
         trainer.add_callback(self)
 
         def leave() -> None:
             hook.remove()
-            del model.generate, self.trainer.compute_loss
+            del model.generate, self.trainer.compute_loss, self.trainer.training_step
 
         self.leave = leave
 
@@ -231,10 +260,10 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._before = _copy(self._model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps[-1].gradient = {
-            name: (torch.zeros_like(p) if p.grad is None else p.grad).detach().cpu().clone()
-            for name, p in self._model.named_parameters()
-        }
+        self.steps[-1].taken = _gradient(self._model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps[-1].after = _copy(self._model)
 
     def _keep_drawn(self, prompts: Tensor, mask: Tensor, drawn: Tensor, state: Tensor) -> None:
         ends = set(torch.tensor(self._model.generation_config.eos_token_id).view(-1).tolist())
@@ -250,8 +279,9 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         width = inputs["completion_ids"].shape[1]
         shown = getattr(self._output, "log_probs", None)
         old = inputs.get("old_per_token_logps")
-        if not self.steps or self.steps[-1].gradient:
-            self.steps.append(Step(len(self.steps) + 1, self._window, self._before))
+        if not self.steps or self.steps[-1].taken:
+            number = self.trainer.state.global_step + 1
+            self.steps.append(Step(number, self._window, self._before))
         self.steps[-1].parts.append(
             Part(
                 rows=tuple(zip(prompts, completions, strict=True)),
@@ -265,7 +295,7 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _forwarded(self, model: Any, args: Any, output: Any) -> Any:
         if not self._in_loss:
             return None
-        taken = sum(bool(step.gradient) for step in self.steps)
+        taken = sum(bool(step.taken) for step in self.steps)
         if self._nan_at == taken + 1:
             for name in ("log_probs", "logits"):
                 if getattr(output, name, None) is not None:
@@ -288,6 +318,13 @@ def _strip(tokens: Sequence[int], pad: int) -> Tokens:
 
 def _copy(model: Any) -> Tensors:
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+
+
+def _gradient(model: Any) -> Tensors:
+    return {
+        name: (torch.zeros_like(p) if p.grad is None else p.grad).detach().cpu().clone()
+        for name, p in model.named_parameters()
+    }
 
 
 def _random_state(device: torch.device) -> Tensor:
