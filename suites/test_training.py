@@ -259,6 +259,12 @@ def test_controls(watched, oracle):
     redrawn = [same for row in oracle.redraw(oracle.base, last.window, 1.0) for same in row]
     assert sum(redrawn) < 0.95 * len(redrawn), "the base would draw the last completions too"
     assert watched("anchored").rows[-1]["kl"] > 1e-3, "the KL term is too small to be seen"
+    tuned = watched("tuned")
+    for row, step in zip(tuned.rows, tuned.steps, strict=True):
+        most = tuned.recipe.config["max_grad_norm"]
+        assert row["grad_norm"] > 2 * most, f"step {step.number}: clipping hardly acts"
+        redrawn = [s for row in oracle.redraw(step.weights, step.window, 1.0) for s in row]
+        assert sum(redrawn) < 0.95 * len(redrawn), f"step {step.number}: top_p hardly acts"
 
 
 def test_reward_that_raises_ends_the_run(tmp_path):

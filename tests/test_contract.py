@@ -9,8 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 
 from harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, watch
+from harness.contract.adam import rate
 
 ROOT = Path(__file__).parent.parent
 patches = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("trl_patches.py"))))
@@ -282,6 +285,37 @@ def test_pairs_of_runs_are_told_apart(tmp_path):
     plain.after = plain.steps[0].weights
     assert "0.0% of the elements" in text("weights_move", plain)
     assert "after step 1: " in text("only_updates_move_the_weights", plain)
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine"])
+def test_rates_are_the_schedulers(name, warmup):
+    """The formulas are those of the schedules that transformers has by these names."""
+    recipe = dataclasses.replace(
+        RUNS["plain"].recipe, lr_scheduler_type=name, steps=7, config={"warmup_steps": warmup}
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], recipe.learning_rate)
+    scheduler = transformers.get_scheduler(name, optimizer, warmup, recipe.steps)
+    for step in range(1, recipe.steps + 1):
+        assert rate(recipe, step) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_schedule_without_a_formula_is_an_error():
+    recipe = dataclasses.replace(RUNS["plain"].recipe, lr_scheduler_type="polynomial")
+    with pytest.raises(ValueError, match="no formula of the schedule 'polynomial'"):
+        rate(recipe, 1)
+
+
+def test_update_that_is_a_thousandth_off_is_seen(tmp_path):
+    plain = watched("plain", tmp_path, 2)
+    assert text("every_update_is_adamws", plain) is None
+    last = plain.steps[-1]
+    last.after = {name: w + 1e-3 * (w - last.weights[name]) for name, w in last.after.items()}
+    assert "1.001 times as far as at the rate 0.001" in text("every_update_is_adamws", plain)
+    plain.steps.pop()
+    assert "made in steps [1], of 2" in text("every_update_is_adamws", plain)
 
 
 def pytest_of_the_suite(patch, *arguments):

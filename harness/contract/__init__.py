@@ -12,6 +12,7 @@ from harness.contract import drawing, update, weights, whole  # noqa: F401 - the
 from harness.contract.invariant import INVARIANTS, BrokenInvariantError
 from harness.contract.oracle import Oracle
 from harness.contract.runs import RUNS
-from harness.contract.witness import Witness, watch
+from harness.contract.seen import Witness
+from harness.contract.witness import watch
 
 __all__ = ["INVARIANTS", "RUNS", "BrokenInvariantError", "Oracle", "Witness", "watch"]

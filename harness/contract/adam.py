@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.contract.oracle import distance, norm, scale
-from harness.contract.witness import Step, Tensors, Witness
+from harness.contract.lengths import distance, norm, scale
+from harness.contract.seen import Step, Tensors, Witness
 from harness.recipes import Recipe
 
 

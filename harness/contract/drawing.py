@@ -21,7 +21,7 @@ from harness.contract.oracle import (
     Oracle,
     rows_of,
 )
-from harness.contract.witness import Window, Witness
+from harness.contract.seen import Window, Witness
 from harness.evaluation import RewardFunction
 from harness.reward import reward_func
 

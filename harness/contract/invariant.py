@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from harness.contract.witness import Window, Witness
+from harness.contract.seen import Window, Witness
 
 Check = Callable[..., None]
 

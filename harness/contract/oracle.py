@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.contract.witness import Step, Tensors, Window, Witness
+from harness.contract.lengths import GRADIENT_TOLERANCE, distance, scale
+from harness.contract.seen import Step, Tensors, Window, Witness
 from harness.grpo import (
     Estimator,
     LossType,
@@ -30,9 +31,6 @@ from harness.grpo import (
 )
 from harness.policy import Policy, load
 from harness.recipes import Recipe
-
-GRADIENT_TOLERANCE = 1e-4
-"""Largest relative L2 distance between two gradients that count as equal."""
 
 
 @dataclass(frozen=True)
@@ -299,25 +297,6 @@ def rows_of(step: Step) -> list[list[int]]:
     for place, pair in enumerate(pairs):
         free.setdefault(pair, []).append(place)
     return [[free[row].pop(0) for row in part.rows if free.get(row)] for part in step.parts]
-
-
-def distance(seen: Tensors, right: Tensors) -> float:
-    """Return the L2 distance of two gradients over the second one's norm (over 1 if that is 0)."""
-    off = norm({name: seen[name] - right[name] for name in right})
-    return off / (norm(right) or 1.0)
-
-
-def scale(seen: Tensors, right: Tensors) -> float | None:
-    """Return the number that makes ``right`` into ``seen``, or None if there is none."""
-    dot = sum(float((seen[name].double() * right[name].double()).sum()) for name in right)
-    times = dot / (norm(right) ** 2 or 1.0)
-    scaled = {name: times * values for name, values in right.items()}
-    return times if distance(seen, scaled) <= GRADIENT_TOLERANCE else None
-
-
-def norm(gradient: Tensors) -> float:
-    """Return the L2 norm of all tensors together."""
-    return math.sqrt(sum(float((values.double() ** 2).sum()) for values in gradient.values()))
 
 
 def _alternatives(run: Witness) -> Iterator[tuple[str, Conventions]]:

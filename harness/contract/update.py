@@ -14,14 +14,13 @@ from harness.contract.invariant import (
     require,
     where,
 )
+from harness.contract.lengths import GRADIENT_TOLERANCE, distance
 from harness.contract.oracle import (
-    GRADIENT_TOLERANCE,
     Conventions,
     Oracle,
-    distance,
     rows_of,
 )
-from harness.contract.witness import Step, Witness
+from harness.contract.seen import Step, Witness
 
 
 @invariant("temperature ignored (trl#3029), the attention mask left out (trl#2708), shifted tokens")

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from harness.contract.adam import AdamW, clipped, rate, updates
 from harness.contract.invariant import BrokenInvariantError, equal, invariant, require
-from harness.contract.oracle import distance
-from harness.contract.witness import Tensors, Witness
+from harness.contract.lengths import distance
+from harness.contract.seen import Tensors, Witness
 
 
 @invariant("a max_grad_norm that is dropped, or a norm taken of each tensor by itself")

@@ -8,12 +8,9 @@ from collections import Counter
 import torch
 
 from harness.contract.invariant import BrokenInvariantError, equal, invariant, require
-from harness.contract.oracle import (
-    GRADIENT_TOLERANCE,
-    Oracle,
-    distance,
-)
-from harness.contract.witness import Step, Tensors, Witness
+from harness.contract.lengths import GRADIENT_TOLERANCE, distance
+from harness.contract.oracle import Oracle
+from harness.contract.seen import Step, Tensors, Witness
 from harness.tasks import make_problems
 
 
