@@ -20,7 +20,7 @@ from harness.recipes import Recipe
 
 @dataclass(frozen=True)
 class AdamW:
-    """How the weights are moved; what a recipe does not say is as TRL and transformers have it."""
+    """How the weights are moved; what a recipe leaves open is as `harness.training` has it."""
 
     beta1: float
     beta2: float
