@@ -229,11 +229,15 @@ def advantages_are_group_relative(run: Witness, oracle: Oracle) -> None:
     for step in run.steps:
         window = step.window
         right = oracle.advantages(window.rewards, g, how).tolist()
-        used = {
-            place: advantage
-            for rows, part in zip(rows_of(step), step.parts, strict=True)
-            for place, advantage in zip(rows, part.advantages.tolist(), strict=False)
-        }
+        used = _in_order(
+            window,
+            right,
+            {
+                place: advantage
+                for rows, part in zip(rows_of(step), step.parts, strict=True)
+                for place, advantage in zip(rows, part.advantages.tolist(), strict=False)
+            },
+        )
         table = _table(run, window)
         logged = {} if table is None else dict(enumerate(table["advantage"].tolist()))
         for what, seen in (("used", used), ("logged", logged)):
@@ -277,6 +281,23 @@ def counts_are_those_of_the_completions(run: Witness, oracle: Oracle) -> None:
             right = average([figure[name] for figure in figures])
             equal(f"step {row['step']}: {name}", row[name], right)
         equal(f"step {row['step']}: num_tokens", row["num_tokens"], tokens)
+
+
+def _in_order(
+    window: Window, right: Sequence[float], seen: Mapping[int, float]
+) -> dict[int, float]:
+    """Give advantages of rows that are alike, and were found in any order, that of ``right``."""
+    alike: dict[object, list[int]] = {}
+    for place in seen:
+        row = window.prompt_ids[place], window.completion_ids[place]
+        alike.setdefault(row, []).append(place)
+    return {
+        place: value
+        for places in alike.values()
+        for place, value in zip(
+            sorted(places, key=lambda i: right[i]), sorted(seen[i] for i in places), strict=True
+        )
+    }
 
 
 def _windows(run: Witness) -> list[Window]:
