@@ -20,7 +20,7 @@ from harness.recipes import RECIPES, Recipe, named
 from harness.training.curves import Row
 from harness.training.processes import launch, launched
 from harness.training.resources import compare, read_resources
-from harness.training.unfinished import folder_of, leave
+from harness.training.unfinished import check_new, folder_of, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,13 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="grpo-harness")
     commands = whole.add_subparsers(required=True, dest="command")
 
-    command = commands.add_parser("train", help="train a policy with GRPO and the rule reward")
+    command = commands.add_parser(
+        "train",
+        help="train a policy with GRPO and the rule reward",
+        description="Train a policy by a recipe (see harness/recipes.py) with GRPO and the rule "
+        "reward. Interrupted, the same command goes on from the last checkpoint, to the same "
+        "weights.",
+    )
     command.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
     command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     command.add_argument("--policy", help="start from this policy instead of the recipe's")
@@ -69,6 +75,8 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    if not launched():
+        check_new(arguments.out)
     if arguments.processes == 1 or launched():
         _train_here(arguments)
         return
