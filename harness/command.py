@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import signal
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ from harness.training.unfinished import check_new, folder_of, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 2 for an error, 130 after Ctrl-C."""
+    """Run the command line. Returns the exit status: 2 for an error, 130 after Ctrl-C or SIGTERM."""
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -75,11 +76,22 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    if not launched():
-        check_new(arguments.out)
-    if arguments.processes == 1 or launched():
+    if launched():
         _train_here(arguments)
         return
+    check_new(arguments.out)
+    # What a cluster sends before it takes the machine away ends a run as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if arguments.processes == 1:
+            _train_here(arguments)
+        else:
+            _train_in_processes(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train_in_processes(arguments: argparse.Namespace) -> None:
     from harness.training.config import batch_per_process
 
     batch_per_process(_chosen(arguments), arguments.processes)
