@@ -25,7 +25,7 @@ from harness.training.unfinished import check_new, folder_of, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 2 for an error, 130 after Ctrl-C or SIGTERM."""
+    """Run the command line. Returns the exit status: 2 for an error, 130 when interrupted."""
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
