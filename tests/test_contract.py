@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, watch
+from harness.contract.oracle import Conventions
+from harness.contract.witness import Step
 
 ROOT = Path(__file__).parent.parent
 patches = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("trl_patches.py"))))
@@ -176,6 +178,21 @@ def test_pairs_of_runs_are_told_apart(tmp_path):
     plain.after = plain.steps[0].weights
     assert "0.0% of the elements" in text("weights_move", plain)
     assert "off, of 0.001" in text("the_first_update_is_adams", plain)
+
+
+def test_nothing_to_learn_from_is_a_loss_of_zero(oracle, tmp_path, monkeypatch):
+    """A window of which every completion is masked, and a part that the window knows nothing of."""
+    recipe = dataclasses.replace(RUNS["plain"].recipe, steps=1)
+    run = watch(recipe, tmp_path / "run", device="cpu")
+    (step,) = run.steps
+    how = Conventions.of(run.recipe)
+    strange = dataclasses.replace(step.parts[0], rows=(((1,), (2,)),))
+    alone = Step(step.number, step.window, step.weights, [strange])
+    monkeypatch.setattr(oracle, "truncated", lambda completion: True)
+    masked = dataclasses.replace(how, mask_truncated=True)
+    for seen in (oracle.step(run, alone, how), oracle.step(run, step, masked)):
+        assert seen.loss == 0
+        assert not any(values.any() for values in seen.gradient.values())
 
 
 def pytest_of_the_suite(patch, *arguments):
