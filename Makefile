@@ -23,8 +23,9 @@ eval: .venv/installed  ## evaluate the embedded pair of policies: the main job
 contract: .venv/installed  ## break TRL in every known way, and see the suite name each (long)
 	$(BIN)/python -m pytest tests/contract_patches.py
 
+# One thread a worker: the policies of the tests are too small for more.
 test: .venv/installed  ## run the harness's own tests
-	$(BIN)/python -m pytest tests/ -m "not heavy"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ -m "not heavy" -n auto
 
 heavy: .venv/installed  ## run the tests that take long or install something (older TRL)
 	$(BIN)/python -m pytest tests/ -m heavy

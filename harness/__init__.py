@@ -27,6 +27,7 @@ The map, in the order of a sample's way. A module imports only from those above 
 ``session.py``     what the tests of one run share
 ``plugin/``        pytest's options, fixtures, assertions and summary
 ``recipes.py``     what a GRPO run is made of, and the runs that have a name
+``tensors.py``     tensors as callers hand them over, checked
 ``grpo.py``        the algorithm in plain torch: the readable statement, and the oracle for TRL
 ``training/``      a recipe -> TRL's GRPOTrainer -> a trained policy on disk
 ``command.py``     the command line: train, recipes, resources

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import HarnessError
+from harness.text import escape
 
 _EMBEDDED = {
     name: Path(__file__).parent / "nano" / name.removeprefix("nano-")
@@ -250,9 +251,9 @@ def _tensors(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[str, int, in
 
 
 def one_line(error: BaseException) -> str:
-    """Write a foreign error on one line, for the end of a sentence of ours."""
+    """Write a foreign error on one line, escaped, for the end of a sentence of ours."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {escape(text, 300)}" if text else type(error).__name__
 
 
 def digest(text: str) -> str:

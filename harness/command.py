@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import signal
 import statistics
 import sys
 import time
@@ -20,11 +21,11 @@ from harness.recipes import RECIPES, Recipe, named
 from harness.training.curves import Row
 from harness.training.processes import launch, launched
 from harness.training.resources import compare, read_resources
-from harness.training.unfinished import folder_of, leave
+from harness.training.unfinished import check_new, folder_of, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 2 for an error, 130 after Ctrl-C."""
+    """Run the command line. Returns the exit status: 2 for an error, 130 when interrupted."""
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -44,7 +45,13 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="grpo-harness")
     commands = whole.add_subparsers(required=True, dest="command")
 
-    command = commands.add_parser("train", help="train a policy with GRPO and the rule reward")
+    command = commands.add_parser(
+        "train",
+        help="train a policy with GRPO and the rule reward",
+        description="Train a policy by a recipe (see harness/recipes.py) with GRPO and the rule "
+        "reward. Interrupted, the same command goes on from the last checkpoint, to the same "
+        "weights.",
+    )
     command.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
     command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     command.add_argument("--policy", help="start from this policy instead of the recipe's")
@@ -69,9 +76,22 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    if arguments.processes == 1 or launched():
+    if launched():
         _train_here(arguments)
         return
+    check_new(arguments.out)
+    # What a cluster sends before it takes the machine away ends a run as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if arguments.processes == 1:
+            _train_here(arguments)
+        else:
+            _train_in_processes(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train_in_processes(arguments: argparse.Namespace) -> None:
     from harness.training.config import batch_per_process
 
     batch_per_process(_chosen(arguments), arguments.processes)

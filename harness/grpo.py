@@ -22,7 +22,8 @@ log π               ``temperature=1.0``         of the logits over the sampling
 ==================  ==========================  ==========================================
 
 Log-probabilities, ratios and masks have shape (completions, tokens), in nats where they have a
-unit; the mask is 1 on the tokens that were sampled. Invalid arguments raise ``ValueError``.
+unit; the mask is 1 on the tokens that were sampled, else 0. Invalid arguments raise
+``ValueError``; nothing is broadcast.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from harness import tensors
+from harness.inputs import brief, one_of, real_number, whole_number
+from harness.tensors import alike, require
+
 Scale = Literal["group", "batch", "none"]
 Estimator = Literal["k1", "k3"]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
@@ -41,22 +46,22 @@ LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 def log_probabilities(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Return log π(token) of shape ``tokens.shape`` from logits of shape (*tokens.shape, vocab).
 
-    A policy that was sampled at a temperature is the one whose logits are divided by it.
+    A policy that was sampled at a temperature is the one whose logits are divided by it. A logit
+    of -inf is a token that cannot be drawn; where nothing can, or NaN or inf stands, it is NaN.
     """
-    _require(temperature > 0, f"temperature is {temperature}: it must be above 0")
-    _require(
-        logits.shape[:-1] == tokens.shape,
-        f"logits of shape {tuple(logits.shape)} do not fit tokens of shape {tuple(tokens.shape)}",
-    )
+    temperature = real_number(temperature, "temperature", positive=True)
+    tokens = tensors.token_ids(tokens, logits)
     every = torch.log_softmax(logits / temperature, dim=-1)
     return every.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the entropy of the next token, in nats, for logits of shape (..., vocab)."""
-    _require(temperature > 0, f"temperature is {temperature}: it must be above 0")
+    temperature = real_number(temperature, "temperature", positive=True)
+    tensors.of_vocabulary(logits)
     every = torch.log_softmax(logits / temperature, dim=-1)
-    return -(every.exp() * every).sum(-1)
+    # p log p is 0 where p is 0, and 0 times -inf would be NaN.
+    return -(every.exp() * every.clamp(min=torch.finfo(every.dtype).min)).sum(-1)
 
 
 def advantages(
@@ -77,34 +82,33 @@ def advantages(
     advantage is 0, as is that of a completion with nothing left to compare it with. Otherwise a
     NaN is an error.
     """
-    _require(scale in get_args(Scale), f"scale {scale!r} is none of {', '.join(get_args(Scale))}")
-    _require(rewards.dim() == 1, f"rewards have shape {tuple(rewards.shape)}, not (completions,)")
-    _require(
-        group_size > 1 and len(rewards) > 0 and len(rewards) % group_size == 0,
-        f"{len(rewards)} rewards do not divide into groups of {group_size} (at least 2)",
-    )
-    _require(ddof in (0, 1), f"ddof is {ddof}: it is 0 (population) or 1 (sample)")
-    _require(math.isfinite(eps) and eps >= 0, f"eps is {eps}: it must be 0 or more")
-    counted = ~rewards.isnan() if skip_nan else torch.ones_like(rewards, dtype=torch.bool)
-    bad = (counted & ~rewards.isfinite()).nonzero().flatten().tolist()
-    _require(not bad, f"rewards {bad} are not finite")
-    of_group, by_group = counted.view(-1, group_size), rewards.view(-1, group_size)
-    n = of_group.sum(1, keepdim=True)
-    mean = torch.where(of_group, by_group, 0.0).sum(1, keepdim=True) / n.clamp(min=1)
-    lowest = torch.where(of_group, by_group, math.inf).amin(1, keepdim=True)
-    highest = torch.where(of_group, by_group, -math.inf).amax(1, keepdim=True)
+    one_of(scale, "scale", get_args(Scale))
+    ddof, eps = whole_number(ddof, "ddof", 0, 1), real_number(eps, "eps")
+    by_group = tensors.grouped(rewards, whole_number(group_size, "group_size", 2))
+    counted = ~by_group.isnan() if skip_nan else torch.ones_like(by_group, dtype=torch.bool)
+    bad = (counted & ~by_group.isfinite()).flatten().nonzero().flatten()
+    seen = brief(by_group.flatten()[bad].tolist())
+    require(len(bad) == 0, f"rewards {brief(bad.tolist())} are not finite: {seen}")
+    by_group = torch.where(counted, by_group, 0.0)
+    unit = _unit(by_group.abs().amax() if scale == "batch" else by_group.abs().amax(1, True))
+    by_group = by_group / unit
+    n = counted.sum(1, keepdim=True)
+    mean = by_group.sum(1, keepdim=True) / n.clamp(min=1)
+    lowest = torch.where(counted, by_group, math.inf).amin(1, keepdim=True)
+    highest = torch.where(counted, by_group, -math.inf).amax(1, keepdim=True)
     # Asked of the rewards themselves: the mean of equal numbers may be off by a rounding.
-    relative = torch.where(of_group & (lowest < highest), by_group - mean, 0.0)
+    relative = torch.where(counted & (lowest < highest), by_group - mean, 0.0)
     if scale == "none":
-        return relative.flatten()
+        return tensors.per_completion(relative * unit, rewards)
     if scale == "group":
         squares = (relative**2).sum(1, keepdim=True)
     else:
-        off = rewards[counted] - rewards[counted].mean()
+        off = by_group[counted] - by_group[counted].mean()
         squares, n = (off**2).sum(), counted.sum()
     sigma = (squares / (n - ddof).clamp(min=1)).sqrt()
     # Where σ is 0 so is the numerator; without this, eps = 0 would make 0 / 0 of it.
-    return torch.where(sigma > 0, relative / (sigma + eps), 0.0).flatten()
+    scaled = torch.where(sigma > 0, relative / (sigma + eps / unit), 0.0)
+    return tensors.per_completion(scaled, rewards)
 
 
 def ratio(new: Tensor, old: Tensor) -> Tensor:
@@ -112,6 +116,7 @@ def ratio(new: Tensor, old: Tensor) -> Tensor:
 
     On-policy, π_old is π itself without gradient: ρ is exactly 1, and its gradient is ∇ log π.
     """
+    alike(new=new, old=old)
     return torch.exp(new - old)
 
 
@@ -127,13 +132,16 @@ def clipped_surrogate(
 
     ``advantages`` has shape (completions,) or that of ``rho``. ``epsilon_high`` replaces ε above
     1 (DAPO's clip-higher); ``delta`` bounds ρ itself from above, which the minimum leaves
-    unbounded where A < 0. The tutorial has neither.
+    unbounded where A < 0. The tutorial has neither; infinity is no bound.
     """
-    high = epsilon if epsilon_high is None else epsilon_high
-    _require(epsilon >= 0 and high >= 0, f"epsilon is {epsilon}, {high}: it must be 0 or more")
-    _require(delta is None or delta > 0, f"delta is {delta}: it must be above 0")
-    per_token = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
-    clipped = rho.clamp(1 - epsilon, 1 + high)
+    low = real_number(epsilon, "epsilon", most=math.inf)
+    high = low
+    if epsilon_high is not None:
+        high = real_number(epsilon_high, "epsilon_high", most=math.inf)
+    if delta is not None:
+        delta = real_number(delta, "delta", positive=True, most=math.inf)
+    per_token = tensors.per_token(advantages, rho)
+    clipped = rho.clamp(1 - low, 1 + high)
     bounded = rho if delta is None else rho.clamp(max=delta)
     return torch.minimum(bounded * per_token, clipped * per_token)
 
@@ -145,8 +153,8 @@ def kl(new: Tensor, reference: Tensor, estimator: Estimator = "k1") -> Tensor:
     it regularises nothing. k3 = π_ref/π - log(π_ref/π) - 1 (Schulman, 2020, "Approximating KL
     divergence") is never negative; times ρ, its mean gradient is the divergence's own.
     """
-    known = ", ".join(get_args(Estimator))
-    _require(estimator in get_args(Estimator), f"KL estimator {estimator!r} is none of {known}")
+    one_of(estimator, "KL estimator", get_args(Estimator))
+    alike(new=new, reference=reference)
     log_ratio = reference - new
     return -log_ratio if estimator == "k1" else log_ratio.exp() - log_ratio - 1
 
@@ -171,7 +179,8 @@ def grpo_loss(
     """Return the loss of a (micro-)batch, a number, from three log-probabilities per token.
 
     ``new`` carries the gradient; ``old`` is the policy that sampled, ``reference`` the one that
-    ``beta`` holds π to. ``loss_type`` says what a token weighs:
+    ``beta`` holds π to; beyond the mask anything may stand in them. ``advantages`` has shape
+    (completions,), or (completions, tokens). ``loss_type`` says what a token weighs:
 
     - ``grpo``: 1 / length of its completion, completions alike. On-policy the loss is 0 for
       group-relative advantages, whatever was learned: its gradient is what counts.
@@ -180,40 +189,43 @@ def grpo_loss(
     - ``dapo``: 1 / ``window_tokens``, the tokens of all micro-batches of one step (of this
       one if it is left out): the parts of a step add up, where the others are averaged.
     """
-    known = ", ".join(get_args(LossType))
-    _require(loss_type in get_args(LossType), f"loss_type {loss_type!r} is none of {known}")
-    _require(math.isfinite(beta) and beta >= 0, f"beta is {beta}: it must be 0 or more")
-    _require(beta == 0 or reference is not None, f"beta is {beta}, and there is no reference")
-    _require(bool(advantages.isfinite().all()), "not all advantages are finite")
-    sampled = mask.bool()
-    for name, values in (("new", new), ("old", old), ("mask", mask), ("reference", reference)):
-        _require(
-            values is None or values.shape == new.shape,
-            f"{name} has not the shape of new, {tuple(new.shape)}",
-        )
-        _require(
-            values is None or bool(values[sampled].isfinite().all()),
-            f"{name} is not finite on every sampled token",
-        )
+    one_of(loss_type, "loss_type", get_args(LossType))
+    one_of(estimator, "KL estimator", get_args(Estimator))
+    beta = real_number(beta, "beta")
+    require(beta == 0 or reference is not None, f"beta is {beta}, and there is no reference")
+    if window_tokens is not None:
+        window_tokens = real_number(window_tokens, "window_tokens", positive=True)
+    if max_completion_length is not None:
+        whole_number(max_completion_length, "max_completion_length", 1)
+    elif loss_type == "dr_grpo":
+        raise ValueError("dr_grpo divides by max_completion_length: give it")
+    reference = new if reference is None else reference
+    alike(new=new, old=old, reference=reference)
+    sampled = tensors.sampled(mask, new)
     # Beyond the mask anything may stand; NaN times 0 would still be NaN.
-    new, old = (torch.where(sampled, values, 0.0) for values in (new, old))
-    rho = ratio(new, old)
-    per_token = -clipped_surrogate(rho, advantages, epsilon, epsilon_high=epsilon_high, delta=delta)
-    if beta and reference is not None:
-        divergence = kl(new, torch.where(sampled, reference, 0.0), estimator)
-        per_token = per_token + beta * (divergence * rho if kl_times_ratio else divergence)
-    per_token = per_token * sampled
+    new, old, reference = (torch.where(sampled, values, 0.0) for values in (new, old, reference))
+    rho, divergence = ratio(new, old), torch.zeros_like(new)
+    if beta:
+        divergence = kl(new, reference, estimator) * (rho if kl_times_ratio else 1)
+    surrogate = clipped_surrogate(rho, advantages, epsilon, epsilon_high=epsilon_high, delta=delta)
+    tensors.finite(
+        advantages=advantages, new=new, old=old, reference=reference, ratio=rho, kl=divergence
+    )
+    per_token = -(surrogate - beta * divergence) * sampled
     if loss_type == "grpo":
         return (per_token.sum(1) / sampled.sum(1).clamp(min=1)).mean()
     if loss_type == "bnpo":
         return per_token.sum() / sampled.sum().clamp(min=1)
     if loss_type == "dr_grpo":
-        _require(bool(max_completion_length), "dr_grpo divides by max_completion_length: give it")
-        return per_token.sum() / (len(new) * float(max_completion_length or 0))
-    _require(window_tokens is None or window_tokens > 0, f"window_tokens is {window_tokens}")
+        assert max_completion_length is not None
+        return per_token.sum() / (len(new) * float(max_completion_length))
     return per_token.sum() / (window_tokens or sampled.sum().clamp(min=1))
 
 
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise ValueError(otherwise)
+def _unit(greatest: Tensor) -> Tensor:
+    """Return the power of two next to the greatest of some rewards, to divide them all by.
+
+    It takes no digit from them, and then no square of a difference vanishes or overflows.
+    """
+    size = greatest.detach().clamp(min=torch.finfo(greatest.dtype).tiny)
+    return size / (2 * torch.frexp(size).mantissa)

@@ -6,7 +6,9 @@ Everything else is a ValueError that names the argument, the problem (by index) 
 
 from __future__ import annotations
 
+import math
 import reprlib
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -86,6 +88,37 @@ def samples(k: Any, n: int, name: str) -> Ints:
             f"problem {min(len(drawn), n)} has no counterpart"
         )
     return drawn
+
+
+def real_number(
+    value: Any, name: str, *, positive: bool = False, most: float = sys.float_info.max
+) -> float:
+    """One checked number from 0, or above it if it must be ``positive``, to ``most``.
+
+    Raises ValueError with `name` and what it is instead; true and false are no numbers.
+    """
+    number = plain(value)
+    fits = not isinstance(number, bool) and is_real(number, 0, most) and (number or not positive)
+    if not fits:
+        kind = "a number" if most == math.inf else "a finite number"
+        least = "above 0" if positive else "from 0 on"
+        raise ValueError(f"{name} is {brief(number)}, not {kind} {least}")
+    return float(number)
+
+
+def whole_number(value: Any, name: str, least: int, most: int = sys.maxsize) -> int:
+    """One checked whole number from ``least`` to ``most``, likewise."""
+    number = plain(value)
+    if isinstance(number, bool) or not is_real(number, least, most) or number % 1:
+        end = "on" if most == sys.maxsize else f"to {most}"
+        raise ValueError(f"{name} is {brief(number)}, not a whole number from {least} {end}")
+    return int(number)
+
+
+def one_of(value: Any, name: str, known: Sequence[str]) -> None:
+    """Raise ValueError with `name` where a word is none of those that are known."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} {brief(value)} is none of {', '.join(known)}")
 
 
 def _entries(values: Any, name: str) -> list[Any]:

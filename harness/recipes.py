@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+_LEAST = {
+    "n_math": 0,
+    "n_prog": 0,
+    "num_generations": 2,
+    "prompts_per_step": 1,
+    "steps": 1,
+    "max_prompt_length": 1,
+    "max_completion_length": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+    "save_steps": 0,
+}
+"""The least value of what is counted in whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +31,10 @@ class Recipe:
     makes one update, in ``gradient_accumulation_steps`` equal parts. ``max_prompt_length`` and
     ``max_completion_length`` count tokens; a longer prompt is an error, since TRL truncates
     none. A checkpoint to go on from is kept every ``save_steps`` steps, or at the first end of a
-    generation window behind. ``config`` holds further fields of ``GRPOConfig`` by name.
+    generation window behind; with 0 there is none. ``config`` holds further fields of
+    ``GRPOConfig`` by name.
+
+    Raises ``ValueError`` with the recipe, the field and what it has instead of what it may have.
     """
 
     name: str
@@ -41,6 +59,36 @@ class Recipe:
     seed: int = 42
     save_steps: int = 10
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("name", "policy", "lr_scheduler_type", "scale_rewards", "loss_type"):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, str) and bool(value), "a text")
+        self._check("problem_seed", type(self.problem_seed) is int, "a whole number")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            enough = type(value) is int and value >= least
+            self._check(name, enough, f"a whole number from {least} on")
+        for name in ("learning_rate", "epsilon", "beta"):
+            self._check(name, _real(getattr(self, name)) >= 0, "a finite number from 0 on")
+        self._check("temperature", _real(self.temperature) > 0, "a finite number above 0")
+        self._check("top_p", 0 < _real(self.top_p) <= 1, "a number above 0 and up to 1")
+        named = isinstance(self.config, Mapping) and all(isinstance(k, str) for k in self.config)
+        self._check("config", named, "a mapping from names to values")
+        # A copy: recipes made from one another share nothing that can be changed.
+        object.__setattr__(self, "config", dict(self.config))
+
+    def _check(self, name: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise ValueError(
+                f"recipe {self.name!r}: {name} is {getattr(self, name)!r}, not {wanted}"
+            )
+
+
+def _real(value: Any) -> float:
+    """A finite real number as it is, and everything else as one below all of them."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if number and math.isfinite(value) else -math.inf
 
 
 _NANO = Recipe(

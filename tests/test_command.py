@@ -23,6 +23,7 @@ from harness.training.recorded import RECORDED
     [
         (["nonsense"], "no recipe 'nonsense': there are tutorial, nano, collapse, smoke"),
         (["smoke", "--policy", "no-such-policy"], "no policy 'no-such-policy'"),
+        (["smoke", "--steps", "0"], "recipe 'smoke': steps is 0, not a whole number from 1 on"),
         (["smoke", "--processes", "0"], "--processes 0: there must be at least one"),
         (["smoke", "--processes", "3"], "cannot be split among 3 processes"),
     ],
@@ -34,6 +35,28 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, tmp_path, capsys)
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_out_that_exists_is_refused_before_anything_is_shown(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "nowhere")
+    assert main(["train", "smoke", "--device", "cpu", "--out", str(out)]) == 2
+    printed, error = capsys.readouterr()
+    assert not printed
+    assert error == (
+        f"grpo-harness train: {out} exists already: name another folder, or remove it\n"
+    )
+
+
+def test_out_that_cannot_be_is_refused_at_the_start(tiny, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    assert (
+        main(["train", "smoke", "--policy", str(tiny), "--device", "cpu", "--out", str(out)]) == 2
+    )
+    error = capsys.readouterr().err
+    assert f"{out}.unfinished, where the checkpoints of {out} are kept, cannot be made" in error
+    assert error.count("\n") == 1
 
 
 def test_a_training_shows_its_config_its_steps_and_what_it_took(tiny, tmp_path, capsys):
@@ -103,18 +126,19 @@ def started(tiny, out, *options):
 
 
 @pytest.mark.parametrize(
-    "sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.heavy)]
+    "sent",
+    [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.heavy)],
 )
 def test_interrupted_training_goes_on(sent, tiny, tmp_path, capsys):
     process = started(tiny, tmp_path / "out")
     os.killpg(process.pid, sent)
     _, error = process.communicate()
     kept = tmp_path / "out.unfinished" / "checkpoint-2"
-    if sent == signal.SIGINT:
+    if sent != signal.SIGKILL:
         assert process.returncode == 130
         assert error == (
-            f"grpo-harness train: interrupted; {kept} is kept: run the same again to go on "
-            "from there\n"
+            f"grpo-harness train: interrupted; {kept} is kept: the same again goes on from "
+            "there, another recipe needs another --out\n"
         )
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
 

@@ -60,6 +60,10 @@ def test_every_recipe_pins_the_traps(name, tmp_path):
         ("max_prompt_length", "max_prompt_length of the recipe"),
         ("batch_size", "prompts_per_step of the recipe"),
         ("learning_rte", "learning_rate"),
+        ("max_step", "steps of the recipe"),
+        ("beta1", "adam_beta1"),
+        ("overwrite_output_dir", "nothing, a folder that exists is never written over"),
+        ("zzz", "a field of GRPOConfig"),
     ],
 )
 def test_unknown_key_is_an_error_that_names_the_right_one(key, right, tmp_path):
@@ -78,11 +82,31 @@ def test_unknown_key_is_an_error_that_names_the_right_one(key, right, tmp_path):
         ("save_strategy", "a recipe calls it save_steps"),
         ("output_dir", "the folder that the run is told to leave"),
         ("logging_nan_inf_filter", "not the recipe's to set"),
+        ("logging_strategy", "what the run is known by"),
+        ("save_only_model", "a resumed run is the same as an uninterrupted one"),
     ],
 )
 def test_key_that_the_recipe_or_the_run_decides_is_an_error(key, why, tmp_path):
     recipe = dataclasses.replace(SHORT, config={key: 1})
     with pytest.raises(ValueError, match=why):
+        resolve(recipe, tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("num_iterations", 0, "a number from 1 on"),
+        ("steps_per_generation", -1, "a number from 1 on"),
+        ("epsilon_high", -1, "a number from 0 on"),
+        ("max_grad_norm", "1", "a number from 0 on"),
+        ("adam_beta1", float("nan"), "finite"),
+        ("logging_steps", 5, "of 4 steps none would be logged"),
+        ("optim", "adamm", "GRPOConfig of TRL .* refuses it .*adamm.*: mend that field"),
+    ],
+)
+def test_value_that_no_run_is_made_of_is_an_error(key, value, wanted, tmp_path):
+    recipe = dataclasses.replace(SHORT, config={key: value})
+    with pytest.raises(ValueError, match=rf"^recipe 'smoke'.*{wanted}"):
         resolve(recipe, tmp_path, device="cpu")
 
 

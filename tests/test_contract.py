@@ -14,6 +14,8 @@ import transformers
 
 from harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, watch
 from harness.contract.adam import rate
+from harness.contract.oracle import Conventions
+from harness.contract.seen import Step
 
 ROOT = Path(__file__).parent.parent
 patches = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("trl_patches.py"))))
@@ -316,6 +318,21 @@ def test_update_that_is_a_thousandth_off_is_seen(tmp_path):
     assert "1.001 times as far as at the rate 0.001" in text("every_update_is_adamws", plain)
     plain.steps.pop()
     assert "made in steps [1], of 2" in text("every_update_is_adamws", plain)
+
+
+def test_nothing_to_learn_from_is_a_loss_of_zero(oracle, tmp_path, monkeypatch):
+    """A window of which every completion is masked, and a part that the window knows nothing of."""
+    recipe = dataclasses.replace(RUNS["plain"].recipe, steps=1)
+    run = watch(recipe, tmp_path / "run", device="cpu")
+    (step,) = run.steps
+    how = Conventions.of(run.recipe)
+    strange = dataclasses.replace(step.parts[0], rows=(((1,), (2,)),))
+    alone = Step(step.number, step.window, step.weights, [strange])
+    monkeypatch.setattr(oracle, "truncated", lambda completion: True)
+    masked = dataclasses.replace(how, mask_truncated=True)
+    for seen in (oracle.step(run, alone, how), oracle.step(run, step, masked)):
+        assert seen.loss == 0
+        assert not any(values.any() for values in seen.gradient.values())
 
 
 def pytest_of_the_suite(patch, *arguments):

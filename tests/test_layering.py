@@ -13,7 +13,15 @@ import harness
 ROOT = Path(harness.__file__).parent
 MAP = re.findall(r"^``([\w/.]+)``", harness.__doc__, re.MULTILINE)
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate"}
-MAY_BE_HEAVY = {"policy.py", "sampling/", "grpo.py", "training/", "contract/", "nano/"}
+MAY_BE_HEAVY = {
+    "policy.py",
+    "sampling/",
+    "tensors.py",
+    "grpo.py",
+    "training/",
+    "contract/",
+    "nano/",
+}
 
 
 def room(path):

@@ -541,8 +541,35 @@ def test_compare(base_policy, task_type, evaluate, gate):
 
 
 def test_more_problems_than_a_type_has_is_no_crash(project):
-    result = run(project, "--grpo-problems", "300000", "-k", "base-palindrome", "--co")
+    project.makepyfile(
+        few="""
+        from harness.tasks import TaskType, read_text
+
+        class Few(TaskType):
+            name = "few"
+
+            def draw(self, rng):
+                return {"n": rng.randint(1, 999)}
+
+            def statement(self, task):
+                return f"What comes before {task['n'] + 1}?"
+
+            def requirement(self, task):
+                return "Answer with the number alone."
+
+            def answer(self, task):
+                return str(task["n"])
+
+            def read(self, task, text):
+                return read_text(text, self.answer(task))
+        """
+    )
+    toml = project.path / "pyproject.toml"
+    toml.write_text(toml.read_text().replace('["palindrome"]', '["few.py"]'))
+    run(project, "--grpo-record")
+    result = run(project, "--grpo-problems", "1000", "--co")
     assert result.ret == 0
+    assert run(project, "--grpo-problems", "1000", errors=2).ret == 1
 
 
 def test_a_lower_accuracy_is_recorded_only_with_a_reason(skilled):

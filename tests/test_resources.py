@@ -1,6 +1,7 @@
 """What a run took, and that only the same hardware is compared."""
 
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -36,7 +37,10 @@ def test_they_are_read_as_they_were_written(tmp_path):
     assert read_resources(tmp_path) == took
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"hardware": "abacus"}'])
+NOTHING = json.dumps(dataclasses.asdict(Resources("abacus", 1, 0.0, 100.0, 50)))
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"hardware": "abacus"}', NOTHING])
 def test_what_cannot_be_read_is_an_error(text, tmp_path):
     if text is not None:
         (tmp_path / "resources.json").write_text(text)

@@ -196,6 +196,18 @@ def text(prompts, completions, **kwargs):
     return ["1.0"] * len(completions)
 
 
+def beyond_floats(prompts, completions, **kwargs):
+    return [10**400] * len(completions)
+
+
+def beyond_float32(prompts, completions, **kwargs):
+    return [1e30] * len(completions)
+
+
+def commanding(prompts, completions, **kwargs):
+    raise ValueError("\x1b[31m\u202e\n::error::")
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -205,6 +217,9 @@ def text(prompts, completions, **kwargs):
         (one_too_few, "the reward one_too_few returned 15 numbers for 16 completions"),
         (no_list, "the reward no_list returned float"),
         (text, "the reward text returned '1.0' for the completion '"),
+        (beyond_floats, "the reward beyond_floats returned 1000000000"),
+        (beyond_float32, "the reward beyond_float32 returned 1e+30 for the completion '"),
+        (commanding, r"the reward commanding raised ValueError: \x1b[31m\u202e :\u003aerror"),
     ],
 )
 def test_reward_that_fails_ends_the_run_and_leaves_nothing(reward, message, one_step, tmp_path):
@@ -213,6 +228,45 @@ def test_reward_that_fails_ends_the_run_and_leaves_nothing(reward, message, one_
     assert str(failed.value).startswith(f"step 1: {message}")
     assert "\n" not in str(failed.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("reward", [None, "reward_func"])
+def test_reward_that_is_no_function_is_an_error(reward, one_step, tmp_path):
+    with pytest.raises(ValueError, match=f"the reward is {reward!r}, not a function"):
+        train(one_step, tmp_path / "out", device="cpu", reward=reward)
+    assert not list(tmp_path.iterdir())
+
+
+def test_greatest_reward_is_still_trained_on(one_step, tmp_path):
+    def huge(prompts, completions, **kwargs):
+        return [1e18 * (-1) ** n for n in range(len(completions))]
+
+    recipe = dataclasses.replace(one_step, scale_rewards="group")
+    (row,) = train(recipe, tmp_path / "out", device="cpu", reward=huge).log
+    assert math.isfinite(row["reward_std"])
+    assert row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "dappo"}, r"step 1: TRL .* refuses the recipe \(ValueError: .*dappo"),
+        ({"scale_rewards": "grup"}, r"step 1: TRL .* refuses the recipe .*grup"),
+        ({"config": {"report_to": "abacus"}}, r"recipe 'smoke': .* refuses it .*abacus"),
+    ],
+)
+def test_value_that_only_trl_knows_is_refused_in_its_words(changes, message, one_step, tmp_path):
+    recipe = dataclasses.replace(one_step, **changes)
+    with pytest.raises((ValueError, TrainingError), match=message) as refused:
+        train(recipe, tmp_path / "out", device="cpu")
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_window_of_more_problems_than_there_are_is_an_error(short, tmp_path):
+    recipe = dataclasses.replace(short, config={"steps_per_generation": 4})
+    with pytest.raises(ValueError, match="has 12 problems and asks 16 at once"):
+        train(recipe, tmp_path / "out", device="cpu")
 
 
 def test_reward_may_leave_a_completion_out_and_what_was_drawn_is_kept(one_step, tmp_path):
@@ -233,6 +287,26 @@ def test_step_that_diverges_ends_the_run(short, tmp_path):
     with pytest.raises(TrainingError, match=r"step \d: .*: lower the learning rate$"):
         train(recipe, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("steps", "left"), [(1, []), (4, ["out.unfinished"])])
+def test_weights_that_are_no_numbers_are_never_kept(steps, left, short, tmp_path, monkeypatch):
+    """The last update of a run, and the one before a checkpoint, are seen in no figure yet."""
+    made = torch.optim.AdamW.step
+
+    def step(self, *arguments, **options):
+        result = made(self, *arguments, **options)
+        weights = self.param_groups[0]["params"]
+        if (step_number := self.state[weights[0]]["step"]) == steps:
+            weights[0].data.flatten()[int(step_number)] = math.inf
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    recipe = dataclasses.replace(short, steps=1 if steps == 1 else 7)
+    with pytest.raises(TrainingError, match=rf"step {steps}: .* is not finite after its update"):
+        train(recipe, tmp_path / "out", device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == left
+    assert [path.name for path in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-2"][: len(left)]
 
 
 @pytest.mark.parametrize("kept", [6, 4])
@@ -308,11 +382,38 @@ def test_pickle_in_a_checkpoint_is_never_run(name, short, unfinished, tmp_path):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][name] = digests(checkpoint)[name]
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(TrainingError, match=f"{checkpoint} cannot be read") as failed:
         train(short, tmp_path / "out", device="cpu")
+    assert isinstance(failed.value.__cause__, pickle.UnpicklingError)
+    assert "\n" not in str(failed.value)
     assert not (tmp_path / "ran").exists()
     torch.load(checkpoint / name, weights_only=False)
     assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("state", ["{", "{}", "[]"])
+def test_checkpoint_that_cannot_be_read_is_named(state, run, short, unfinished, tmp_path):
+    checkpoint = unfinished / "checkpoint-6"
+    (checkpoint / "trainer_state.json").write_text(state)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["trainer_state.json"] = digests(checkpoint)["trainer_state.json"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TrainingError, match=f"{checkpoint} cannot be read .*: remove it") as failed:
+        train(short, tmp_path / "out", device="cpu")
+    assert "\n" not in str(failed.value)
+    shutil.rmtree(checkpoint)
+    assert train(short, tmp_path / "out", device="cpu").fingerprint == run.fingerprint
+
+
+def test_out_that_appears_while_training_is_not_written_over(run, short, unfinished, tmp_path):
+    def appear(row):
+        (tmp_path / "out").mkdir(exist_ok=True)
+
+    with pytest.raises(FileExistsError, match="out exists already") as failed:
+        train(short, tmp_path / "out", device="cpu", progress=appear)
+    assert "checkpoint-6 is kept" in failed.value.__notes__[0]
+    (tmp_path / "out").rmdir()
+    assert train(short, tmp_path / "out", device="cpu").fingerprint == run.fingerprint
 
 
 @pytest.fixture

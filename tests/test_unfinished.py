@@ -95,6 +95,29 @@ def test_checkpoint_that_is_not_whole_or_not_its_own_is_left_out(harm, why, out)
     assert not tenth.exists()
 
 
+def link(path):
+    target = path.with_name("elsewhere")
+    target.mkdir()
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("put", [link, lambda path: path.write_text("not a folder")])
+def test_what_only_has_a_checkpoints_name_is_left_out(put, out):
+    _, tenth = begun(out)
+    put(out.with_name("trained.unfinished") / "checkpoint-11")
+    again = Unfinished(out, RUN)
+    assert again.last() == tenth
+    assert "checkpoint-11 is left out: it is not a folder that a run wrote" in again.notices[0]
+    assert not (again.folder / "checkpoint-11").exists()
+    assert put is not link or (again.folder / "elsewhere").is_dir()
+
+
+def test_folder_that_cannot_be_made_is_an_error(out):
+    folder_of(out).write_text("a file")
+    with pytest.raises(UnfinishedError, match=r"cannot be made .*: name another folder"):
+        Unfinished(out, RUN)
+
+
 def test_another_runs_checkpoints_are_refused_and_the_difference_named(out):
     begun(out)
     other = {**RUN, "config": {**RUN["config"], "beta": 0.04}}

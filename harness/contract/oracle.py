@@ -168,21 +168,24 @@ class Oracle:
         parts = rows_of(step)
         losses, figures = [], []
         for rows in parts:
-            loss = grpo_loss(
-                new[rows],
-                old[rows],
-                given[rows],
-                mask[rows],
-                loss_type=how.loss_type,
-                epsilon=how.epsilon,
-                epsilon_high=how.epsilon_high,
-                beta=how.beta,
-                reference=reference[rows],
-                estimator=how.estimator,
-                kl_times_ratio=how.kl_times_ratio,
-                window_tokens=float(mask.sum()),
-                max_completion_length=run.recipe.max_completion_length,
-            )
+            # Of a part whose rows are none of the window's there is nothing to compute.
+            loss = new[rows].sum()
+            if rows:
+                loss = grpo_loss(
+                    new[rows],
+                    old[rows],
+                    given[rows],
+                    mask[rows],
+                    loss_type=how.loss_type,
+                    epsilon=how.epsilon,
+                    epsilon_high=how.epsilon_high,
+                    beta=how.beta,
+                    reference=reference[rows],
+                    estimator=how.estimator,
+                    kl_times_ratio=how.kl_times_ratio,
+                    window_tokens=float(mask.sum()) or None,
+                    max_completion_length=run.recipe.max_completion_length,
+                )
             losses.append(loss if how.loss_type == "dapo" else loss / len(parts))
             with torch.no_grad():
                 rho = ratio(new[rows], old[rows])

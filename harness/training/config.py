@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import textwrap
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
+from harness.checkpoint import one_line
 from harness.recipes import Recipe
 
 _SHARED = (
@@ -61,8 +63,20 @@ _ELSEWHERE = {
     "resume_from_checkpoint": "a run goes on from its own last checkpoint by itself",
     "use_cpu": "it follows the device",
     "logging_nan_inf_filter": "a figure that is not finite ends the run",
+    "logging_strategy": "what is logged is what the run is known by",
+    **dict.fromkeys(
+        ("save_only_model", "ignore_data_skip"), "a resumed run is the same as an uninterrupted one"
+    ),
 }
 """What a run decides by itself."""
+
+_LEAST = {
+    "num_iterations": 1,
+    "steps_per_generation": 1,
+    "logging_steps": 1,
+    **dict.fromkeys(("epsilon_high", "max_grad_norm", "weight_decay", "warmup_steps"), 0),
+}
+"""The least value of what TRL would take at any."""
 
 _RIGHT_NAMES = {
     **dict.fromkeys(
@@ -85,6 +99,13 @@ _RIGHT_NAMES = {
         "prompts_per_step of the recipe",
     ),
     **dict.fromkeys(("total_steps", "num_steps"), "steps of the recipe"),
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    **dict.fromkeys(("half_precision_backend", "fp16_backend"), "fp16 or bf16"),
+    **dict.fromkeys(("no_cuda", "use_mps_device", "n_gpu"), "nothing, it follows the device"),
+    "overwrite_output_dir": "nothing, a folder that exists is never written over",
+    "save_safetensors": "nothing, weights are always saved as safetensors",
+    "logging_dir": "nothing, what was logged lies beside the weights",
 }
 """What a GRPO run's settings are called elsewhere, the tutorial's names among them."""
 
@@ -101,8 +122,8 @@ def batch_per_process(recipe: Recipe, processes: int = 1) -> int:
     be shared equally.
     """
     completions = recipe.prompts_per_step * recipe.num_generations
-    parts = max(1, recipe.gradient_accumulation_steps) * processes
-    if completions == 0 or completions % parts:
+    parts = recipe.gradient_accumulation_steps * processes
+    if completions % parts:
         shared = f" among {processes} processes" if processes > 1 else ""
         raise ValueError(
             f"recipe {recipe.name!r}: {completions} completions a step (prompts_per_step × "
@@ -117,8 +138,8 @@ def resolve(recipe: Recipe, out: Path, *, device: str = "auto") -> GRPOConfig:
 
     What ``recipe.config`` sets comes before what is pinned here. Raises ``ValueError`` for a key
     that the installed ``GRPOConfig`` does not have, with the right one where it is known, for
-    one that the recipe has a field for, and for a batch that cannot be divided into groups or
-    among the processes.
+    one that the recipe has a field for, for a value that it does not take, and for a batch that
+    cannot be divided into groups or among the processes.
     """
     cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     bf16 = cuda and torch.cuda.is_bf16_supported()
@@ -160,12 +181,23 @@ def resolve(recipe: Recipe, out: Path, *, device: str = "auto") -> GRPOConfig:
         raise ValueError(_no_such(recipe, key))
     steps = resolved["steps_per_generation"] or recipe.gradient_accumulation_steps
     drawn = resolved["per_device_train_batch_size"] * processes_here() * steps
-    if recipe.num_generations < 2 or drawn % recipe.num_generations:
+    if drawn % recipe.num_generations:
         raise ValueError(
             f"recipe {recipe.name!r}: {drawn} completions drawn at once do not divide into groups "
-            f"of num_generations = {recipe.num_generations} (at least 2)"
+            f"of num_generations = {recipe.num_generations}"
         )
-    return GRPOConfig(**resolved)
+    if resolved["logging_steps"] > recipe.steps:
+        raise ValueError(
+            f"recipe {recipe.name!r}: logging_steps is {resolved['logging_steps']}, and of "
+            f"{recipe.steps} steps none would be logged: lower it"
+        )
+    try:
+        return GRPOConfig(**resolved)
+    except Exception as error:  # each of its own checks, and of the libraries that it asks for
+        raise ValueError(
+            f"recipe {recipe.name!r}: GRPOConfig of TRL {version('trl')} refuses it "
+            f"({one_line(error)}): mend that field"
+        ) from error
 
 
 def _check_names(recipe: Recipe, own: Mapping[str, Any]) -> None:
@@ -177,11 +209,21 @@ def _check_names(recipe: Recipe, own: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}: a recipe calls it {_BY_FIELD[key]}: set that field")
         if key in _ELSEWHERE:
             raise ValueError(f"{where}, which is not the recipe's to set: {_ELSEWHERE[key]}")
+        value, least = recipe.config[key], _LEAST.get(key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where} to {value}: it must be finite")
+        if least is not None and value is not None and not _at_least(value, least):
+            raise ValueError(f"{where} to {value!r}: it must be a number from {least} on")
+
+
+def _at_least(value: Any, least: int) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= least
 
 
 def _no_such(recipe: Recipe, key: str) -> str:
-    close = difflib.get_close_matches(key, _FIELDS, 1)
-    better = _RIGHT_NAMES.get(key) or (close[0] if close else "a field of GRPOConfig")
+    close = difflib.get_close_matches(key, [*_FIELDS, *_BY_FIELD], 1, cutoff=0.8)
+    likely = [f"{_BY_FIELD[name]} of the recipe" if name in _BY_FIELD else name for name in close]
+    better = _RIGHT_NAMES.get(key) or (likely[0] if likely else "a field of GRPOConfig")
     lacks = f"recipe {recipe.name!r}: GRPOConfig of TRL {version('trl')} has no {key!r}"
     if key in recipe.config:
         return f"{lacks}: use {better}"

@@ -17,6 +17,7 @@ from harness.errors import HarnessError
 from harness.training.curves import Row
 
 FILE = "resources.json"
+_FIGURES = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
 class ResourcesError(HarnessError):
@@ -100,7 +101,10 @@ def read_resources(folder: Path) -> Resources:
     """Read what ``write_resources`` wrote. Raises ``ResourcesError``."""
     path = folder / FILE
     try:
-        return Resources(**json.loads(path.read_text(encoding="utf-8")))
+        measured = Resources(**json.loads(path.read_text(encoding="utf-8")))
+        if min(getattr(measured, name) for name in _FIGURES) <= 0:
+            raise ValueError("a figure is not above 0")
+        return measured
     except (OSError, ValueError, TypeError) as error:
         raise ResourcesError(
             f"{path} cannot be read ({error}): name a folder that `grpo-harness train` left"
@@ -118,5 +122,4 @@ def compare(now: Resources, then: Resources) -> Mapping[str, float]:
                 f"not comparable: {name} was {getattr(then, name)}, and is {getattr(now, name)}; "
                 "compare with a run on the same"
             )
-    figures = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
-    return {name: getattr(now, name) / getattr(then, name) for name in figures}
+    return {name: getattr(now, name) / getattr(then, name) for name in _FIGURES}

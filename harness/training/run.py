@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 from trl.trainer.grpo_config import GRPOConfig
 
-from harness.checkpoint import TRAINED_ON, digest
+from harness.checkpoint import TRAINED_ON, digest, one_line
 from harness.evaluation import RewardFunction
 from harness.policy import Policy, load, quiet
 from harness.recipes import Recipe
@@ -40,13 +40,15 @@ from harness.training.resources import Resources, peak_memory, resources, write_
 from harness.training.trainer import (
     Progress,
     Trainer,
+    TrainingError,
     Watch,
+    check_finite,
     checked,
     reward_name,
     save_every,
     writing,
 )
-from harness.training.unfinished import Unfinished, folder_of
+from harness.training.unfinished import Unfinished, check_new, folder_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +85,16 @@ def train(
     ``<out>.unfinished`` keeps the last two checkpoints: a run that ended early goes on from
     there, to the same weights as if it had not, and ``notice`` is told so.
 
+    The reward is known by its name: a run may go on with one that was mended in between.
+
     Raises ``FileExistsError`` when ``out`` exists, ``UnfinishedError`` when another run's
     checkpoints are where this one's would go, ``ValueError`` for a recipe that cannot be resolved
     or a prompt that is too long, ``PolicyError`` for a policy that cannot be loaded, and
     ``TrainingError`` when the reward fails, a figure is not finite or a file cannot be written.
     With a checkpoint to go on from, the error has a note that says where.
     """
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already: name another folder, or remove it")
+    out, scored = Path(out), checked(reward)
+    check_new(out)
     config = resolve(recipe, folder_of(out), device=device)
     # Each of several processes has a device of its own, and the trainer brings the model there.
     on = device if config.world_size == 1 else "cpu"
@@ -101,7 +104,7 @@ def train(
             f"recipe {recipe.name!r}: beta above 0 needs a reference model, which TRL loads from "
             f"safetensors, and {policy.name!r} is a GGUF file: save it with save_pretrained first"
         )
-    problems = _problems(recipe)
+    problems = _problems(recipe, (config.generation_batch_size or 0) // recipe.num_generations)
     prompts = _prompts(recipe, policy, problems)
     # What has to be the same for one run to go on from the checkpoints of another.
     identity = {
@@ -117,7 +120,7 @@ def train(
     try:
         watch = Watch(save_every(config, recipe.save_steps), progress if unfinished else None)
         before = {n: p.detach().to("cpu", copy=True) for n, p in policy.model.named_parameters()}
-        trainer = _trainer(config, policy, prompts, reward, watch)
+        trainer = _trainer(recipe, config, policy, prompts, scored, watch)
         trainer.unfinished = unfinished
         _go(trainer, policy.model, notice)
         # Every process has its part in these two, wherever the weights and the memory are.
@@ -125,6 +128,7 @@ def train(
         peak = max(gather_object([peak_memory(cuda=not config.use_cpu)]))
         told: list[Any] = [None]
         if unfinished is not None:
+            check_finite(weights.items(), recipe.steps)
             moved = min(float((weights[n].cpu() != p).float().mean()) for n, p in before.items())
             result = unfinished.folder / "result"
             with writing(result, "the result"):
@@ -150,7 +154,8 @@ def train(
                 (result / "recipe.json").write_text(text + "\n", encoding="utf-8")
                 if (logged := unfinished.folder / "completions").is_dir():  # log_completions
                     logged.rename(result / logged.name)
-                result.rename(out)
+            check_new(out)
+            result.rename(out)
             told = [(moved, fingerprint, took)]
         broadcast_object_list(told)
     except BaseException as error:
@@ -163,12 +168,13 @@ def train(
     return TrainingRun(out, tuple(watch.rows), moved, fingerprint, took, policy.model)
 
 
-def _problems(recipe: Recipe) -> list[Problem]:
+def _problems(recipe: Recipe, asked: int) -> list[Problem]:
+    """The problems of a recipe, of which ``asked`` are asked at once."""
     problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
-    if len(problems) < recipe.prompts_per_step:
+    if len(problems) < asked:
         raise ValueError(
-            f"recipe {recipe.name!r} has {len(problems)} problems and asks "
-            f"{recipe.prompts_per_step} a step: raise n_math or n_prog"
+            f"recipe {recipe.name!r} has {len(problems)} problems and asks {asked} at once: raise "
+            "n_math or n_prog"
         )
     return problems
 
@@ -200,21 +206,32 @@ def _once_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def _trainer(
-    config: GRPOConfig, policy: Policy, prompts: Sequence[str], reward: RewardFunction, watch: Watch
+    recipe: Recipe,
+    config: GRPOConfig,
+    policy: Policy,
+    prompts: Sequence[str],
+    scored: RewardFunction,
+    watch: Watch,
 ) -> Trainer:
     model = policy.model.requires_grad_(True)
     # What ends an answer is all that the checkpoint's generation config may still say.
     model.generation_config = GenerationConfig(
         eos_token_id=list(policy.eos_token_ids), pad_token_id=policy.tokenizer.pad_token_id
     )
-    trainer = Trainer(
-        model=model,
-        reward_funcs=cast("Callable[..., list[float | None]]", checked(reward)),
-        args=config,
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        processing_class=policy.tokenizer,
-        callbacks=[watch],
-    )
+    try:
+        trainer = Trainer(
+            model=model,
+            reward_funcs=cast("Callable[..., list[float | None]]", scored),
+            args=config,
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            processing_class=policy.tokenizer,
+            callbacks=[watch],
+        )
+    except Exception as error:  # each of its own checks, and of the libraries that it asks for
+        raise TrainingError(
+            f"recipe {recipe.name!r}: the trainer of TRL {version('trl')} refuses it "
+            f"({one_line(error)}): mend it, or install what it asks for"
+        ) from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -230,15 +247,23 @@ def _go(trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] 
                 notice(f"going on from {start[0]}")
     broadcast_object_list(start)
     folder: Path | None = start[0]
-    if folder is not None:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        trainer.epochs_done = int(state["epoch"])
     caches = model.config.use_cache
     model.config.use_cache = not checkpointing(cast("GRPOConfig", trainer.args))
-    with warnings.catch_warnings(), _guarded():
-        # TRL asks the model by a name that transformers calls deprecated: not the user's doing.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+    try:
+        if folder is not None:
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            trainer.epochs_done = int(state["epoch"])
+        with warnings.catch_warnings(), _guarded():
+            # TRL asks the model by a name that transformers calls deprecated: not our doing.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+    except Exception as error:  # whatever torch, json and safetensors have to say of a file
+        if folder is None or trainer.begun:
+            raise
+        raise TrainingError(
+            f"{folder} cannot be read ({one_line(error)}): remove it, and the same again goes on "
+            "from the one before"
+        ) from error
     model.config.use_cache = caches
 
 

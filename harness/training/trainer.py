@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -21,12 +23,16 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from harness.checkpoint import one_line
 from harness.errors import HarnessError
 from harness.evaluation import RewardFunction
+from harness.inputs import brief
 from harness.policy import quiet
 from harness.text import escape
 from harness.training.curves import Row
 from harness.training.unfinished import Unfinished
 
 Progress = Callable[[Row], None]
+
+_GREATEST = 1e18
+"""No reward is larger: the squares of more are beyond the float32 in which TRL adds them up."""
 
 
 class TrainingError(HarnessError):
@@ -37,17 +43,19 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
     """TRL's trainer, with checkpoints that are known to be whole and the run's own.
 
     ``unfinished`` is where they are kept, in the process that leads; ``epochs_done`` says how
-    often a resumed run has been through its problems.
+    often a resumed run has been through its problems, and ``begun`` that all it needs is read.
     """
 
     unfinished: Unfinished | None = None
     epochs_done = 0
+    begun = False
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: ``recipe.json`` says more."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Make a part of a step. Raises ``TrainingError`` for what a recipe can be changed for."""
+        self.begun = True
         step = self.state.global_step + 1
         try:
             return super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call, unused-ignore]
@@ -55,6 +63,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
             raise TrainingError(
                 f"step {step}: out of memory ({one_line(error)}): raise "
                 "gradient_accumulation_steps, which takes fewer completions at once"
+            ) from error
+        except ValueError as error:
+            raise TrainingError(
+                f"step {step}: TRL {version('trl')} refuses the recipe ({one_line(error)}): mend it"
             ) from error
         except RuntimeError as error:
             if "probability tensor" not in str(error):
@@ -75,6 +87,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        check_finite(model.named_parameters(), step)
         with writing(folder, f"step {step}: its checkpoint"), quiet():
             super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call, unused-ignore]
             self.accelerator.wait_for_everyone()
@@ -87,12 +100,27 @@ def writing(folder: Path, what: str) -> Iterator[None]:
     """Let ``folder`` be written whole or not at all. Raises ``TrainingError``."""
     try:
         yield
-    except Exception as error:  # each of the writers has errors of its own
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        # What a full disk is to Python, to torch and to safetensors.
+        if not isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise
         raise TrainingError(
             f"{what} cannot be written to {folder} ({one_line(error)}): make room there, or train "
             "into another folder"
         ) from error
+
+
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
+    """Raise ``TrainingError`` with the tensor that a step has left with other than numbers.
+
+    Nothing of the step itself shows that: it is its update, which no loss has been seen of yet.
+    """
+    for name, weight in weights:
+        if not bool(torch.isfinite(weight).all()):
+            raise TrainingError(
+                f"step {step}: {name} is not finite after its update: lower the learning rate"
+            )
 
 
 def save_every(config: GRPOConfig, save_steps: int) -> int:
@@ -141,9 +169,9 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
             # for a number that JSON does not have.
             value = row.get(name, 0.0)
             if value is None or not math.isfinite(value):
+                what = "mend the reward" if name == "reward" else "lower the learning rate"
                 raise TrainingError(
-                    f"step {row['step']}: {name} is {value}, which no step recovers from: lower "
-                    "the learning rate"
+                    f"step {row['step']}: {name} is {value}, which no step recovers from: {what}"
                 )
         self.rows.append(row)
         if self._progress is not None:
@@ -151,7 +179,12 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def checked(reward: RewardFunction) -> RewardFunction:
-    """Return ``reward`` such that whatever is wrong with it ends the run and names the step."""
+    """Return ``reward`` such that whatever is wrong with it ends the run and names the step.
+
+    Raises ``ValueError`` for what cannot be called.
+    """
+    if not callable(reward):
+        raise ValueError(f"the reward is {brief(reward)}, not a function")
 
     def scored(prompts: Any, completions: Any, **kwargs: Any) -> list[float | None]:
         where = f"step {kwargs['trainer_state'].global_step + 1}: the reward {reward_name(reward)}"
@@ -175,10 +208,11 @@ def checked(reward: RewardFunction) -> RewardFunction:
             raise TrainingError(f"{where} scored none of {len(scores)} completions: mend it")
         for completion, score in zip(completions, scores, strict=True):
             # None is a reward that does not apply; TRL leaves the completion out.
-            if score is not None and not _finite(score):
+            if score is not None and not _usable(score):
                 raise TrainingError(
-                    f"{where} returned {score!r} for the completion '{escape(completion)}': it "
-                    "must return a finite number, or None for what it does not apply to"
+                    f"{where} returned {brief(score)} for the completion '{escape(completion)}': "
+                    f"it must return a number within ±{_GREATEST:g}, or None for what it does not "
+                    "apply to"
                 )
         return list(scores)
 
@@ -191,8 +225,8 @@ def reward_name(reward: RewardFunction) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 
 
-def _finite(score: Any) -> bool:
+def _usable(score: Any) -> bool:
     try:
-        return math.isfinite(score)
-    except TypeError:
+        return abs(float(score)) <= _GREATEST and not isinstance(score, str | bytes)
+    except (TypeError, ValueError, OverflowError):
         return False

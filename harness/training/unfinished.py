@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from harness.checkpoint import digest
+from harness.checkpoint import digest, one_line
 from harness.errors import HarnessError
 
 _RUN, _MANIFEST, _LOCK, _HALF = "run.json", "manifest.json", ".lock", "run.json.half"
@@ -38,7 +39,13 @@ class Unfinished:
         self.folder = folder_of(out)
         self.notices: list[str] = []
         self._run: dict[str, Any] = json.loads(json.dumps(run, default=str))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnfinishedError(
+                f"{self.folder}, where the checkpoints of {out} are kept, cannot be made "
+                f"({one_line(error)}): name another folder"
+            ) from error
         self._lock = FileLock(self.folder / _LOCK)
         try:
             self._lock.acquire(timeout=0)
@@ -68,7 +75,7 @@ class Unfinished:
             )
         if was != self._run:
             for child in self.folder.iterdir():
-                if child.is_dir():
+                if child.is_dir() and not child.is_symlink():
                     shutil.rmtree(child)
             text = json.dumps(self._run, indent=1)
             (self.folder / _HALF).write_text(text + "\n", encoding="utf-8")
@@ -81,7 +88,10 @@ class Unfinished:
             if wrong is None:
                 return path
             self.notices.append(f"{path} is left out: {wrong}")
-            shutil.rmtree(path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         return None
 
     def seal(self, checkpoint: Path) -> None:
@@ -102,6 +112,12 @@ class Unfinished:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def check_new(out: Path) -> None:
+    """Raise ``FileExistsError`` where ``out`` exists already, if only as a link to nowhere."""
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} exists already: name another folder, or remove it")
+
+
 def folder_of(out: Path) -> Path:
     """Return where the checkpoints of the run that shall become ``out`` are kept."""
     return out.with_name(f"{out.name}.unfinished")
@@ -112,7 +128,9 @@ def leave(folder: Path) -> str | None:
     run = _json(folder / _RUN)
     kept = _last(folder, run) if run is not None else None
     if kept is not None:
-        return f"{kept} is kept: run the same again to go on from there"
+        return (
+            f"{kept} is kept: the same again goes on from there, another recipe needs another --out"
+        )
     if run is not None:
         shutil.rmtree(folder, ignore_errors=True)
     return None
@@ -128,6 +146,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _wrong(checkpoint: Path, run: Mapping[str, Any]) -> str | None:
+    if checkpoint.is_symlink() or not checkpoint.is_dir():
+        return "it is not a folder that a run wrote"
     manifest = _json(checkpoint / _MANIFEST)
     if manifest is None:
         return "it was not written to its end"
