@@ -51,6 +51,8 @@ WITH_ORACLE = (
 )
 
 
+OFF_POLICY = ("clipped", "halves")
+
 PAIRS = {
     "the_same_seed_gives_the_same_rows": ("plain", "again"),
     "another_seed_gives_another_run": ("plain", "reseeded"),
@@ -87,11 +89,14 @@ def broken(name, oracle, folder):
     seen = watched(name, folder, 2)
     if name == "poisoned":
         said = {"a_nan_is_seen": text("a_nan_is_seen", seen)}
-    elif name == "clipped":
-        said = {"clipping_acts_off_policy": text("clipping_acts_off_policy", seen, oracle)}
     else:
-        said = {invariant: text(invariant, seen) for invariant in ALONE}
-        said |= {invariant: text(invariant, seen, oracle) for invariant in WITH_ORACLE}
+        alone, with_oracle = list(ALONE), list(WITH_ORACLE)
+        if name in OFF_POLICY:
+            alone.remove("on_policy_the_ratio_is_one")
+        if name == "clipped":
+            with_oracle.append("clipping_acts_off_policy")
+        said = {invariant: text(invariant, seen) for invariant in alone}
+        said |= {invariant: text(invariant, seen, oracle) for invariant in with_oracle}
     return {invariant: words for invariant, words in said.items() if words}
 
 
@@ -130,6 +135,7 @@ CAUGHT = {
     ),
     "nan_filter_forced": ("poisoned", "a_nan_is_seen", "NaN is filtered"),
     "nan_to_num_on_the_loss": ("poisoned", "a_nan_is_seen", "NaN is filtered"),
+    "nan_filtered_out_of_the_step": ("poisoned", "a_nan_is_seen", "step 2: the loss is NaN and"),
     "advantages_of_the_wrong_group": (
         "plain",
         "advantages_are_group_relative",
@@ -146,6 +152,48 @@ CAUGHT = {
         "clipping_acts_off_policy",
         "the gradient of epsilon_high = epsilon",
     ),
+    "epsilon_low_hard_coded": ("clipped", "loss_equals_the_oracles", "is right"),
+    "delta_ignored": (
+        "clipped",
+        "gradient_equals_the_oracles",
+        "the gradient of no delta: the ratio is not bounded",
+    ),
+    "kl_times_the_clipped_ratio": (
+        "clipped",
+        "gradient_equals_the_oracles",
+        "away from the oracle",
+    ),
+    "low_min_is_the_maximum": (
+        "clipped",
+        "figures_of_the_policy_are_the_oracles",
+        "clip_ratio/low_min is",
+    ),
+    "high_max_is_0": (
+        "clipped",
+        "figures_of_the_policy_are_the_oracles",
+        "clip_ratio/high_max is 0.0",
+    ),
+    "tokens_of_the_whole_window": (
+        "halves",
+        "gradient_equals_the_oracles",
+        "it is 0.5 times the right one",
+    ),
+    "dr_grpo_by_the_longest": (
+        "dr-grpo",
+        "gradient_equals_the_oracles",
+        "times the right one",
+    ),
+    "a_token_more": (
+        "plain",
+        "counts_are_those_of_the_completions",
+        "has 17 tokens, and max_completion_length is 16",
+    ),
+    "a_token_less": (
+        "plain",
+        "counts_are_those_of_the_completions",
+        "has 15 tokens, none of which ends an answer, and max_completion_length is 16",
+    ),
+    "last_token_out_of_the_loss": ("plain", "gradient_equals_the_oracles", "away from the oracle"),
     "top_p_ignored": ("tuned", "rollouts_are_the_current_policys", "(without top_p: 100.0%)"),
     "no_shuffle": ("plain", "every_problem_has_its_turn", "round 1 has the order of the recipe"),
     "same_prompts_each_step": (
@@ -230,6 +278,10 @@ ONLY = {
 SHORT = (
     "ddof_0",
     "temperature_ignored",
+    "a_token_less",
+    "tokens_of_the_whole_window",
+    "dr_grpo_by_the_longest",
+    "delta_ignored",
     "epsilon_0",
     "bnpo_for_dapo",
     "k1_for_k3",
@@ -318,6 +370,15 @@ def test_update_that_is_a_thousandth_off_is_seen(tmp_path):
     assert "1.001 times as far as at the rate 0.001" in text("every_update_is_adamws", plain)
     plain.steps.pop()
     assert "made in steps [1], of 2" in text("every_update_is_adamws", plain)
+
+
+def test_loss_that_alone_is_off_is_said_to_be(oracle, tmp_path):
+    plain = watched("plain", tmp_path, 1)
+    (part,) = plain.steps[0].parts
+    plain.steps[0].parts = [dataclasses.replace(part, loss=part.loss + 0.1)]
+    assert "is right; the gradient is the right one" in text(
+        "loss_equals_the_oracles", plain, oracle
+    )
 
 
 def test_nothing_to_learn_from_is_a_loss_of_zero(oracle, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -40,12 +41,38 @@ def test_they_are_read_as_they_were_written(tmp_path):
 NOTHING = json.dumps(dataclasses.asdict(Resources("abacus", 1, 0.0, 100.0, 50)))
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"hardware": "abacus"}', NOTHING])
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"hardware": "abacus"}', NOTHING, "[" * 10**5])
 def test_what_cannot_be_read_is_an_error(text, tmp_path):
     if text is not None:
         (tmp_path / "resources.json").write_text(text)
     with pytest.raises(ResourcesError, match=r"resources\.json cannot be read"):
         read_resources(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hardware", 7),
+        ("processes", "x"),
+        ("processes", 0),
+        ("processes", True),
+        ("step_seconds", math.nan),
+        ("step_seconds", None),
+        ("tokens_per_second", math.inf),
+        ("peak_memory_bytes", 1.5),
+        ("peak_memory_bytes", 10**400),
+    ],
+)
+def test_a_figure_that_is_none_is_named(name, value, tmp_path):
+    figures = dataclasses.asdict(Resources("abacus", 1, 2.0, 100.0, 50)) | {name: value}
+    (tmp_path / "resources.json").write_text(json.dumps(figures))
+    with pytest.raises(ResourcesError, match=f"resources.json cannot be read .*{name} is "):
+        read_resources(tmp_path)
+
+
+def test_hardware_of_a_foreign_file_reaches_the_terminal_escaped(tmp_path):
+    write_resources(Resources("\x1b[31mabacus", 1, 2.0, 100.0, 50), tmp_path)
+    assert str(read_resources(tmp_path)).isprintable()
 
 
 def test_only_the_same_hardware_is_compared():

@@ -170,6 +170,16 @@ def nan_to_num_on_the_loss(monkeypatch):
     wrap(monkeypatch, "_compute_loss", around)
 
 
+def nan_filtered_out_of_the_step(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        for p in self.model.parameters():
+            torch.nan_to_num(p.grad, out=p.grad)
+        return torch.nan_to_num(loss)
+
+    wrap(monkeypatch, "training_step", around)
+
+
 def advantages_of_the_wrong_group(monkeypatch):
     def around(original, self, inputs):
         output = original(self, inputs)
@@ -204,6 +214,82 @@ def epsilon_high_ignored(monkeypatch):
         "torch.clamp(coef_1, 1 - self.epsilon_low, 1 + self.epsilon_high)",
         "torch.clamp(coef_1, 1 - self.epsilon_low, 1 + self.epsilon_low)",
     )
+
+
+def epsilon_low_hard_coded(monkeypatch):
+    rewrite(
+        monkeypatch,
+        "_compute_loss",
+        "torch.clamp(coef_1, 1 - self.epsilon_low, 1 + self.epsilon_high)",
+        "torch.clamp(coef_1, 1 - 0.2, 1 + self.epsilon_high)",
+    )
+
+
+def delta_ignored(monkeypatch):
+    rewrite(monkeypatch, "_compute_loss", "if self.args.delta is not None:", "if False:")
+
+
+def kl_times_the_clipped_ratio(monkeypatch):
+    rewrite(
+        monkeypatch,
+        "_compute_loss",
+        "per_token_kl = per_token_kl * coef_1",
+        "per_token_kl = per_token_kl * coef_1.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)",
+    )
+
+
+def low_min_is_the_maximum(monkeypatch):
+    rewrite(monkeypatch, "_compute_loss", "nanmin(gathered_low_clip)", "nanmax(gathered_low_clip)")
+
+
+def high_max_is_0(monkeypatch):
+    rewrite(
+        monkeypatch,
+        "_compute_loss",
+        "nanmax(gathered_high_clip)",
+        "(0 * nanmax(gathered_high_clip))",
+    )
+
+
+def tokens_of_the_whole_window(monkeypatch):
+    rewrite(
+        monkeypatch,
+        "_compute_loss",
+        "normalizer * self.current_gradient_accumulation_steps / self.args.steps_per_generation",
+        "normalizer",
+    )
+
+
+def dr_grpo_by_the_longest(monkeypatch):
+    rewrite(
+        monkeypatch,
+        "_compute_loss",
+        "(per_token_loss.size(0) * self.max_completion_length)",
+        "per_token_loss.numel()",
+    )
+
+
+def longer(by):
+    def patch(monkeypatch):
+        def around(original, self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            self.generation_config.max_new_tokens += by
+
+        wrap(monkeypatch, "__init__", around)
+
+    return patch
+
+
+a_token_more, a_token_less = longer(1), longer(-1)
+
+
+def last_token_out_of_the_loss(monkeypatch):
+    def around(original, self, model, inputs):
+        mask = inputs["completion_mask"].clone()
+        mask[torch.arange(len(mask)), mask.sum(1) - 1] = 0
+        return original(self, model, {**inputs, "completion_mask": mask})
+
+    wrap(monkeypatch, "_compute_loss", around)
 
 
 def top_p_ignored(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -152,14 +153,16 @@ def what_is_drawn_is_scored_and_trained_on(run: Witness, oracle: Oracle) -> None
                 window.texts[i] == text and window.scored[i] == drawn,
                 f"{place} was drawn as {text!r} and scored as {window.texts[i]!r}",
             )
-    for step in run.steps:
-        used = sorted(place for rows in rows_of(step) for place in rows)
-        rows = sum(len(part.rows) for part in step.parts)
-        n = len(step.window.completion_ids)
+    for first in range(0, len(run.steps), run.steps_a_window):
+        steps = run.steps[first : first + run.steps_a_window]
+        window = steps[0].window
+        drawn_rows = Counter(zip(window.prompt_ids, window.completion_ids, strict=True))
+        used = Counter(row for step in steps for part in step.parts for row in part.rows)
+        span = " to ".join(str(step.number) for step in (steps[0], steps[-1])[: len(steps)])
         require(
-            used == list(range(n)) and rows == n,
-            f"step {step.number}: of {n} completions drawn {len(used)} are among the {rows} "
-            "that the loss was given",
+            used == drawn_rows,
+            f"step {span}: of {drawn_rows.total()} completions drawn "
+            f"{(drawn_rows & used).total()} are among the {used.total()} that the loss was given",
         )
 
 
@@ -258,6 +261,15 @@ def advantages_are_group_relative(run: Witness, oracle: Oracle) -> None:
 @invariant("padding or a second end counted as text (trl#7039), or lengths of other completions")
 def counts_are_those_of_the_completions(run: Witness, oracle: Oracle) -> None:
     """Lengths, the share cut off and the tokens seen are those of the raw completions."""
+    g, most = run.recipe.num_generations, run.recipe.max_completion_length
+    for window in _windows(run):
+        for i, ids in enumerate(window.completion_ids):
+            place = f"{where(window, i, g)} has {len(ids)} tokens"
+            require(len(ids) <= most, f"{place}, and max_completion_length is {most}")
+            require(
+                len(ids) == most or not oracle.truncated(ids),
+                f"{place}, none of which ends an answer, and max_completion_length is {most}",
+            )
     tokens = 0
     for row, windows in _logged(run):
         figures: list[dict[str, float]] = []

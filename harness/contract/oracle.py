@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.contract.invariant import average
 from harness.contract.lengths import GRADIENT_TOLERANCE, distance, scale
 from harness.contract.seen import Step, Tensors, Window, Witness
 from harness.grpo import (
@@ -42,6 +43,7 @@ class Conventions:
     loss_type: LossType
     epsilon: float
     epsilon_high: float
+    delta: float | None
     beta: float
     mask_truncated: bool
     ddof: int = 1
@@ -60,6 +62,7 @@ class Conventions:
             loss_type=recipe.loss_type,  # type: ignore[arg-type]
             epsilon=recipe.epsilon,
             epsilon_high=recipe.config.get("epsilon_high") or recipe.epsilon,
+            delta=recipe.config.get("delta"),
             beta=recipe.beta,
             mask_truncated=recipe.config.get("mask_truncated_completions", False),
         )
@@ -179,37 +182,31 @@ class Oracle:
                     loss_type=how.loss_type,
                     epsilon=how.epsilon,
                     epsilon_high=how.epsilon_high,
+                    delta=how.delta,
                     beta=how.beta,
                     reference=reference[rows],
                     estimator=how.estimator,
                     kl_times_ratio=how.kl_times_ratio,
-                    window_tokens=float(mask.sum()) or None,
+                    window_tokens=float(mask.sum()) / run.steps_a_window or None,
                     max_completion_length=run.recipe.max_completion_length,
                 )
             losses.append(loss if how.loss_type == "dapo" else loss / len(parts))
             with torch.no_grad():
                 rho = ratio(new[rows], old[rows])
                 divergence = kl(new[rows], reference[rows], how.estimator)
-                low = (rho < 1 - how.epsilon) & (given[rows] < 0)[:, None]
-                high = (rho > 1 + how.epsilon_high) & (given[rows] > 0)[:, None]
-                terms = {
-                    "entropy": entropies[rows],
-                    "kl": divergence * rho if how.kl_times_ratio else divergence,
-                    "clip_ratio/low_mean": low,
-                    "clip_ratio/high_mean": high,
-                    "clip_ratio/region_mean": low | high,
-                }
-                tokens = mask[rows].sum().clamp(min=1)
-                figures.append(
-                    {name: float((x * mask[rows]).sum() / tokens) for name, x in terms.items()}
-                )
+                divergence = divergence * rho if how.kl_times_ratio else divergence
+                clips = _clipped(rho, given[rows], how)
+                figures.append(_figures(entropies[rows], divergence, *clips, mask[rows]))
         total = torch.stack(losses).sum()
         names, leaves = zip(*self._model.named_parameters(), strict=True)
         gradients = torch.autograd.grad(total, leaves)
         return Computed(
             float(total.detach()),
             {n: grad.float().cpu() for n, grad in zip(names, gradients, strict=True)},
-            {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]},
+            {
+                name: average([figure[name] for figure in figures if name in figure])
+                for name in {name: None for figure in figures for name in figure}
+            },
             new.detach().cpu(),
         )
 
@@ -225,6 +222,8 @@ class Oracle:
 
     def _suspect(self, run: Witness, step: Step, right: Tensors) -> str:
         times = scale(step.gradient, right)
+        if times is not None and abs(times - 1) <= GRADIENT_TOLERANCE:
+            return "; the gradient is the right one"
         for what, how in _alternatives(run):
             # A factor is a factor, but for another σ, which is nearly one.
             if times and how.ddof != 0:
@@ -290,6 +289,39 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, tokens, kept / kept.sum(-1, keepdim=True))
 
 
+def _clipped(rho: Tensor, given: Tensor, how: Conventions) -> tuple[Tensor, Tensor]:
+    """Tell which tokens are clipped below, and which above: those whose gain would be cut."""
+    low = (rho < 1 - how.epsilon) & (given < 0)[:, None]
+    high = (rho > 1 + how.epsilon_high) & (given > 0)[:, None]
+    return low, high
+
+
+def _figures(
+    entropies: Tensor, divergence: Tensor, low: Tensor, high: Tensor, mask: Tensor
+) -> dict[str, float]:
+    """Return what TRL logs of a part: means over its tokens, and extremes over its completions.
+
+    A completion that is masked as a whole has no share of clipped tokens.
+    """
+    of_tokens = {
+        "entropy": entropies,
+        "kl": divergence,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
+    tokens = mask.sum(1)
+    figures = {
+        name: float((values * mask).sum() / tokens.sum().clamp(min=1))
+        for name, values in of_tokens.items()
+    }
+    if tokens.any():
+        shares = [((x * mask).sum(1) / tokens)[tokens > 0] for x in (low, high)]
+        figures["clip_ratio/low_min"] = float(shares[0].min())
+        figures["clip_ratio/high_max"] = float(shares[1].max())
+    return figures
+
+
 def rows_of(step: Step) -> list[list[int]]:
     """Return, for each part of ``step``, the places in the window of the rows that it was given.
 
@@ -327,11 +359,12 @@ def _alternatives(run: Witness) -> Iterator[tuple[str, Conventions]]:
         ("truncated completions masked", {"mask_truncated": True}),
         ("truncated completions kept", {"mask_truncated": False}),
     ]
-    if run.recipe.config.get("num_iterations", 1) > 1:
+    if len({step.window for step in run.steps}) < len(run.steps):
         clipped = "epsilon = 0: clipped wherever the ratio has moved"
         changes.insert(1, (clipped, {"epsilon": 0.0, "epsilon_high": 0.0}))
         changes.insert(2, ("no clipping", {"epsilon": math.inf, "epsilon_high": math.inf}))
         changes.insert(3, ("epsilon_high = epsilon", {"epsilon_high": right.epsilon}))
+        changes.insert(4, ("no delta: the ratio is not bounded", {"delta": None}))
     if run.recipe.beta:
         changes[1:1] = [
             ("KL estimator k1 times the ratio", {"estimator": "k1"}),

@@ -100,9 +100,18 @@ RUNS: Mapping[str, Run] = {
         # trainer logs nothing of the completions where it draws none: one row for both.
         _run(
             "clipped",
-            {"num_iterations": 2, "logging_steps": 2, "epsilon_high": 0.4},
+            {"num_iterations": 2, "logging_steps": 2, "epsilon_high": 0.4, "delta": 1.5},
             steps=2,
             learning_rate=1e-2,
+            epsilon=0.15,
+            beta=0.05,
+        ),
+        # Two steps share what is drawn at once, half each: dapo's tokens are those of one step.
+        _run(
+            "halves",
+            {"steps_per_generation": 4, "logging_steps": 2},
+            steps=2,
+            gradient_accumulation_steps=2,
         ),
         _run("masked", {"mask_truncated_completions": True}, steps=1),
         _run("unscored", reward=partly_none, steps=1),
@@ -110,7 +119,15 @@ RUNS: Mapping[str, Run] = {
         _run("batch-scaled", scale_rewards="batch", steps=1),
         _run("grpo", loss_type="grpo", gradient_accumulation_steps=2, steps=1),
         _run("bnpo", loss_type="bnpo", gradient_accumulation_steps=2, steps=1),
-        _run("dr-grpo", loss_type="dr_grpo", gradient_accumulation_steps=2, steps=1),
+        # The limit that dr_grpo divides by is none that a completion reaches, or it could as well
+        # be the length of the longest.
+        _run(
+            "dr-grpo",
+            loss_type="dr_grpo",
+            gradient_accumulation_steps=2,
+            max_completion_length=64,
+            steps=1,
+        ),
         _TUNED,
         dataclasses.replace(
             _TUNED,

@@ -76,7 +76,7 @@ class Witness:
 
     ``rows`` are the logged rows, each with the number of the last step that it covers, and
     ``tables`` TRL's own tables of completions, by the same number. ``error`` is what ended the
-    run, if something did; ``run`` is what it left otherwise.
+    run, if something did; ``run`` is what it left otherwise. In step ``nan_at`` a NaN was planted.
     """
 
     recipe: Recipe
@@ -87,6 +87,14 @@ class Witness:
     after: Tensors
     run: TrainingRun | None
     error: Exception | None
+    nan_at: int | None = None
+
+    @property
+    def steps_a_window(self) -> int:
+        """The number of steps that share out the completions that are drawn at once."""
+        parts = self.recipe.gradient_accumulation_steps
+        drawn: int = self.recipe.config.get("steps_per_generation") or parts
+        return max(1, drawn // parts)
 
     def steps_of(self, row: Row) -> list[Step]:
         """Return the steps that a logged row covers."""

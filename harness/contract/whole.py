@@ -140,18 +140,18 @@ def weights_move(run: Witness) -> None:
 @invariant("logging_nan_inf_filter, or a nan_to_num in the loss (trl#6702)")
 def a_nan_is_seen(run: Witness) -> None:
     """A NaN loss is logged as what it is, and ends the run."""
+    assert run.nan_at is not None
     rows = {int(row["step"]): row for row in run.rows}
-    (planted,) = [step for step in run.steps if step.number == len(run.steps)]
-    row = rows.get(planted.number)
-    require(row is not None, f"step {planted.number}, with the NaN, is not logged")
+    row = rows.get(run.nan_at)
+    require(row is not None, f"step {run.nan_at}, with the NaN, is not logged")
     assert row is not None
     require(
         isinstance(row["loss"], float) and math.isnan(row["loss"]),
-        f"step {planted.number}: the loss is NaN and was logged as {row['loss']}: NaN is filtered",
+        f"step {run.nan_at}: the loss is NaN and was logged as {row['loss']}: NaN is filtered",
     )
     require(
-        run.error is not None and f"step {planted.number}" in str(run.error),
-        f"step {planted.number}: the run went on after a NaN loss (ended by: {run.error})",
+        run.error is not None and f"step {run.nan_at}" in str(run.error),
+        f"step {run.nan_at}: the run went on after a NaN loss (ended by: {run.error})",
     )
 
 

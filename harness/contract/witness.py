@@ -60,7 +60,7 @@ def watch(
         for path in sorted((out / "completions").glob("completions_*.parquet"))
     }
     after = _copy(seen.trainer.model)
-    return Witness(recipe, seen.trainer, seen.steps, rows, tables, after, run, error)
+    return Witness(recipe, seen.trainer, seen.steps, rows, tables, after, run, error, nan_at)
 
 
 def _interrupt(

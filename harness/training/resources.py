@@ -10,14 +10,19 @@ import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from harness.checkpoint import one_line
 from harness.errors import HarnessError
+from harness.inputs import brief
+from harness.text import escape
 from harness.training.curves import Row
 
 FILE = "resources.json"
 _FIGURES = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
+_MOST = 1e15
+"""More than this (an hour is 3600 seconds, a TiB 1.1e12 bytes) is no figure of a run."""
 
 
 class ResourcesError(HarnessError):
@@ -102,13 +107,21 @@ def read_resources(folder: Path) -> Resources:
     path = folder / FILE
     try:
         measured = Resources(**json.loads(path.read_text(encoding="utf-8")))
-        if min(getattr(measured, name) for name in _FIGURES) <= 0:
-            raise ValueError("a figure is not above 0")
-        return measured
-    except (OSError, ValueError, TypeError) as error:
+        if not isinstance(measured.hardware, str):
+            raise ValueError("hardware is not a text")
+        for name in ("processes", *_FIGURES):
+            value = getattr(measured, name)
+            whole = name in ("processes", "peak_memory_bytes")
+            if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < _MOST:
+                kind = "whole number" if whole else "number"
+                raise ValueError(f"{name} is {brief(value)}, not a {kind} above 0")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ResourcesError(
-            f"{path} cannot be read ({error}): name a folder that `grpo-harness train` left"
+            f"{path} cannot be read ({one_line(error)}): "
+            "name a folder that `grpo-harness train` left"
         ) from error
+    # It reaches a terminal, and may come with anybody's checkpoint.
+    return replace(measured, hardware=escape(measured.hardware))
 
 
 def compare(now: Resources, then: Resources) -> Mapping[str, float]:
