@@ -15,17 +15,24 @@ from pathlib import Path
 
 from filelock import FileLock
 
-REMEMBERED = 7
+POOLED = 7
 """Earlier attempts that are pooled at most: by then there are eight times the samples."""
+
+MOST_ATTEMPTS = 64
+"""So many halve the risk at most, to a level that no more of them could matter to."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A run of a check: its seed, how many problems it asked, and the verdict's name."""
+    """A run of a check: its seed, how many problems it asked, and the verdict's name.
+
+    ``checks`` is how many the run planned that shared the risk of a false alarm.
+    """
 
     seed: int
     n: int
     verdict: str
+    checks: int
 
 
 class Attempts:
@@ -34,11 +41,16 @@ class Attempts:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "attempts.jsonl"
 
+    def same(self, check: str, seed: int, n: int) -> Attempt | None:
+        """Return the first run of ``check`` that asked ``n`` problems with ``seed``, if any."""
+        found = (a for a in self._of(check) if (a.seed, a.n) == (seed, n))
+        return next(found, None)
+
     def before(self, check: str, seed: int) -> list[Attempt]:
         """Return the attempts of an open series of ``check`` that precede the run of ``seed``.
 
         A seed draws the same samples again, so a run that repeats one is judged as it was then,
-        and is no attempt of its own. At most ``REMEMBERED`` are returned, the latest.
+        and is no attempt of its own.
         """
         series: list[Attempt] = []
         seen: set[int] = set()
@@ -49,7 +61,7 @@ class Attempts:
                 continue
             seen.add(attempt.seed)
             series = [] if attempt.verdict == "PASS" else [*series, attempt]
-        return series[-REMEMBERED:]
+        return series
 
     def add(self, check: str, attempt: Attempt) -> None:
         """Append an attempt of ``check``."""

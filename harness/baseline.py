@@ -20,11 +20,24 @@ from typing import Any
 from harness.checkpoint import digest
 from harness.errors import HarnessError
 from harness.evaluation import Evaluation
+from harness.sampling import MOST_SAMPLES
 
 SCHEMA = 2
 
 
-_HEADER = {"policy": str, "fingerprint": dict, "conditions": dict, "anchor": dict, "planned": int}
+_HEADER = {
+    "policy": str,
+    "task_type": str,
+    "fingerprint": dict,
+    "conditions": dict,
+    "anchor": dict,
+    "planned": int,
+}
+_WITHIN = {
+    "fingerprint": ("weights", "tokenizer", "chat_template"),
+    "anchor": ("fingerprint", "digest"),
+}
+_ROUNDING = 1e-6
 
 
 class BaselineError(HarnessError):
@@ -139,10 +152,10 @@ def load(path: Path) -> Baseline:
     again = "restore it from git, or remove it and record anew with --grpo-record"
     try:
         file = path.read_bytes()
-        content = json.loads(file)
+        content = json.loads(file, object_pairs_hook=_once)
     except FileNotFoundError:
         raise BaselineError(f"there is no baseline {path}: record it with --grpo-record") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BaselineError(f"the baseline {path} cannot be read ({error}): {again}") from error
     try:
         if (schema := content.pop("schema")) != SCHEMA:
@@ -156,11 +169,22 @@ def load(path: Path) -> Baseline:
         if content["problem_set"] != _problem_set(records):
             raise ValueError("its problems are not those that were recorded")
         for key, kind in _HEADER.items():
-            if not isinstance(content[key], kind):
+            if type(content[key]) is not kind:
                 raise ValueError(f"{key} is {content[key]!r}")
+        for part, keys in _WITHIN.items():
+            for key in keys:
+                if not isinstance(content[part][key], str):
+                    raise ValueError(f"{key} of its {part} is {content[part][key]!r}")
+        if content["planned"] < 1:
+            raise ValueError(f"planned is {content['planned']}")
+        if content["task_type"] != path.stem:
+            raise ValueError(f"it is of the task type {content['task_type']!r}")
         if content["anchor"]["digest"] != _anchor_digest(records):
             raise ValueError("its anchor is not the one that was recorded")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        for key, mean in _means(records).items():
+            if content[key] != mean:
+                raise ValueError(f"{key} is {content[key]!r}, and its problems make it {mean!r}")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BaselineError(
             f"the baseline {path} is damaged ({type(error).__name__}: {error}): {again}"
         ) from error
@@ -174,9 +198,7 @@ def write(path: Path, header: Mapping[str, Any], records: Mapping[str, Record]) 
         "schema": SCHEMA,
         "problem_set": _problem_set(records),
         "anchor": {**header["anchor"], "digest": _anchor_digest(records)},
-        "accuracy": _mean(records, "correct"),
-        "mean_reward": _mean(records, "reward"),
-        "mean_length": _mean(records, "length"),
+        **_means(records),
     }
     head = json.dumps(header, indent=1, sort_keys=True, ensure_ascii=True)
     lines = (
@@ -198,11 +220,24 @@ def write(path: Path, header: Mapping[str, Any], records: Mapping[str, Record]) 
         raise
 
 
-def _mean(records: Mapping[str, Record], name: str) -> float:
-    """The mean of a sum over all completions."""
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, in which no name may stand twice: a merge can leave both sides."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(n for n in names if names.count(n) > 1)!r} twice")
+    return content
+
+
+def _means(records: Mapping[str, Record]) -> dict[str, float]:
+    """The means over all completions that a header shows, by which lines that changed are told."""
+    drawn = sum(record.k for record in records.values())
+    sums = {"accuracy": "correct", "mean_reward": "reward", "mean_length": "length"}
     # fsum, because the sum must not depend on the order of the records.
-    total = math.fsum(getattr(record, name) for record in records.values())
-    return total / sum(record.k for record in records.values())
+    return {
+        mean: math.fsum(getattr(record, name) for record in records.values()) / drawn
+        for mean, name in sums.items()
+    }
 
 
 def _check(name: str, record: Record) -> None:
@@ -212,6 +247,8 @@ def _check(name: str, record: Record) -> None:
     )
     if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError(f"a count of {name} is not a whole number")
+    if max(record.k, record.anchor_k) > MOST_SAMPLES:
+        raise ValueError(f"{name} has more than {MOST_SAMPLES} completions")
     if not record.k >= 1 or record.correct + record.truncated + record.unparsable > record.k:
         raise ValueError(f"the counts of {name} do not fit into {record.k} completions")
     if not record.anchor_k >= max(1, record.anchor):
@@ -221,6 +258,14 @@ def _check(name: str, record: Record) -> None:
         for total in (record.log_length, record.reward)
     ):
         raise ValueError(f"a sum of {name} is not a finite number")
+    if not record.length >= record.k:
+        raise ValueError(f"the length of {name} is less than a token each")
+    # Of the same length in all, logarithms sum to most where all are as long, and to least where
+    # all but one are a token.
+    least = math.log(record.length - record.k + 1)
+    most = record.k * math.log(record.length / record.k)
+    if not least - _ROUNDING <= record.log_length <= most + _ROUNDING:
+        raise ValueError(f"the lengths of {name} do not fit their logarithms")
 
 
 def _problem_set(records: Iterable[str]) -> str:

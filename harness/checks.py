@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from harness import gate
+from harness.attempts import POOLED
 from harness.baseline import Baseline, BaselineError, Record
 from harness.evaluation import LOOK, Evaluation, Group
 from harness.gate import Verdict
@@ -248,10 +249,9 @@ class Rules:
     ) -> Check:
         reason = verdict.reason
         if self.attempt:
-            reason += (
-                f"; pooled with the samples of {self.attempt} earlier run"
-                f"{'s' if self.attempt > 1 else ''} of the same that did not pass"
-            )
+            runs = f"{self.attempt} earlier run{'s' if self.attempt > 1 else ''}"
+            some = f"the last {POOLED} of " if self.attempt > POOLED else ""
+            reason += f"; pooled with the samples of {some}{runs} of the same that did not pass"
         changed = worst(now, then, measure) if verdict.name == "FAIL" else ()
         return replace(check, reason=reason, verdict=verdict, changed=changed)
 

@@ -66,6 +66,11 @@ LENGTH = Measure(
 )
 
 
+def _quoted(text: str) -> str:
+    # Not as Python writes it: what is escaped would be escaped once more.
+    return f"'{escape(text, 40)}'"
+
+
 def worst(groups: Sequence[Group], before: Sequence[float], measure: Measure) -> tuple[str, ...]:
     """Show the problems that got worse most since ``before``, with what is answered now."""
     # A sequential run may have asked fewer problems than the reference holds.
@@ -74,10 +79,8 @@ def worst(groups: Sequence[Group], before: Sequence[float], measure: Measure) ->
     most = sorted(range(len(sides)), key=lambda i: -harm[i])[:_SHOWN]
     return tuple(
         f"{groups[i].problem.id}: {measure.show(sides[i][0])} -> {measure.show(sides[i][1])} "
-        f"{measure.label}, wanted {escape(str(groups[i].problem.answer), 40)!r}, now "
-        + " | ".join(
-            f"{escape(completion.text, 40)!r}" for completion in groups[i].completions[:_SHOWN]
-        )
+        f"{measure.label}, wanted {_quoted(str(groups[i].problem.answer))}, now "
+        + " | ".join(_quoted(completion.text) for completion in groups[i].completions[:_SHOWN])
         for i in most
         if harm[i] > 0
     )

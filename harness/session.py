@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from harness import baseline, recording
-from harness.attempts import Attempt, Attempts
+from harness.attempts import MOST_ATTEMPTS, POOLED, Attempt, Attempts
 from harness.baseline import Baseline, BaselineError
 from harness.checkpoint import digest, slug
 from harness.checks import Check, Rules
 from harness.evaluation import Evaluation, Group, evaluate
-from harness.gate import Plan
+from harness.gate import MINIMUM_PROBLEMS, Plan
 from harness.policy import Policy, load
 from harness.pruning import Stale, stale
 from harness.recording import Recording
@@ -28,18 +28,23 @@ Until = Callable[[Sequence[Group]], bool]
 """Tells of the groups so far whether a run may stop."""
 
 
-def plan(settings: Settings, checks: int, role: str, task_type: str) -> Plan | None:
+def plan(settings: Settings, checks: int, role: str, task_type: str) -> Plan | str:
     """Predict what the accuracy check of a role can find, from its baseline alone.
 
-    None where there is no baseline of all the planned problems: the run will say so.
+    Where it will be an ERROR, say why in a few words instead: the run says it in full.
     """
+    path = _path(settings, role, slug(settings.policy(role)), task_type)
+    if settings.problems < MINIMUM_PROBLEMS:
+        return f"fewer than {MINIMUM_PROBLEMS} problems"
+    if not path.exists():
+        return "no baseline"
     try:
-        problems = task_types()[task_type].problems(settings.problems)
-        stored = baseline.load(_path(settings, role, slug(settings.policy(role)), task_type))
+        ids = [problem.id for problem in task_types()[task_type].problems(settings.problems)]
+        stored = baseline.load(path)
     except (BaselineError, ValueError):
-        return None
-    ids = [problem.id for problem in problems]
-    return Rules(checks=checks).plan(stored, ids, settings.samples)
+        return "a damaged baseline, or not so many problems"
+    found = Rules(checks=checks).plan(stored, ids, settings.samples)
+    return found or f"problems that were not recorded (of {len(stored.records)} that were)"
 
 
 def stale_entries(settings: Settings) -> list[Stale]:
@@ -142,24 +147,31 @@ class Session:
     ) -> Check:
         """Put a question to ``evaluations``, pooled with those of earlier runs that did not pass.
 
+        A run that repeats another's seed is judged as that was, as one of as many checks, also
+        where it is asked alone.
+
         ``reference`` is a digest of what they are compared with, ``rule`` judges them, and
         ``again`` counts the questions that the same test has put before: one is what it planned,
         so each further one must do with a small part of the risk.
         """
         check = self._check(question, evaluations, reference)
         before = self._before(check, evaluations)
+        asked = max(evaluation.n for evaluation in evaluations)
+        then = self.attempts.same(check, self.run_seed, asked)
+        planned = self.checks if then is None else then.checks
         if before:
             # Where to stop was decided by this run's samples alone, and the pool is another one.
             evaluations = [self._whole(evaluation) for evaluation in evaluations]
         earlier = [
-            [self._again(evaluation, attempt) for attempt in before] for evaluation in evaluations
+            [self._again(evaluation, attempt) for attempt in before[-POOLED:]]
+            for evaluation in evaluations
         ]
         pooled = [e.pooled(others) for e, others in zip(evaluations, earlier, strict=True)]
-        checks = self.checks if again == 0 else self.checks * 32 * 2**again
-        result = rule(replace(self.rules, checks=checks, attempt=len(before)), pooled)
+        checks = planned if again == 0 else planned * 32 * 2**again
+        rules = replace(self.rules, checks=checks, attempt=min(len(before), MOST_ATTEMPTS))
+        result = rule(rules, pooled)
         if result.verdict is not None and result.name != "ERROR":
-            n = max(evaluation.n for evaluation in evaluations)
-            self.attempts.add(check, Attempt(self.run_seed, n, result.name))
+            self.attempts.add(check, Attempt(self.run_seed, asked, result.name, planned))
         return result
 
     def record(

@@ -140,6 +140,12 @@ class TestDamaged:
             ("anchor_k", 0),
             ("anchor", 7),
             ("anchor", 2.0),
+            ("k", 501),
+            ("anchor_k", 501),
+            ("length", 5),
+            ("log_length", 10**400),
+            ("log_length", -1e9),
+            ("log_length", 1e6),
         ],
     )
     def test_impossible_numbers(self, recorded, field, value):
@@ -148,6 +154,43 @@ class TestDamaged:
         next(iter(content["problems"].values()))[field] = value
         path.write_text(json.dumps(content))
         assert "damaged" in self.refused(path)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("accuracy", 0.1),
+            ("accuracy", "x"),
+            ("task_type", "sort"),
+            ("planned", True),
+            ("planned", 0),
+            ("fingerprint", {}),
+            ("anchor", {"digest": "0"}),
+        ],
+    )
+    def test_impossible_headers(self, recorded, field, value):
+        path = recorded[0].path
+        path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+        assert "damaged" in self.refused(path)
+
+    def test_counts_that_were_changed_by_hand(self, recorded):
+        path = recorded[0].path
+        content = json.loads(path.read_text())
+        for entry in content["problems"].values():
+            entry["correct"] = 0
+        path.write_text(json.dumps(content))
+        assert "accuracy is" in self.refused(path)
+
+    @pytest.mark.parametrize("line", ['"gcd-', '"accuracy"'])
+    def test_both_sides_of_a_merge(self, recorded, line):
+        path = recorded[0].path
+        lines = path.read_text().splitlines()
+        at = next(i for i, text in enumerate(lines) if text.strip().startswith(line))
+        path.write_text("\n".join([*lines[: at + 1], *lines[at:]]))
+        assert "twice" in self.refused(path)
+
+    def test_nested_without_end(self, recorded):
+        recorded[0].path.write_text("[" * 100_000)
+        assert "cannot be read" in self.refused(recorded[0].path)
 
     def test_a_lost_line(self, recorded):
         path = recorded[0].path

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_life_cycle(project):
             "FAIL: accuracy of *trained-policy on palindrome",
             "*100.0% (baseline of *trained-policy) -> *",
             "*palindrome-* -> *correct, wanted*now*",
-            "*again: pytest 'test_own.py::test_accuracy?trained-palindrome?' --grpo-seed 7*",
+            "*again: pytest 'test_own.py::test_accuracy?trained-palindrome?' --grpo-seed=7*",
         ]
     )
     assert path.read_text() == lowered
@@ -96,7 +97,7 @@ def _always_right(text):
     content = json.loads(text)
     for record in content["problems"].values():
         record |= {"correct": record["k"], "truncated": 0, "unparsable": 0}
-    return json.dumps(content)
+    return json.dumps({**content, "accuracy": 1.0})
 
 
 def test_a_partial_recording_leaves_the_rest_byte_for_byte(project):
@@ -105,6 +106,26 @@ def test_a_partial_recording_leaves_the_rest_byte_for_byte(project):
     run(project, "--grpo-record", "-k", "trained", skipped=1)
     changed = {n for n, path in baselines(project).items() if path.read_bytes() != before[n]}
     assert changed == {"baselines/trained-policy/palindrome.json"}
+
+
+def test_a_recording_of_selected_tests_records_by_whichever_are_left(project):
+    project.makepyfile(test_own=OWN_SUITE + OWN_SUITE.replace("accuracy", "length"))
+    run(project, "--grpo-record", "-k", "length and trained", skipped=1)
+    assert set(baselines(project)) == {"baselines/trained-policy/palindrome.json"}
+
+
+@pytest.mark.parametrize("option", ["--grpo-trained", "--grpo-report", "--grpo-baselines"])
+def test_a_path_behind_a_space_does_not_move_the_project(project, tmp_path_factory, option):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    misled = run(project, option, str(elsewhere))
+    assert misled.ret == pytest.ExitCode.USAGE_ERROR
+    misled.stderr.fnmatch_lines([f"*for the project: write {option}={elsewhere}"])
+    right = run(project, f"{option}={elsewhere}", "--co")
+    right.stdout.fnmatch_lines(["*problems 64*", "*2 tests collected*"])
+    # Pytest finds the project by the test that is named, or within the project.
+    assert run(project, "test_own.py", option, str(elsewhere), "--co").ret == 0
+    (project.path / "inside").mkdir()
+    assert run(project, option, "inside", "--co").ret == 0
 
 
 def test_one_test_for_each_baseline_is_enough_to_record(project):
@@ -461,6 +482,31 @@ def test_a_rerun_pools_instead_of_drawing_again_until_green(skilled):
     assert verdict(skilled)["verdict"]["k"] == 2
 
 
+def test_what_is_run_again_alone_shares_its_risk_as_it_did(skilled):
+    failed = skilled(0.6, "--grpo-seed=1", "--grpo-strict", "--grpo-report=out", failed=2)
+    (again,) = {
+        line.partition("again: pytest ")[2]
+        for line in failed.stdout.lines
+        if "again: " in line and "base-palindrome" in line
+    }
+    test, *options = shlex.split(again)
+    assert options == ["--grpo-seed=1", "--grpo-strict"]
+    among_two = verdict(skilled)
+    skilled(0.6, test, *options, "--grpo-report=out", failed=1)
+    assert verdict(skilled) == among_two
+    # Where nothing remembers the run, the one test has the whole risk, and sees more.
+    skilled(0.6, test, *options, "--grpo-report=out", "-p", "no:cacheprovider", failed=1)
+    assert verdict(skilled)["verdict"]["mde90"] < among_two["verdict"]["mde90"]
+
+
+def test_many_reruns_are_pooled_with_the_last_seven(skilled):
+    only = ("-k", "base-palindrome", "--grpo-report=out")
+    for _ in range(9):
+        skilled(0.6, *only, failed=1)
+    assert verdict(skilled)["verdict"]["k"] == 16
+    assert "of the last 7 of 8 earlier runs" in verdict(skilled)["reason"]
+
+
 def test_without_pytests_cache_every_run_is_the_first(skilled):
     only = ("-k", "base-palindrome", "--grpo-report", "out", "-p", "no:cacheprovider")
     skilled(0.6, *only, failed=1)
@@ -582,7 +628,7 @@ def test_a_lower_accuracy_is_recorded_only_with_a_reason(skilled):
     accepted.stdout.fnmatch_lines(["*: accepted, and the anchor moves down*"])
     for path in before:
         assert json.loads(path.read_text())["reason"] == why
-    assert skilled(0.5).ret == 0
+    assert skilled(0.6).ret == 0
 
 
 @pytest.mark.parametrize("arguments", [["why"], ["  ", "--grpo-record"]])
@@ -630,3 +676,26 @@ def test_the_plan_is_shown_before_anything_is_drawn(skilled):
     )
     judged = skilled(0.85)
     judged.stdout.fnmatch_lines(["plan: 2 checks share *(check by check: --co)"])
+
+
+def test_the_plan_is_of_the_checks_that_are_asked(skilled):
+    test = skilled.path / "test_own.py"
+    test.write_text(OWN_SUITE + OWN_SUITE.replace("accuracy", "length"))
+    both = skilled(0.85, "--co").stdout
+    both.fnmatch_lines(["plan: 4 checks share *nine times in ten*", "palindrome *256 × 2*"])
+    length = skilled(0.85, "--co", "-k", "length").stdout
+    length.fnmatch_lines(["plan: 2 checks share a false-alarm risk of 1 %"])
+    length.no_fnmatch_line("*256 × 2*")
+
+
+@pytest.mark.parametrize(
+    ("problems", "why"),
+    [(63, "fewer than 64 problems"), (257, "problems that were not recorded (of 256 that were)")],
+)
+def test_the_plan_says_what_will_be_an_error(skilled, problems, why):
+    listed = skilled(0.85, "--co", f"--grpo-problems={problems}").stdout
+    listed.fnmatch_lines(
+        [f"plan: *2 of 2 accuracy checks will be an ERROR: {why}", f"*ERROR: {why}*"]
+    )
+    shutil.rmtree(skilled.path / "baselines" / "base-policy")
+    skilled(0.85, "--co").stdout.fnmatch_lines(["plan: *1 of 2 accuracy *: no baseline"])

@@ -133,11 +133,19 @@ QUICK = Plan(
 
 
 def core_bounds(draw: Draws, plan: Plan) -> list[Bound]:
-    """The promises that every gate, reference and mutant, is held against."""
+    """The promises that every gate, reference and mutant, is held against.
+
+    Another policy than the recorded one must show its drop on new problems as well, so one that
+    lies in a few problems is more often left UNPROVEN.
+    """
     same = draw(Scenario(256, 4), plan.no_drop)
     spread = draw(Scenario(256, 4, pattern="spread", drop=DROP), plan.drop)
     concentrated = draw(Scenario(256, 4, pattern="concentrated", drop=DROP), plan.drop)
     other = draw(Scenario(256, 4, pattern="reshuffled", same_policy=False), plan.drop)
+    other_spread, other_concentrated = (
+        draw(Scenario(256, 4, pattern=pattern, drop=DROP, same_policy=False), plan.drop)
+        for pattern in HARMS
+    )
     broken = draw(Scenario(256, 4, pattern="broken", drop=DROP, same_policy=False), plan.drop)
     saturated = draw(
         Scenario(64, 4, mean=0.97, pattern="broken", drop=DROP, same_policy=False),
@@ -151,6 +159,10 @@ def core_bounds(draw: Draws, plan: Plan) -> list[Bound]:
         Bound(concentrated, "FAIL", low=0.95),
         Bound(concentrated, "PASS", high=0.05),
         Bound(other, "FAIL", high=ALPHA),
+        Bound(other_spread, "FAIL", low=0.93),
+        Bound(other_spread, "PASS", high=0.05),
+        Bound(other_concentrated, "FAIL", low=0.8),
+        Bound(other_concentrated, "PASS", high=0.05),
         Bound(broken, "PASS", high=0.07),
         Bound(saturated, "PASS", high=0.06),
     ]

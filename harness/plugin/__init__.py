@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,11 +119,50 @@ def pytest_configure_node(node: Any) -> None:
 def _resolved(config: pytest.Config) -> Settings:
     from harness.settings import SettingsError, resolve
 
+    _check_root(config)
     options = {name: config.getoption(f"grpo_{name}") for name in SETTABLE}
     try:
         return resolve(config.rootpath, config.invocation_params.dir, options)
     except SettingsError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def _check_root(config: pytest.Config) -> None:
+    """Raise ``UsageError`` where pytest took the value of an option for a place of tests.
+
+    It looks for the project before it knows the options of plugins, so it takes the path in
+    ``--grpo-trained /elsewhere`` for an argument of its own, and its settings would be those of
+    whatever lies around that path. Behind an equals sign there is no such mistake.
+    """
+    if config.getoption("rootdir") or config.getoption("inifilename"):
+        return
+    words = [str(word) for word in config.invocation_params.args]
+    cwd = config.invocation_params.dir
+    taken = [
+        (option, value)
+        for option, value in pairwise(words)
+        if option.startswith("--grpo-") and "=" not in option and (cwd / value).exists()
+    ]
+    if not taken:
+        return
+    places = [cwd]
+    if config.args_source is config.ArgsSource.ARGS:
+        named = (cwd / argument.partition("::")[0] for argument in config.args)
+        places = [place for place in named if place.exists()] or places
+    projects = {_project(place) for place in places}
+    if _project(config.rootpath) in projects:
+        return
+    option, value = taken[0]
+    raise pytest.UsageError(
+        f"pytest takes {value} for a place of tests and {config.rootpath} for the project: "
+        f"write {option}={value}"
+    )
+
+
+def _project(place: Path) -> Path:
+    """Return the folder around ``place`` whose settings a run of its tests has."""
+    around = (place, *place.parents)
+    return next((folder for folder in around if (folder / "pyproject.toml").is_file()), place)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -142,8 +182,12 @@ def _names(argnames: str | Sequence[str]) -> Sequence[str]:
     return argnames.split(",") if isinstance(argnames, str) else argnames
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """While recording, run nothing but what records, and one test for each baseline."""
+    """While recording, run nothing but what records, and one test for each baseline.
+
+    Of those that are left by ``-k`` and ``-m``: the first test of a baseline may not be.
+    """
     if not config.getoption("grpo_record"):
         return
     recording: dict[tuple[object, object], pytest.Item] = {}

@@ -86,10 +86,14 @@ class Gate:
         return check
 
     def _again(self) -> str:
-        """The command that draws and judges the same once more."""
-        words = ["pytest", f"'{self._node.nodeid}'", "--grpo-seed", str(self._session.run_seed)]
-        for name in SETTABLE:
+        """The command that draws and judges the same once more.
+
+        By itself: the attempts know how many checks shared the risk when its samples were drawn.
+        """
+        words = ["pytest", f"'{self._node.nodeid}'", f"--grpo-seed={self._session.run_seed}"]
+        for name in (*SETTABLE, "strict"):
             value = self._node.config.getoption(f"grpo_{name}")
             if value is not None and value is not False:
-                words += [f"--grpo-{name}", *([] if value is True else [shlex.quote(str(value))])]
+                said = "" if value is True else f"={shlex.quote(str(value))}"
+                words.append(f"--grpo-{name}{said}")
         return " ".join(words)

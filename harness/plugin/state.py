@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,17 @@ def rows(report: pytest.TestReport) -> Iterator[dict[str, Any]]:
     for name, value in report.user_properties:
         if name == PROPERTY:
             yield json.loads(str(value))
+
+
+RULES = frozenset({"accuracy", "length", "truncation", "unparsable", "no_loss", "improvement"})
+"""The rules of the ``gate`` fixture, by which a test may judge."""
+
+
+def judges_by(item: pytest.Item, rule: str) -> bool:
+    """Tell whether a test judges by a rule, so far as its own code names any."""
+    code = getattr(inspect.unwrap(getattr(item, "function", None) or judges_by), "__code__", None)
+    named = RULES & set(getattr(code, "co_names", ()))
+    return "gate" in fixtures_of(item) and (rule in named or not named)
 
 
 def fixtures_of(item: pytest.Item) -> list[str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.plugin.state import RUN_SEED, SETTINGS, fixtures_of, rows
+from harness.plugin.state import RUN_SEED, SETTINGS, fixtures_of, judges_by, rows
+
+if TYPE_CHECKING:
+    from harness.gate import Plan
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -36,49 +39,52 @@ def _header(config: pytest.Config) -> dict[str, Any]:
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     """Show what the run will be able to find: in a line, with ``--co`` check by check."""
     planned = sum("gate" in fixtures_of(item) for item in items)
+    if not planned or config.getoption("grpo_record"):
+        return []
     asked = {
         (item.callspec.params["role"], item.callspec.params["task_type"])  # type: ignore[attr-defined]
         for item in items
-        if {"evaluation", "baseline", "gate"} <= set(fixtures_of(item))
+        if {"evaluation", "baseline"} <= set(fixtures_of(item)) and judges_by(item, "accuracy")
     }
-    if not asked or config.getoption("grpo_record"):
-        return []
+    from harness.gate import Plan
     from harness.session import plan
     from harness.settings import ROLES
 
     settings = config.stash[SETTINGS]
     plans = [
-        (task_type, settings.policy(role), found)
+        (task_type, settings.policy(role), plan(settings, planned, role, task_type))
         for task_type in settings.tasks
         for role in ROLES
         if (role, task_type) in asked
-        and (found := plan(settings, planned, role, task_type)) is not None
     ]
-    if not plans:
-        return []
-    drops = [f"{100 * d:.1f}" for d in sorted(found.mde90 for _, _, found in plans)]
-    drop = drops[0] if drops[0] == drops[-1] else f"{drops[0]} to {drops[-1]}"
-    lines = [
-        f"plan: {planned} check{'s share' if planned > 1 else ' has'} a false-alarm risk of 1 %; "
-        f"nine times in ten, a recorded policy is caught {drop} points lower"
-    ]
-    if not config.getoption("collectonly"):
-        return [f"{lines[0]} (check by check: --co)"]
+    line = f"plan: {planned} check{'s share' if planned > 1 else ' has'} a false-alarm risk of 1 %"
+    drops = sorted(found.mde90 for *_, found in plans if isinstance(found, Plan))
+    if drops:
+        drop = " to ".join(dict.fromkeys(f"{100 * d:.1f}" for d in (drops[0], drops[-1])))
+        line += f"; nine times in ten, a recorded policy is caught {drop} points lower"
+    if unknown := [found for *_, found in plans if isinstance(found, str)]:
+        whys = ", ".join(dict.fromkeys(unknown))
+        line += f"; {len(unknown)} of {len(plans)} accuracy checks will be an ERROR: {whys}"
+    if not plans or not config.getoption("collectonly"):
+        return [f"{line} (check by check: --co)" if plans else line]
     from tabulate import tabulate
 
-    table = [
-        (
-            *(task_type, policy, f"{p.n} × {p.k}", f"{p.then:.1%}"),
-            f"{100 * p.mde90:.1f}" if p.mde90 < p.then else "more than there is",
-            p.needed,
-        )
-        for task_type, policy, p in plans
-    ]
     titles = (
         *("task type", "policy", "n × k", "baseline"),
         *("drop caught 9 times in 10 (points)", "problems that catch 5 points"),
     )
-    return [*lines, *tabulate(table, titles, disable_numparse=True).splitlines()]
+    return [
+        line,
+        *tabulate([_plan_row(*row) for row in plans], titles, disable_numparse=True).splitlines(),
+    ]
+
+
+def _plan_row(task_type: str, policy: str, found: Plan | str) -> tuple[str, ...]:
+    if isinstance(found, str):
+        return task_type, policy, "", "", f"ERROR: {found}", ""
+    drop = f"{100 * found.mde90:.1f}" if found.mde90 < found.then else "more than there is"
+    size = f"{found.n} × {found.k}"
+    return task_type, policy, size, f"{found.then:.1%}", drop, str(found.needed)
 
 
 def pytest_report_teststatus(
