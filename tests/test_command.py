@@ -108,6 +108,8 @@ def test_recipes_are_as_recorded_and_can_be_recorded_again(monkeypatch, tmp_path
 
 def started(tiny, out, *options):
     """Start a training as a user does, and return the process when it has made three steps."""
+    # A shell's background job, as these tests may be, has all that it starts ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "harness.command", "train", "smoke", "--out", str(out)),
@@ -119,6 +121,7 @@ def started(tiny, out, *options):
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    signal.signal(signal.SIGINT, before)
     for line in process.stdout:
         if line.startswith("step    3/6"):
             return process

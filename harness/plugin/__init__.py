@@ -127,6 +127,9 @@ def _resolved(config: pytest.Config) -> Settings:
         raise pytest.UsageError(str(error)) from error
 
 
+_PATHS = ("--grpo-base", "--grpo-trained", "--grpo-baselines", "--grpo-report")
+
+
 def _check_root(config: pytest.Config) -> None:
     """Raise ``UsageError`` where pytest took the value of an option for a place of tests.
 
@@ -141,7 +144,7 @@ def _check_root(config: pytest.Config) -> None:
     taken = [
         (option, value)
         for option, value in pairwise(words)
-        if option.startswith("--grpo-") and "=" not in option and (cwd / value).exists()
+        if option in _PATHS and (cwd / value).exists()
     ]
     if not taken:
         return
@@ -161,6 +164,7 @@ def _check_root(config: pytest.Config) -> None:
 
 def _project(place: Path) -> Path:
     """Return the folder around ``place`` whose settings a run of its tests has."""
+    place = place.resolve()
     around = (place, *place.parents)
     return next((folder for folder in around if (folder / "pyproject.toml").is_file()), place)
 

@@ -90,7 +90,7 @@ class Gate:
 
         By itself: the attempts know how many checks shared the risk when its samples were drawn.
         """
-        words = ["pytest", f"'{self._node.nodeid}'", f"--grpo-seed={self._session.run_seed}"]
+        words = ["pytest", shlex.quote(self._node.nodeid), f"--grpo-seed={self._session.run_seed}"]
         for name in (*SETTABLE, "strict"):
             value = self._node.config.getoption(f"grpo_{name}")
             if value is not None and value is not False:
