@@ -14,7 +14,7 @@ import transformers
 
 from harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, watch
 from harness.contract.adam import rate
-from harness.contract.oracle import Conventions
+from harness.contract.conventions import Conventions
 from harness.contract.seen import Step
 
 ROOT = Path(__file__).parent.parent

@@ -1,11 +1,12 @@
 """The contract of a GRPO step: what TRL's trainer must compute for a recipe, to the digit.
 
-A run of the product is watched from outside (``witness.py``), every step of it is computed anew
-from the raw completions by `harness.grpo` (``oracle.py``), and the invariants compare: those of
-what is drawn (``drawing.py``), of the loss and gradient that are made of it (``update.py``), of the
-weights that this moves (``weights.py``, by the formulas in ``adam.py``), and of whole runs
-(``whole.py``). Each is a function that returns in silence or raises `BrokenInvariantError`, with
-its name, the number, the place, and what such a difference usually means (``invariant.py``).
+A run of the product is watched from outside (``witness.py``), and every step of it is computed
+anew from the raw completions by `harness.grpo` (``oracle.py``), by TRL's conventions
+(``conventions.py``). The invariants compare: those of what is drawn (``drawing.py``), of the loss
+and gradient that are made of it (``update.py``), of the weights that this moves (``weights.py``,
+by the formulas in ``adam.py``), and of whole runs (``whole.py``). Each is a function that returns
+in silence or raises `BrokenInvariantError`, with its name, the number, the place, and what such a
+difference usually means (``invariant.py``).
 """
 
 from harness.contract import drawing, update, weights, whole  # noqa: F401 - their import names them

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from harness.contract.conventions import Conventions
 from harness.contract.invariant import (
     BrokenInvariantError,
     average,
@@ -17,11 +18,7 @@ from harness.contract.invariant import (
     require,
     where,
 )
-from harness.contract.oracle import (
-    Conventions,
-    Oracle,
-    rows_of,
-)
+from harness.contract.oracle import Oracle, rows_of
 from harness.contract.seen import Window, Witness
 from harness.evaluation import RewardFunction
 from harness.reward import reward_func

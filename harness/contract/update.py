@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from harness.contract.conventions import Conventions
 from harness.contract.invariant import (
     BrokenInvariantError,
     average,
@@ -15,11 +16,7 @@ from harness.contract.invariant import (
     where,
 )
 from harness.contract.lengths import GRADIENT_TOLERANCE, distance
-from harness.contract.oracle import (
-    Conventions,
-    Oracle,
-    rows_of,
-)
+from harness.contract.oracle import Oracle, rows_of
 from harness.contract.seen import Step, Witness
 
 
