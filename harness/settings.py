@@ -115,12 +115,15 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     )
 
 
+def project_file(place: Path) -> Path | None:
+    """Return the nearest ``pyproject.toml`` in a folder or above it, if there is one."""
+    files = (folder / "pyproject.toml" for folder in (place, *place.parents))
+    return next((file for file in files if file.is_file()), None)
+
+
 def _nearest_table(root: Path) -> tuple[Path | None, Mapping[str, Any]]:
-    for folder in (root, *root.parents):
-        file = folder / "pyproject.toml"
-        if file.is_file():
-            break
-    else:
+    file = project_file(root)
+    if file is None:
         return None, {}
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})

@@ -164,9 +164,11 @@ def _check_root(config: pytest.Config) -> None:
 
 def _project(place: Path) -> Path:
     """Return the folder around ``place`` whose settings a run of its tests has."""
+    from harness.settings import project_file
+
     place = place.resolve()
-    around = (place, *place.parents)
-    return next((folder for folder in around if (folder / "pyproject.toml").is_file()), place)
+    file = project_file(place)
+    return place if file is None else file.parent
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
