@@ -42,19 +42,19 @@ real: smollm2  ## load and sample the real 135M model
 	$(BIN)/python -m pytest suites/test_policies.py --grpo-base smollm2 --grpo-trained nano-trained
 
 nano: .venv/installed  ## train both embedded policies again (under an hour on 2 cores)
-	$(BIN)/python -m harness.nano.make
+	$(BIN)/python -m tools.nano.make
 
 record: .venv/installed  ## record the baselines of the configured policies
 	$(BIN)/python -m pytest suites/ --grpo-record
 
 calibrate: .venv/installed  ## the gate's own test: false alarms, power, mutants (a few minutes)
-	$(BIN)/python -m harness.calibration --out report/calibration
+	$(BIN)/python -m tools.calibration --out report/calibration
 
 steady: .venv/installed  ## run the accuracy suite fifty times on unchanged policies (an hour)
-	$(BIN)/python -m harness.calibration.steady --runs 50
+	$(BIN)/python -m tools.calibration.steady --runs 50
 
 learning: .venv/installed  ## run the learning test and its controls twenty times each (hours)
-	$(BIN)/python -W ignore -m harness.nano.learning_table --tests 20 --out report/learning
+	$(BIN)/python -W ignore -m tools.nano.learning_table --tests 20 --out report/learning
 
 lock: .venv/installed  ## write down what is installed, after an upgrade of it
 	$(BIN)/python -m pip freeze --all --exclude-editable \

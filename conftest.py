@@ -1,3 +1,3 @@
 """Load the plugin for this repository, installed or not."""
 
-pytest_plugins = ["harness.plugin"]
+pytest_plugins = ["grpo_harness.plugin"]

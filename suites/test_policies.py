@@ -1,6 +1,6 @@
 """Are the policies what they are said to be: whole, sane, and two?"""
 
-from harness.text import escape
+from grpo_harness.text import escape
 
 
 def test_logits_are_finite(policy, task_type):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.reward import read
-from harness.text import escape
+from grpo_harness.rewards.rule import read
+from grpo_harness.text import escape
 
 FILE = Path(__file__).with_name("reward_cases.json")
 CASES = json.loads(FILE.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """How fast does each policy answer? Measured and reported, never judged."""
 
-from harness.tasks import task_types
+from grpo_harness.tasks import task_types
 
 
 def test_sampling(benchmark, policy, sample):

@@ -1,12 +1,13 @@
 """Is it still GRPO, to the digit, and does it still learn? TRL's trainer on the smallest policy.
 
 The contract: tiny runs of the product are watched from outside, and every step is held against
-the formulas in plain torch (`harness.grpo`), computed from the raw completions. Each test is one
-invariant of `harness.contract`, where it says which regression of the field it is there for.
+the formulas in plain torch (`grpo_harness.grpo`), computed from the raw completions. Each test is
+one invariant of `grpo_harness.contract`, which says what regression of the field it is there for.
 
 The learning test: short runs from nano-base are judged by what they gain, never by their loss. The
 controls are runs in which nothing can be learned, or the wrong thing: each must fail the very same
-test, or its PASS would say nothing. How often each passes and fails: `harness/nano/LEARNING.md`.
+test, or its PASS would say nothing. How often each passes and fails:
+`grpo_harness/nano/LEARNING.md`.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.recipes import RECIPES
+from grpo_harness.training.recipes import RECIPES
 
 EVERY = [
     "plain",
@@ -35,7 +36,7 @@ EVERY = [
     "bnpo",
     "dr-grpo",
 ]
-"""The runs that must be right in every figure; what each varies is said in `harness.contract`."""
+"""The runs that must be right in every figure; what each varies is in `grpo_harness.contract`."""
 
 ON_POLICY = [name for name in EVERY if name not in {"clipped", "halves"}]
 """Those in which every update is made on completions of the weights before it."""
@@ -44,9 +45,9 @@ ON_POLICY = [name for name in EVERY if name not in {"clipped", "halves"}]
 @pytest.fixture(scope="module")
 def contract():
     """The invariants by name: imported late, since collecting loads no torch."""
-    import harness.contract
+    import grpo_harness.contract
 
-    return harness.contract
+    return grpo_harness.contract
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def run(request, watched):
 @pytest.mark.parametrize("name", RECIPES)
 def test_resolved_config(name):
     """Every recipe means what it meant when its config was recorded: no default has flipped."""
-    from harness.training.recorded import differences
+    from grpo_harness.training.recorded import differences
 
     changed = differences(RECIPES[name], device="cpu")
     assert not changed, (
@@ -272,7 +273,7 @@ def test_controls(watched, oracle):
 
 def test_reward_that_raises_ends_the_run(tmp_path):
     """An error in the reward is an error of the run, never a score (verl#5635)."""
-    from harness.training import TrainingError, train
+    from grpo_harness.training import TrainingError, train
 
     def broken(**_):
         raise ZeroDivisionError("in the reward")
@@ -284,7 +285,7 @@ def test_reward_that_raises_ends_the_run(tmp_path):
 
 READ_AGAIN = """
 import json, sys, torch
-from harness.policy import load
+from grpo_harness.policy.policy import load
 policy = load(sys.argv[1], device=sys.argv[2], dtype="float32")
 with torch.inference_mode():
     logits = policy.model(torch.arange(1, 33, device=policy.device)[None]).logits
@@ -319,7 +320,7 @@ def test_base_is_unchanged(base_files, watched):
 
 
 def _digests():
-    from harness.checkpoint import find
+    from grpo_harness.policy.checkpoint import find
 
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -336,7 +337,7 @@ NEXT = (
 @pytest.fixture(scope="module")
 def judge():
     """Run all trials, two at a time, while the tests wait for those they judge."""
-    from harness.nano.learn import laboratory
+    from grpo_harness.learning.laboratory import laboratory
 
     with laboratory() as trials:
         yield trials.judge
@@ -364,13 +365,13 @@ def test_control_fails(judge, control, criteria):
     assert not missing, (
         f"the control {control!r} should break {sorted(criteria)}, and {sorted(missing)} hold "
         f"({learning.name}: {learning.reason}): the learning test no longer tells learning from "
-        "chance. Compare with harness/nano/LEARNING.md"
+        "chance. Compare with harness/grpo_harness/nano/LEARNING.md"
     )
 
 
 def test_collapse_is_no_learning(judge):
     """The reward rises because answers go empty: whatever gain is asked, that is a failure."""
-    from harness.learning import Limits
+    from grpo_harness.learning.judge import Limits
 
     learning = judge("collapse", replace(Limits(), gain=0.0))
     assert learning.lower > 0.0, f"this collapse earned nothing: {learning.reason}"

@@ -7,18 +7,19 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+import grpo_harness.engines.transformers
+
 # Loaded here although no test names them: pytester forgets what a run of its own has imported, and
 # would import pandas and half of transformers again for each.
-import harness.report
-import harness.sampling.transformers
-import harness.session  # noqa: F401
-from harness.evaluation import evaluate
-from harness.nano.tokenizer import build_tokenizer
-from harness.policy import load
-from harness.reward import reward_func
-from harness.sampling import Sample
-from harness.store import Store
-from harness.tasks import task_types
+import grpo_harness.report.report
+import grpo_harness.session  # noqa: F401
+from grpo_harness.engines.engine import Sample
+from grpo_harness.evaluation import evaluate
+from grpo_harness.policy.policy import load
+from grpo_harness.rewards.rule import reward_func
+from grpo_harness.store import Store
+from grpo_harness.tasks import task_types
+from tools.nano.tokenizer import build_tokenizer
 
 pytest_plugins = ["pytester"]
 
@@ -67,7 +68,7 @@ def save_tiny(folder, seed=0, **config):
 @pytest.fixture(autouse=True)
 def own_task_types(monkeypatch):
     """Task types that a test loads from files of its own end with the test."""
-    monkeypatch.setattr("harness.tasks._own", {})
+    monkeypatch.setattr("grpo_harness.tasks._own", {})
 
 
 @pytest.fixture(scope="session", name="save_tiny")

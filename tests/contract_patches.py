@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.contract import Oracle
+from grpo_harness.contract import Oracle
 
 tests = runpy.run_path(str(Path(__file__).with_name("test_contract.py")))
 

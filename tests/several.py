@@ -9,11 +9,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from harness.errors import HarnessError
-from harness.recipes import RECIPES
-from harness.training import train
-from harness.training.processes import launch
-from harness.training.trainer import Trainer, Watch
+from grpo_harness.errors import HarnessError
+from grpo_harness.training import train
+from grpo_harness.training.processes import launch
+from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training.trainer import Trainer, Watch
 
 
 def scattered(prompts, completions, **kwargs):

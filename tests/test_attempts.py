@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.attempts import Attempt, Attempts
+from grpo_harness.reruns import Attempt, Attempts
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from harness.baseline import BaselineError, conditions, load, path_of
-from harness.evaluation import reward_digest
-from harness.recording import record
-from harness.reward import reward_func
-from harness.tasks import task_types
+from grpo_harness.baselines.file import BaselineError, conditions, load, path_of
+from grpo_harness.baselines.recording import record
+from grpo_harness.evaluation import reward_digest
+from grpo_harness.rewards.rule import reward_func
+from grpo_harness.tasks import task_types
 
 GCD = task_types()["gcd"]
 BOUNDS = {"margin": 0.05, "minimum": 0.01, "alpha": 0.01}

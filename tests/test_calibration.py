@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from harness.calibration import __main__ as command
-from harness.calibration import promises
-from harness.calibration.__main__ import STUDIES, default_seed, main
-from harness.calibration.gates import MUTANTS, decide, reference
-from harness.calibration.promises import CHANCE, QUICK, Bound, Promise, rows
-from harness.calibration.report import table
-from harness.calibration.simulation import HARMS, Batch, Draws, Pattern, Scenario
-from harness.calibration.studies import Study, step_down
+from tools.calibration import __main__ as command
+from tools.calibration import promises
+from tools.calibration.__main__ import STUDIES, default_seed, main
+from tools.calibration.gates import MUTANTS, decide, reference
+from tools.calibration.promises import CHANCE, QUICK, Bound, Promise, rows
+from tools.calibration.report import table
+from tools.calibration.simulation import HARMS, Batch, Draws, Pattern, Scenario
+from tools.calibration.studies import Study, step_down
 
 SMALL = replace(QUICK, studies=100)
 OBVIOUS = {"tolerance .05", "tolerance"}

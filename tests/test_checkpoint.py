@@ -3,10 +3,10 @@ import shutil
 
 import pytest
 
-from harness.checkpoint import PolicyError, find, slug
-from harness.policy import load
-from harness.sampling import Request, Sampling
-from harness.sampling.transformers import TransformersSampler
+from grpo_harness.engines.engine import Request, Sampling
+from grpo_harness.engines.transformers import TransformersSampler
+from grpo_harness.policy.checkpoint import PolicyError, find, slug
+from grpo_harness.policy.policy import load
 
 QWEN = "qwen/Qwen2-0.5B-Instruct"
 

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.baseline import Baseline, BaselineError, Record
-from harness.checks import Rules
-from harness.evaluation import Completion, Evaluation, Group
-from harness.policy import Fingerprint
-from harness.tasks import task_types
+from grpo_harness.baselines.file import Baseline, BaselineError, Record
+from grpo_harness.evaluation import Completion, Evaluation, Group
+from grpo_harness.policy.policy import Fingerprint
+from grpo_harness.rules import Rules
+from grpo_harness.tasks import task_types
 
 GCD = task_types()["gcd"]
 PROBLEMS = GCD.problems(128)

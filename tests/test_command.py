@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from trl import GRPOConfig
 
-from harness.command import main, parser
-from harness.recipes import RECIPES
-from harness.training.recorded import RECORDED
+from grpo_harness.cli import main, parser
+from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training.recorded import RECORDED
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_default_that_has_flipped_is_said_loudly(monkeypatch, tmp_path, capsys):
     class Upgraded(GRPOConfig):
         delta: float = 4.0
 
-    monkeypatch.setattr("harness.training.config.GRPOConfig", Upgraded)
+    monkeypatch.setattr("grpo_harness.training.config.GRPOConfig", Upgraded)
     arguments = ["smoke", "--policy", "nowhere", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main(["train", *arguments]) == 2
     error = capsys.readouterr().err
@@ -101,7 +101,7 @@ def test_default_that_has_flipped_is_said_loudly(monkeypatch, tmp_path, capsys):
 def test_recipes_are_as_recorded_and_can_be_recorded_again(monkeypatch, tmp_path, capsys):
     assert main(["recipes"]) == 0
     assert capsys.readouterr().out == "".join(f"{name}: as recorded\n" for name in RECIPES)
-    monkeypatch.setattr("harness.training.recorded.RECORDED", tmp_path)
+    monkeypatch.setattr("grpo_harness.training.recorded.RECORDED", tmp_path)
     assert main(["recipes", "--record"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in RECORDED.iterdir()}
 
@@ -112,7 +112,7 @@ def started(tiny, out, *options):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "harness.command", "train", "smoke", "--out", str(out)),
+            *(sys.executable, "-m", "grpo_harness.cli", "train", "smoke", "--out", str(out)),
             *("--policy", str(tiny), "--steps", "6", "--device", "cpu", *options),
         ],
         stdout=subprocess.PIPE,

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-import harness.training.config
-from harness.recipes import RECIPES
-from harness.training.config import batch_per_process, described, resolve, settings
+import grpo_harness.training.config
+from grpo_harness.training.config import batch_per_process, described, resolve, settings
+from grpo_harness.training.recipes import RECIPES
 
 SMOKE = RECIPES["smoke"]
 SHORT = dataclasses.replace(SMOKE, prompts_per_step=4, num_generations=4)
@@ -111,7 +111,7 @@ def test_value_that_no_run_is_made_of_is_an_error(key, value, wanted, tmp_path):
 
 
 def test_field_that_this_trl_does_not_have_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.delitem(harness.training.config._FIELDS, "epsilon")
+    monkeypatch.delitem(grpo_harness.training.config._FIELDS, "epsilon")
     with pytest.raises(ValueError, match="has no 'epsilon', which every run needs"):
         resolve(SHORT, tmp_path, device="cpu")
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 
-from harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, watch
-from harness.contract.adam import rate
-from harness.contract.conventions import Conventions
-from harness.contract.seen import Step
+from grpo_harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, watch
+from grpo_harness.contract.adam import rate
+from grpo_harness.contract.conventions import Conventions
+from grpo_harness.contract.seen import Step
 
 ROOT = Path(__file__).parent.parent
 patches = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("trl_patches.py"))))

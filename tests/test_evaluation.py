@@ -2,12 +2,12 @@ import math
 
 import pytest
 
-from harness.evaluation import EvaluationError, evaluate
-from harness.policy import load
-from harness.reward import OUTCOMES, rule_reward
-from harness.sampling import Sample
-from harness.store import Store
-from harness.tasks import task_types
+from grpo_harness.engines.engine import Sample
+from grpo_harness.evaluation import EvaluationError, evaluate
+from grpo_harness.policy.policy import load
+from grpo_harness.rewards.rule import OUTCOMES, rule_reward
+from grpo_harness.store import Store
+from grpo_harness.tasks import task_types
 
 GCD = task_types()["gcd"]
 
@@ -97,7 +97,7 @@ def test_what_is_stored_is_not_drawn_again(tiny_policy, tmp_path):
 
 
 def test_an_interruption_costs_a_chunk_and_not_the_rest(tiny_policy, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.evaluation._CHUNK", 4)
+    monkeypatch.setattr("grpo_harness.evaluation._CHUNK", 4)
 
     def dies(request, number):
         if number > 8:

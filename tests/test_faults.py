@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import baseline
-from harness.checks import Rules
-from harness.evaluation import evaluate
-from harness.policy import load
-from harness.sampling import Sampling
-from harness.sampling.transformers import TransformersSampler
-from harness.store import Store
-from harness.tasks import task_types
+from grpo_harness.baselines import file as baseline
+from grpo_harness.engines.engine import Sampling
+from grpo_harness.engines.transformers import TransformersSampler
+from grpo_harness.evaluation import evaluate
+from grpo_harness.policy.policy import load
+from grpo_harness.rules import Rules
+from grpo_harness.store import Store
+from grpo_harness.tasks import task_types
 
 BASELINES = Path(__file__).parent.parent / "baselines"
 RULES = Rules(checks=55)

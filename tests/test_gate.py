@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm, t, ttest_1samp, ttest_rel
 
-from harness.gate import (
+from grpo_harness.gate.stats import stratified_p
+from grpo_harness.gate.verdicts import (
     Verdict,
     judge,
     judge_improvement,
@@ -23,7 +24,6 @@ from harness.gate import (
     judge_sequential,
     plan,
 )
-from harness.stats import stratified_p
 
 N = 256
 

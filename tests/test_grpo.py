@@ -13,8 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.grpo import advantages, clipped_surrogate, entropy, grpo_loss, kl, log_probabilities
-from harness.grpo import ratio as importance
+from grpo_harness.grpo.formulas import (
+    advantages,
+    clipped_surrogate,
+    entropy,
+    grpo_loss,
+    kl,
+    log_probabilities,
+)
+from grpo_harness.grpo.formulas import ratio as importance
 
 NUMBERS = st.floats(-50, 50, allow_subnormal=False)
 GROUPS = st.integers(2, 5).flatmap(

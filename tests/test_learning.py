@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from harness.learning import Answers, Limits, Trial, ends, gain, judge_learning, late
-from harness.nano import learn
-from harness.nano.learn import CONDITIONS, LONG_LISTS, constant, negated, shuffled
-from harness.nano.learning_table import BASE, Ledger, make_table
-from harness.tasks import make_problems
+from grpo_harness.learning import laboratory as learn
+from grpo_harness.learning.judge import Answers, Limits, Trial, ends, gain, judge_learning, late
+from grpo_harness.learning.laboratory import CONDITIONS, LONG_LISTS, constant, negated, shuffled
+from grpo_harness.tasks import make_problems
+from tools.nano.learning_table import BASE, Ledger, make_table
 
 GOOD = {
     "reward": 0.2,

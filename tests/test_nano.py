@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import harness.nano
-from harness.nano.answers import mixed, right
-from harness.nano.tokenizer import SPOKEN, build_tokenizer
-from harness.policy import load, render
-from harness.reward import read
-from harness.tasks import task_types
+import grpo_harness.nano
+from grpo_harness.policy.policy import load, render
+from grpo_harness.rewards.rule import read
+from grpo_harness.tasks import task_types
+from tools.nano.answers import mixed, right
+from tools.nano.tokenizer import SPOKEN, build_tokenizer
 
-FOLDER = Path(harness.nano.__file__).parent
+FOLDER = Path(grpo_harness.nano.__file__).parent
 PAIR = ("base", "trained")
 TYPES = sorted(task_types())
 TOKENIZER = AutoTokenizer.from_pretrained(FOLDER / "base")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.recipes import RECIPES
-from harness.training.recorded import recorded
+from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training.recorded import recorded
 
 pytestmark = pytest.mark.heavy
 
@@ -28,10 +28,10 @@ from pathlib import Path
 
 import trl
 
-from harness.training.config import resolve, settings
-from harness.recipes import RECIPES
-from harness.training.recorded import differences
-from harness.training import train
+from grpo_harness.training.config import resolve, settings
+from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training.recorded import differences
+from grpo_harness.training import train
 
 policy, folder = sys.argv[1:]
 assert Path(trl.__file__).is_relative_to(folder), trl.__file__
@@ -60,7 +60,7 @@ def older(request, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("older")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     subprocess.run([*install, str(folder), f"trl=={request.param}"], check=True)
-    path = os.pathsep.join([str(folder), str(Path(__file__).parent.parent)])
+    path = os.pathsep.join([str(folder), str(Path(__file__).parents[1] / "harness")])
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(tiny), str(folder)],
         env={**os.environ, "PYTHONPATH": path},

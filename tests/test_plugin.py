@@ -213,10 +213,10 @@ def test_an_unproven_check_is_counted_and_fails_only_when_strict(project):
         test_own="""
         from functools import partial
 
-        from harness.checks import Rules
+        from grpo_harness.rules import Rules
 
         def test_accuracy(evaluation, baseline, gate, monkeypatch):
-            monkeypatch.setattr("harness.session.Rules", partial(Rules, margin=0.011))
+            monkeypatch.setattr("grpo_harness.session.Rules", partial(Rules, margin=0.011))
             gate.accuracy(evaluation, baseline)
         """
     )
@@ -263,7 +263,7 @@ def test_markers_selection_and_junit_work_as_ever(project):
 def test_own_task_types_flow_through_everything(project):
     project.makepyfile(
         own_type="""
-        from harness.tasks import TaskType, read_text, str_field
+        from grpo_harness.tasks import TaskType, read_text, str_field
 
         class Shout(TaskType):
             name = "shout"
@@ -373,8 +373,8 @@ def test_model_text_cannot_command_a_terminal_or_a_ci_system(project):
     project.makeconftest(
         r"""
         import pytest
-        from harness.sampling import Sample
-        from harness.sampling.transformers import TransformersSampler
+        from grpo_harness.engines.engine import Sample
+        from grpo_harness.engines.transformers import TransformersSampler
 
         @pytest.fixture(autouse=True)
         def evil(monkeypatch):
@@ -425,9 +425,9 @@ def skilled(project):
 
         import pytest
 
-        from harness.sampling import Sample
-        from harness.sampling.transformers import TransformersSampler
-        from harness.tasks import task_types
+        from grpo_harness.engines.engine import Sample
+        from grpo_harness.engines.transformers import TransformersSampler
+        from grpo_harness.tasks import task_types
 
         PALINDROME = task_types()["palindrome"]
 
@@ -575,7 +575,7 @@ def test_accuracy(evaluation, baseline, gate):
 def test_a_policy_of_the_suites_own_can_be_judged_again(skilled):
     skilled.path.joinpath("test_own.py").write_text(
         """
-from harness.policy import load
+from grpo_harness.policy.policy import load
 
 def test_compare(base_policy, task_type, evaluate, gate):
     other = load("trained-policy", device="cpu")
@@ -589,7 +589,7 @@ def test_compare(base_policy, task_type, evaluate, gate):
 def test_more_problems_than_a_type_has_is_no_crash(project):
     project.makepyfile(
         few="""
-        from harness.tasks import TaskType, read_text
+        from grpo_harness.tasks import TaskType, read_text
 
         class Few(TaskType):
             name = "few"

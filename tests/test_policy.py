@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.nano.tokenizer import build_tokenizer
-from harness.policy import SYSTEM_MESSAGE, load
-from harness.sampling import Request, Sampling
-from harness.sampling.transformers import TransformersSampler
+from grpo_harness.engines.engine import Request, Sampling
+from grpo_harness.engines.transformers import TransformersSampler
+from grpo_harness.policy.policy import SYSTEM_MESSAGE, load
+from tools.nano.tokenizer import build_tokenizer
 
 
 def fingerprint(folder):

@@ -66,5 +66,6 @@ def test_error_in_one_process_ends_all_with_one_message():
     done = several("fail", 2)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "harness.training.processes.ProcessError: process 1: the second one has run out of luck"
+        "grpo_harness.training.processes.ProcessError: "
+        "process 1: the second one has run out of luck"
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.recipes import RECIPES, named
+from grpo_harness.training.recipes import RECIPES, named
 
 SMOKE = RECIPES["smoke"]
 

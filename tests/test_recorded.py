@@ -6,9 +6,9 @@ import json
 import pytest
 from trl import GRPOConfig
 
-from harness.errors import HarnessError
-from harness.recipes import RECIPES
-from harness.training.recorded import RECORDED, differences, record, recorded
+from grpo_harness.errors import HarnessError
+from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training.recorded import RECORDED, differences, record, recorded
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -28,7 +28,7 @@ def test_default_that_flips_is_named(monkeypatch):
         multi_objective_aggregation: str = "normalize_then_sum"
         novelty: int = 3
 
-    monkeypatch.setattr("harness.training.config.GRPOConfig", Upgraded)
+    monkeypatch.setattr("grpo_harness.training.config.GRPOConfig", Upgraded)
     assert [str(difference) for difference in differences(RECIPES["smoke"], device="cpu")] == [
         "multi_objective_aggregation is 'normalize_then_sum': it was 'sum_then_normalize'",
         "novelty is new: 3",

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness import baseline
-from harness.baseline import BaselineError, load
-from harness.pruning import Stale, check_restorable, prune, stale
-from harness.recording import check_recordable, record
-from harness.sampling import Sample
-from harness.tasks import task_types
+from grpo_harness.baselines import file as baseline
+from grpo_harness.baselines.file import BaselineError, load
+from grpo_harness.baselines.pruning import Stale, check_restorable, prune, stale
+from grpo_harness.baselines.recording import check_recordable, record
+from grpo_harness.engines.engine import Sample
+from grpo_harness.tasks import task_types
 
 GCD = task_types()["gcd"]
 BOUNDS = {"margin": 0.05, "minimum": 0.01, "alpha": 0.01}

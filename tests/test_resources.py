@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from harness.training.resources import (
+from grpo_harness.training.resources import (
     Resources,
     ResourcesError,
     compare,

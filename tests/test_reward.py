@@ -16,8 +16,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from harness.reward import OUTCOMES, outcome, read, reward_func, rule_reward, strictly_correct
-from harness.tasks import task_types
+from grpo_harness.rewards.rule import (
+    OUTCOMES,
+    outcome,
+    read,
+    reward_func,
+    rule_reward,
+    strictly_correct,
+)
+from grpo_harness.tasks import task_types
 
 ROOT = Path(__file__).parent.parent
 reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("reference.py"))))
@@ -553,13 +560,13 @@ def test_scores_are_finite_floats() -> None:
 def test_the_reward_needs_the_standard_library_alone() -> None:
     # -S leaves site-packages out, so that an import of anything from there would fail as well.
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import harness.reward\n"
-        f"assert harness.reward.reward_func([{FIVE!r}], ['5']) == [0.998]\n"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'harness')!r})\n"
+        "import grpo_harness.rewards.rule\n"
+        f"assert grpo_harness.rewards.rule.reward_func([{FIVE!r}], ['5']) == [0.998]\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True
     )
     loaded = set(done.stdout.split()) - set(sys.stdlib_module_names) - {"__main__"}
-    assert loaded == {"harness"}
+    assert loaded == {"grpo_harness"}

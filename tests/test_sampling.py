@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from harness.sampling import Request, Sampling, sample_seed
-from harness.sampling.transformers import TransformersSampler, _SeededDraw
-from harness.tasks import task_types
+from grpo_harness.engines.engine import Request, Sampling, sample_seed
+from grpo_harness.engines.transformers import TransformersSampler, _SeededDraw
+from grpo_harness.tasks import task_types
 
 SHORT = Sampling(max_new_tokens=16)
 

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.reward import reward_func
-from harness.settings import SettingsError, resolve
-from harness.tasks import task_types
+from grpo_harness.rewards.rule import reward_func
+from grpo_harness.settings import SettingsError, resolve
+from grpo_harness.tasks import task_types
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_what_cannot_be_used_is_one_clear_error(project, table, options, says):
 
 
 OWN_TYPE = """
-from harness.tasks import TaskType, int_field, read_integer
+from grpo_harness.tasks import TaskType, int_field, read_integer
 
 class Double(TaskType):
     name = "double"

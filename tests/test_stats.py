@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from scipy.stats import fisher_exact, hypergeom, nchypergeom_fisher, norm, t, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 
-from harness.inputs import paired
-from harness.sampling import MOST_SAMPLES
-from harness.stats import (
+from grpo_harness.engines.engine import MOST_SAMPLES
+from grpo_harness.gate.inputs import paired
+from grpo_harness.gate.stats import (
     BETS,
     Counts,
     Estimate,

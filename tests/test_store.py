@@ -3,8 +3,8 @@ import multiprocessing
 
 import pytest
 
-from harness.sampling import Sample
-from harness.store import Store
+from grpo_harness.engines.engine import Sample
+from grpo_harness.store import Store
 
 WHAT = {"policy": "a1", "run_seed": 3}
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from scipy.stats import chisquare
 
-import harness.tasks
-from harness.reward import read, rule_reward, strictly_correct
-from harness.tasks import (
+import grpo_harness.tasks
+from grpo_harness.rewards.rule import read, rule_reward, strictly_correct
+from grpo_harness.tasks import (
     PROGRAMMING,
     Problem,
     TaskType,
@@ -451,7 +451,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.tasks import Reading, TaskType, int_field, read_integer
+from grpo_harness.tasks import Reading, TaskType, int_field, read_integer
 
 
 @dataclass
@@ -486,7 +486,7 @@ class Double(TaskType):
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forget afterwards what a test loads."""
-    monkeypatch.setattr(harness.tasks, "_own", {})
+    monkeypatch.setattr(grpo_harness.tasks, "_own", {})
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
@@ -554,7 +554,7 @@ def test_an_unknown_type_is_refused_with_the_known_ones(source: str, fresh: None
     ("text", "error", "message"),
     [
         ("", ValueError, "defines 0 subclasses of TaskType: it takes exactly one"),
-        ("from harness.tasks.gcd import Gcd", ValueError, "defines 0 subclasses"),
+        ("from grpo_harness.tasks.gcd import Gcd", ValueError, "defines 0 subclasses"),
         (
             OWN.format(name="double", high=9) + "\n\nclass Twice(Double):\n    name = 'twice'\n",
             ValueError,
@@ -569,7 +569,8 @@ def test_an_unknown_type_is_refused_with_the_known_ones(source: str, fresh: None
         ("import nothing_of_this_name", ModuleNotFoundError, "nothing_of_this_name"),
         ("def", SyntaxError, "invalid syntax"),
         (
-            "from harness.tasks import TaskType\n\n\nclass Empty(TaskType):\n    name = 'empty'\n",
+            "from grpo_harness.tasks import TaskType\n\n\n"
+            "class Empty(TaskType):\n    name = 'empty'\n",
             TypeError,
             "abstract class Empty",
         ),

@@ -14,14 +14,14 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.checkpoint import PolicyError
-from harness.policy import load
-from harness.recipes import RECIPES
-from harness.reward import reward_func
-from harness.training import TrainingError, resolve, train
-from harness.training.resources import read_resources
-from harness.training.trainer import save_every
-from harness.training.unfinished import UnfinishedError
+from grpo_harness.policy.checkpoint import PolicyError
+from grpo_harness.policy.policy import load
+from grpo_harness.rewards.rule import reward_func
+from grpo_harness.training import TrainingError, resolve, train
+from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training.resources import read_resources
+from grpo_harness.training.trainer import save_every
+from grpo_harness.training.unfinished import UnfinishedError
 
 
 @pytest.fixture(scope="module", autouse=True)

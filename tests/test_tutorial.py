@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.command import main
+from grpo_harness.cli import main
 
 ROOT = Path(__file__).parent.parent
 QWEN = "qwen/Qwen2-0.5B-Instruct"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harness.training.unfinished import Unfinished, UnfinishedError, folder_of
+from grpo_harness.training.unfinished import Unfinished, UnfinishedError, folder_of
 
 RUN = {"config": {"learning_rate": 2e-6, "beta": 0.0}, "processes": 1}
 

@@ -1,0 +1,1 @@
+"""The stored reference: the file, how it is recorded and pruned, and what made it."""

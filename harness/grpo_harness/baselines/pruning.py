@@ -1,0 +1,83 @@
+"""What no run asks for any more, and its removal: the only deletion of anything recorded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_harness.baselines.file import BaselineError, load, write
+from grpo_harness.baselines.provenance import git
+from grpo_harness.tasks import TaskType
+
+
+@dataclass(frozen=True)
+class Stale:
+    """What no run asks for any more: a whole file, or some ``problems`` of it."""
+
+    path: Path
+    why: str
+    problems: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        what = f"{len(self.problems)} problems of {self.path}" if self.problems else str(self.path)
+        return f"{what}: {self.why}"
+
+
+def stale(
+    folder: Path, slugs: Collection[str], task_types: Mapping[str, TaskType], problems: int
+) -> list[Stale]:
+    """List what no run of the policies ``slugs`` on ``task_types`` can ask for any more.
+
+    A problem is stale when its task type no longer draws it, neither among the first ``problems``
+    nor among as many as were planned when it was recorded. Files that are no baselines, or
+    cannot be read as one, are left alone: reading them is an error elsewhere.
+    """
+    found = []
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            stored = load(path)
+        except BaselineError:
+            continue
+        task_type = task_types.get(path.stem)
+        if path.parent.name not in slugs:
+            found.append(Stale(path, f"{stored.policy} is neither base nor trained"))
+        elif task_type is None:
+            found.append(Stale(path, f"{path.stem} is not a configured task type"))
+        else:
+            try:
+                drawn = task_type.problems(max(problems, stored.header["planned"]))
+            except ValueError:  # so many are not to be had: a run that asks them says so
+                continue
+            gone = frozenset(stored.records) - {problem.id for problem in drawn}
+            if gone:
+                found.append(Stale(path, f"{path.stem} no longer asks them", gone))
+    return found
+
+
+def check_restorable(found: Iterable[Stale]) -> None:
+    """Raise ``BaselineError`` where a deletion could not be undone: in CI, and without git."""
+    if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        raise BaselineError("nothing is pruned in CI (CI is set): do it by hand, and commit")
+    for path in (entry.path.resolve() for entry in found):
+        known = git("ls-files", "--", f":(literal){path}", cwd=path.parent)
+        changed = git("status", "--porcelain", "--", f":(literal){path}", cwd=path.parent)
+        if not known or changed or changed is None:
+            raise BaselineError(
+                f"nothing is pruned, for git could not restore {path}: commit it first, or "
+                "delete it by hand"
+            )
+
+
+def prune(found: Iterable[Stale]) -> None:
+    """Delete what is stale; a file of which nothing is left is deleted too."""
+    for entry in found:
+        left = {}
+        if entry.problems:
+            stored = load(entry.path)
+            left = {n: r for n, r in stored.records.items() if n not in entry.problems}
+        if not left:
+            entry.path.unlink()
+            continue
+        write(entry.path, stored.header, left)

@@ -1,0 +1,295 @@
+"""Recording a baseline: a separate, loud act that never lowers the bar unsaid.
+
+A baseline that is recorded anew with every change can slide: half a point a time is never proven,
+and ten points are gone. So each recording is tested against the one before it and against the
+*anchor*, which stays where it was first recorded, moves up with a proven gain and down only with
+a reason. What is written is written whole or not at all, and nothing is deleted but by a prune.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from grpo_harness.baselines.file import (
+    Baseline,
+    BaselineError,
+    Record,
+    conditions,
+    load,
+    path_of,
+    prompt_digest,
+    write,
+)
+from grpo_harness.baselines.provenance import environment, git
+from grpo_harness.evaluation import Completion, Evaluation, Group
+from grpo_harness.gate import verdicts as gate
+from grpo_harness.policy.policy import Fingerprint, Policy
+
+SAMPLES = 16
+"""Completions per problem that a recording draws."""
+
+SEEDS = 2
+"""Run seeds that they are drawn with, so that no single run's luck becomes the reference."""
+
+_ACCEPT = "--grpo-record --grpo-accept-regression 'why'"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file that was written, and what a person should know of it."""
+
+    path: Path
+    notes: tuple[str, ...]
+
+
+def check_recordable(folder: Path, root: Path) -> None:
+    """Raise ``BaselineError`` where nothing may be recorded: in CI, and from a dirty tree.
+
+    A recording names the commit that it was made from, so that commit must hold everything that
+    made it. ``root`` is the project's folder. Changes below ``folder`` itself are other
+    recordings, and do not count.
+    """
+    if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        raise BaselineError(
+            "baselines are not recorded in CI (CI is set): record them by hand and commit them"
+        )
+    top = git("rev-parse", "--show-toplevel", cwd=root)
+    if top is None:
+        if any((above / ".git").exists() for above in (root, *root.parents)):
+            raise _unreadable(root)
+        return
+    excluded = []
+    if folder.resolve() == Path(top).resolve():
+        raise BaselineError(
+            f"baselines are not kept in the top folder of the repository, {top}, where they "
+            "cannot be told from what makes them: set [tool.grpo-harness] baselines"
+        )
+    if folder.resolve().is_relative_to(Path(top).resolve()):
+        excluded = ["--", top, f":(exclude,literal){folder.resolve()}"]
+    status = git("status", "--porcelain", "--untracked-files=all", *excluded, cwd=root)
+    if status is None:
+        raise _unreadable(root)
+    if status:
+        raise BaselineError(
+            f"baselines are not recorded from a tree with uncommitted changes, such as "
+            f"{status.splitlines()[0].strip()!r}: commit or stash them first"
+        )
+
+
+def _unreadable(root: Path) -> BaselineError:
+    return BaselineError(
+        f"git cannot read the repository around {root}, so nothing tells whether it has "
+        "uncommitted changes: see what `git status` says"
+    )
+
+
+def record(
+    folder: Path,
+    policy: Policy,
+    evaluations: Sequence[Evaluation],
+    *,
+    bounds: Mapping[str, float],
+    root: Path = Path(),
+    before: Path | None = None,
+    checks: int = 1,
+    reason: str | None = None,
+) -> Recording:
+    """Write the baseline that ``evaluations`` of one policy and task type make together.
+
+    They differ in their run's seed alone. Problems of an older file that they did not ask stay,
+    if they were recorded of the same policy under the same conditions. ``before`` is the file
+    that the policy was judged by until now, its own if it is left out. ``bounds`` are the gate's
+    settings, ``root`` is the project's folder, and ``checks`` the number of files that the run
+    records, which share the risk of a refusal by chance. ``reason`` says why the accuracy may be
+    lower than before.
+
+    Raises ``BaselineError``, with the file as it was, when a completion is missing, when problems
+    would be lost, and when there is no ``reason`` although the accuracy is proven to be lower or
+    nothing can tell whether it is.
+    """
+    first = evaluations[0]
+    path = path_of(folder, first.slug, first.task_type.name)
+    fresh = {
+        group.problem.id: _record([e.groups[i] for e in evaluations], first.prompts[i])
+        for i, group in enumerate(first.groups)
+    }
+    now = {
+        "commit": git("rev-parse", "HEAD", cwd=root),
+        "policy": first.policy,
+        "reason": reason,
+        "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    correct, drawn = (sum(getattr(r, name) for r in fresh.values()) for name in ("correct", "k"))
+    anchor = now | {"fingerprint": str(first.fingerprint), "accuracy": correct / drawn}
+    parent, notes = _parent(path if path.exists() else before or path, reason)
+    records, kept = fresh, list[str]()
+    if parent is not None:
+        kept = _kept(parent, first, fresh) if parent.path == path else []
+        changed = parent.changes(first)
+        if changed:
+            notes.append(f"recorded under other conditions than before: {'; '.join(changed)}")
+        tested = _against_parent(parent, first, fresh, bounds, 2 * checks, reason)
+        notes += tested.notes
+        if not tested.moves:
+            anchor = dict(parent.header["anchor"])
+            fresh = {name: _anchored(r, parent.records.get(name)) for name, r in fresh.items()}
+        records = {**{name: parent.records[name] for name in kept}, **fresh}
+    header = {
+        **now,
+        "anchor": anchor,
+        "fingerprint": asdict(first.fingerprint),
+        "task_type": first.task_type.name,
+        "conditions": conditions(first),
+        "seeds": [evaluation.run_seed for evaluation in evaluations],
+        "planned": max(len(first.plan), parent.header["planned"] if kept and parent else 0),
+        "gate": dict(bounds),
+        "environment": environment(policy),
+        "parent": parent.digest if parent else None,
+        # Of these problems, the rest of the header tells nothing but the conditions.
+        "kept_from": {"problems": len(kept), "digest": parent.digest} if parent and kept else None,
+    }
+    write(path, header, records)
+    return Recording(path, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """Whether a recording moves the anchor, and what a person should know of it."""
+
+    moves: bool
+    notes: tuple[str, ...] = ()
+
+
+def _parent(path: Path, reason: str | None) -> tuple[Baseline | None, list[str]]:
+    if not path.exists():
+        return None, ["the first recording: it is the anchor"]
+    try:
+        return load(path), []
+    except BaselineError as error:
+        if reason is None:
+            raise BaselineError(
+                f"nothing is recorded, for nothing tells whether the accuracy is lower: {error}. "
+                f"If it is lost, say why what it held does not matter: {_ACCEPT}"
+            ) from error
+        return None, [f"the anchor is set anew: {error}"]
+
+
+def _kept(parent: Baseline, first: Evaluation, fresh: Mapping[str, Record]) -> list[str]:
+    """Name the problems of the older file that were not asked now and stay in it."""
+    kept = [name for name in parent.records if name not in fresh]
+    if kept and (parent.changes(first) or not parent.same_policy(first)):
+        raise BaselineError(
+            f"nothing is recorded: {parent.path} also holds {len(kept)} problems that this run "
+            f"did not ask, such as {kept[0]}, and they were recorded of another policy or under "
+            "other conditions. Ask them too (--grpo-problems), or remove the file if they are "
+            "not wanted; --grpo-prune removes those that the task type no longer draws"
+        )
+    return kept
+
+
+def _against_parent(
+    parent: Baseline,
+    first: Evaluation,
+    fresh: Mapping[str, Record],
+    bounds: Mapping[str, float],
+    checks: int,
+    reason: str | None,
+) -> _Tested:
+    """Test a recording against the one before it and the anchor."""
+    if parent.header["conditions"].get("task_version") != first.task_type.version:
+        return _Tested(True, ("the task type's version is another one: the anchor is set anew",))
+    shared = [name for name in fresh if name in parent.records]
+    before = [parent.records[name] for name in shared]
+    correct, k = [fresh[name].correct for name in shared], [fresh[name].k for name in shared]
+    anchor = parent.header["anchor"]
+    # The anchor first: where both are missed, it is the one that must stand.
+    references = (
+        ("anchor", [r.anchor for r in before], [r.anchor_k for r in before], anchor["fingerprint"]),
+        ("parent", [r.correct for r in before], [r.k for r in before], _fingerprint(parent)),
+    )
+    notes = []
+    if len(parent.records) < gate.MINIMUM_PROBLEMS:
+        return _Tested(True, ("the recording before was too small to judge by: a new anchor",))
+    if len(shared) < gate.MINIMUM_PROBLEMS:
+        untested = (
+            f"it shares {len(shared)} problems with {parent.path}, and fewer than "
+            f"{gate.MINIMUM_PROBLEMS} do not tell whether the accuracy of {first.policy} on "
+            f"{first.task_type.name} is lower"
+        )
+        if reason is None:
+            raise BaselineError(
+                f"nothing is recorded: {untested}. Ask more (--grpo-problems), or say why that "
+                f"does not matter: {_ACCEPT}"
+            )
+        return _Tested(True, (f"{untested}: accepted, and the anchor is set anew",))
+    for name, then, k_then, fingerprint in references:
+        same = fingerprint == str(first.fingerprint)
+        verdict = gate.judge(correct, k, then, k_then, same_policy=same, checks=checks, **bounds)
+        if verdict.name != "FAIL":
+            continue
+        lowered = (
+            f"the accuracy of {first.policy} on {first.task_type.name} is {verdict.now:.1%}, and "
+            f"the {name}'s was {verdict.then:.1%}: {100 * verdict.delta:+.1f} points, "
+            f"p = {verdict.p:.2g}"
+        )
+        if reason is None:
+            raise BaselineError(
+                f"nothing is recorded, {parent.path} is as it was: {lowered}. If that loss is "
+                f"meant, say so and why: {_ACCEPT}"
+            )
+        return _Tested(True, (f"{lowered}: accepted, and the anchor moves down",))
+    gain = gate.judge_improvement(
+        correct,
+        k,
+        references[0][1],
+        references[0][2],
+        minimum=bounds["minimum"],
+        alpha=bounds["alpha"],
+        checks=checks,
+    )
+    if gain.name == "PASS":
+        notes.append(
+            f"a proven gain of {100 * gain.delta:.1f} points: the anchor moves up to {gain.now:.1%}"
+        )
+    elif reason is not None:
+        notes.append("nothing was lowered: the reason is kept, and the anchor where it was")
+    return _Tested(gain.name == "PASS", tuple(notes))
+
+
+def _anchored(record: Record, before: Record | None) -> Record:
+    """Keep the anchor of a problem that has one."""
+    if before is None:
+        return record
+    return replace(record, anchor=before.anchor, anchor_k=before.anchor_k)
+
+
+def _fingerprint(stored: Baseline) -> str:
+    return str(Fingerprint(**stored.header["fingerprint"]))
+
+
+def _record(groups: Iterable[Group], prompt: str) -> Record:
+    completions: list[Completion] = [c for group in groups for c in group.completions]
+    failed = sum(completion.outcome == "error" for completion in completions)
+    if failed:
+        raise BaselineError(
+            f"nothing is recorded: {failed} of {len(completions)} completions of one problem "
+            "could not be drawn or scored; see the report's samples and run it again"
+        )
+    outcomes = [completion.outcome for completion in completions]
+    return Record(
+        k=len(completions),
+        correct=outcomes.count("correct"),
+        truncated=outcomes.count("truncated"),
+        unparsable=outcomes.count("unparsable"),
+        length=sum(completion.tokens for completion in completions),
+        log_length=round(sum(math.log(completion.tokens) for completion in completions), 9),
+        reward=round(sum(completion.reward for completion in completions), 9),
+        prompt=prompt_digest(prompt),
+        anchor=outcomes.count("correct"),
+        anchor_k=len(completions),
+    )

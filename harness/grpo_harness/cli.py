@@ -1,0 +1,197 @@
+"""The command line: ``grpo-harness train``, ``recipes`` and ``resources``.
+
+Whatever ends a command early is one line on standard error. Nothing here loads torch before it
+is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_harness.errors import HarnessError
+from grpo_harness.training.curves import Row
+from grpo_harness.training.processes import launch, launched
+from grpo_harness.training.recipes import RECIPES, Recipe, named
+from grpo_harness.training.resources import compare, read_resources
+from grpo_harness.training.unfinished import check_new, folder_of, leave
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 2 for an error, 130 when interrupted."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt as error:
+        status, said = 130, ["interrupted", *_notes(error)]
+    except (ValueError, OSError, HarnessError) as error:
+        status, said = 2, [str(error), *_notes(error)]
+    else:
+        return 0
+    sys.stdout.flush()
+    sys.stderr.write(f"grpo-harness {arguments.command}: {'; '.join(said)}\n")
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    whole = argparse.ArgumentParser(prog="grpo-harness")
+    commands = whole.add_subparsers(required=True, dest="command")
+
+    command = commands.add_parser(
+        "train",
+        help="train a policy with GRPO and the rule reward",
+        description="Train a policy by a recipe (see harness/recipes.py) with GRPO and the rule "
+        "reward. Interrupted, the same command goes on from the last checkpoint, to the same "
+        "weights.",
+    )
+    command.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
+    command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    command.add_argument("--policy", help="start from this policy instead of the recipe's")
+    command.add_argument("--steps", type=int, help="make so many steps instead of the recipe's")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command.add_argument("--processes", type=int, default=1, help="train in so many processes")
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("recipes", help="say what has changed since they were recorded")
+    command.add_argument("--record", action="store_true", help="record what they resolve to now")
+    command.set_defaults(run=_recipes)
+
+    command = commands.add_parser("resources", help="say what a training took")
+    command.add_argument("trained", type=Path, help="a folder that `train` left")
+    command.add_argument("than", type=Path, nargs="?", help="another, to compare with")
+    command.set_defaults(run=_resources)
+    return whole
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    if launched():
+        _train_here(arguments)
+        return
+    check_new(arguments.out)
+    # What a cluster sends before it takes the machine away ends a run as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if arguments.processes == 1:
+            _train_here(arguments)
+        else:
+            _train_in_processes(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train_in_processes(arguments: argparse.Namespace) -> None:
+    from grpo_harness.training.config import batch_per_process
+
+    batch_per_process(_chosen(arguments), arguments.processes)
+    try:
+        launch(_train_here, arguments, arguments.processes)
+    except BaseException as error:
+        if kept := leave(folder_of(arguments.out)):
+            error.add_note(kept)
+        raise
+
+
+def _chosen(arguments: argparse.Namespace) -> Recipe:
+    if arguments.processes < 1:
+        raise ValueError(f"--processes {arguments.processes}: there must be at least one")
+    changes = {
+        name: value
+        for name in ("policy", "steps")
+        if (value := getattr(arguments, name)) is not None
+    }
+    return dataclasses.replace(named(arguments.recipe), **changes)
+
+
+def _train_here(arguments: argparse.Namespace) -> None:
+    recipe = _chosen(arguments)
+    from grpo_harness.training import train
+    from grpo_harness.training.config import described, resolve
+    from grpo_harness.training.recorded import differences, recorded
+
+    config = resolve(recipe, arguments.out, device=arguments.device)
+    if config.process_index == 0:
+        _say(f"recipe {recipe.name}:\n{described(config)}")
+        if changed := differences(named(recipe.name), device=arguments.device):
+            _warn(recipe.name, recorded(recipe.name)["versions"], changed)
+    run = train(
+        recipe, arguments.out, device=arguments.device, progress=_Steps(recipe.steps), notice=_say
+    )
+    if config.process_index == 0:
+        _say(
+            f"{run.path}: {len(run.log)} steps, at least {run.weights_moved:.0%} of the elements "
+            f"of every tensor moved, fingerprint {run.fingerprint}\n{run.resources}"
+        )
+
+
+def _warn(name: str, versions: object, changed: Sequence[object]) -> None:
+    lines = "".join(f"\n  {difference}" for difference in changed)
+    sys.stdout.flush()
+    sys.stderr.write(
+        f"CHANGED: the recipe {name} is not what was recorded of it with {versions}:{lines}\n"
+    )
+
+
+class _Steps:
+    """Says of every step how it went, and when the last one will be through."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._seconds: list[float] = []
+        self._last = time.monotonic()
+
+    def __call__(self, row: Row) -> None:
+        now = time.monotonic()
+        # The first step comes after the trainer's own beginning, whose time will not come again.
+        self._seconds.append(row.get("step_time", now - self._last))
+        self._last = now
+        left = (self._steps - row["step"]) * statistics.median(self._seconds[-20:])
+        _say(
+            f"step {row['step']:>4}/{self._steps}  reward {row['reward']:+.3f}  "
+            f"length {row.get('completions/mean_length', math.nan):5.1f}  "
+            f"entropy {row.get('entropy', math.nan):.3f}  gradient {row['grad_norm']:.3f}  "
+            f"{left // 60:.0f}:{left % 60:02.0f} left"
+        )
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    from grpo_harness.training.recorded import differences, record
+
+    for recipe in RECIPES.values():
+        if arguments.record:
+            _say(f"recorded: {record(recipe)}")
+            continue
+        changed = differences(recipe, device="cpu")
+        _say(f"{recipe.name}: {'as recorded' if not changed else 'changed'}")
+        for difference in changed:
+            _say(f"  {difference}")
+
+
+def _resources(arguments: argparse.Namespace) -> None:
+    now = read_resources(arguments.trained)
+    _say(f"{arguments.trained}: {now}")
+    if arguments.than is not None:
+        then = read_resources(arguments.than)
+        _say(f"{arguments.than}: {then}")
+        for name, ratio in compare(now, then).items():
+            _say(f"{name}: {ratio:.2f} times as much")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

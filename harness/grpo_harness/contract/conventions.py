@@ -1,0 +1,94 @@
+"""How TRL computes a step, by the recipe, and what it could do otherwise.
+
+The second is what the field has seen go wrong. By it the oracle tells what a wrong figure is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_harness.contract.seen import Witness
+from grpo_harness.grpo.formulas import Estimator, LossType, Scale
+from grpo_harness.training.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How TRL 1.16 computes a step; every field is one thing that could be otherwise."""
+
+    temperature: float
+    scale: Scale
+    loss_type: LossType
+    epsilon: float
+    epsilon_high: float
+    delta: float | None
+    beta: float
+    mask_truncated: bool
+    ddof: int = 1
+    eps: float = 1e-4
+    estimator: Estimator = "k3"
+    kl_times_ratio: bool = True
+    groups_off: int = 0
+    rewards_of_the_first: int = 1
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Conventions:
+        """Read what ``recipe`` asks for; it is not asked what the trainer made of it."""
+        return cls(
+            temperature=recipe.temperature,
+            scale=recipe.scale_rewards,  # type: ignore[arg-type]
+            loss_type=recipe.loss_type,  # type: ignore[arg-type]
+            epsilon=recipe.epsilon,
+            epsilon_high=recipe.config.get("epsilon_high") or recipe.epsilon,
+            delta=recipe.config.get("delta"),
+            beta=recipe.beta,
+            mask_truncated=recipe.config.get("mask_truncated_completions", False),
+        )
+
+
+def alternatives(run: Witness) -> Iterator[tuple[str, Conventions]]:
+    """Yield what goes wrong in the field, by what it does to the advantages or the gradient."""
+    right, g = Conventions.of(run.recipe), run.recipe.num_generations
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("advantages with ddof = 0, the population's σ", {"ddof": 0}),
+        ("advantages that are not divided by σ (scale_rewards none)", {"scale": "none"}),
+        ("advantages over the batch's σ (scale_rewards batch)", {"scale": "batch"}),
+        ("advantages over the group's σ (scale_rewards group)", {"scale": "group"}),
+        *(
+            (f"advantages of the wrong group, {off} further on", {"groups_off": off})
+            for off in range(1, run.recipe.prompts_per_step)
+        ),
+        ("rewards broadcast from each group's first completion", {"rewards_of_the_first": g}),
+        (
+            "rewards broadcast from the first completion",
+            {"rewards_of_the_first": g * run.recipe.prompts_per_step},
+        ),
+        ("log-probabilities that ignore the temperature", {"temperature": 1.0}),
+        ("loss_type bnpo", {"loss_type": "bnpo"}),
+        ("loss_type grpo", {"loss_type": "grpo"}),
+        ("loss_type dr_grpo", {"loss_type": "dr_grpo"}),
+        ("loss_type dapo", {"loss_type": "dapo"}),
+        ("truncated completions masked", {"mask_truncated": True}),
+        ("truncated completions kept", {"mask_truncated": False}),
+    ]
+    if len({step.window for step in run.steps}) < len(run.steps):
+        clipped = "epsilon = 0: clipped wherever the ratio has moved"
+        changes.insert(1, (clipped, {"epsilon": 0.0, "epsilon_high": 0.0}))
+        changes.insert(2, ("no clipping", {"epsilon": math.inf, "epsilon_high": math.inf}))
+        changes.insert(3, ("epsilon_high = epsilon", {"epsilon_high": right.epsilon}))
+        changes.insert(4, ("no delta: the ratio is not bounded", {"delta": None}))
+    if run.recipe.beta:
+        changes[1:1] = [
+            ("KL estimator k1 times the ratio", {"estimator": "k1"}),
+            ("KL estimator k1", {"estimator": "k1", "kl_times_ratio": False}),
+            ("KL estimator k3 without the ratio", {"kl_times_ratio": False}),
+            ("no KL term", {"beta": 0.0}),
+        ]
+    for what, change in changes:
+        how = dataclasses.replace(right, **change)
+        if how != right:
+            yield what, how

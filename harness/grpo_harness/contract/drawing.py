@@ -1,0 +1,348 @@
+"""Invariants of what is drawn, scored and counted, up to the advantages."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from grpo_harness.contract.conventions import Conventions
+from grpo_harness.contract.invariant import (
+    BrokenInvariantError,
+    average,
+    equal,
+    invariant,
+    require,
+    where,
+)
+from grpo_harness.contract.oracle import Oracle, rows_of
+from grpo_harness.contract.seen import Window, Witness
+from grpo_harness.evaluation import RewardFunction
+from grpo_harness.rewards.rule import reward_func
+
+KEYS = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "step",
+    "num_tokens",
+    "step_time",
+    "entropy",
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "rewards/reward_func/mean",
+    "rewards/reward_func/std",
+    *(
+        f"completions/{which}_{length}"
+        for which in ("mean", "min", "max")
+        for length in ("length", "terminated_length")
+    ),
+    "completions/clipped_ratio",
+    *(f"clip_ratio/{what}" for what in ("low_mean", "low_min", "high_mean", "high_max")),
+    "clip_ratio/region_mean",
+)
+"""What a logged row has; ``kl`` too where beta is not 0."""
+
+
+@invariant("a default that flipped in an upgrade, or a field of the recipe that is dropped")
+def settings_are_the_recipes(run: Witness) -> None:
+    """The trainer runs by the recipe, and by what is pinned beside it.
+
+    TRL 0.19, 0.22, 0.27 and 1.10 changed defaults (β, loss_type, top_k, the KL estimator).
+    """
+    recipe, trainer = run.recipe, run.trainer
+    shared = {
+        "num_generations": recipe.num_generations,
+        "max_completion_length": recipe.max_completion_length,
+        "temperature": recipe.temperature,
+        "top_p": recipe.top_p,
+        "top_k": 0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "beta": recipe.beta,
+        "loss_type": recipe.loss_type,
+        "scale_rewards": recipe.scale_rewards,
+        "num_iterations": 1,
+        "mask_truncated_completions": False,
+        "importance_sampling_level": "token",
+        "multi_objective_aggregation": "sum_then_normalize",
+        "top_entropy_quantile": 1.0,
+    }
+    arguments = {
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "max_steps": recipe.steps,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "steps_per_generation": recipe.gradient_accumulation_steps,
+        "epsilon": recipe.epsilon,
+        "seed": recipe.seed,
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "use_bias_correction_kl": True,
+        "delta": None,
+        **shared,
+    }
+    own = {
+        "epsilon_low": recipe.epsilon,
+        "epsilon_high": recipe.config.get("epsilon_high") or recipe.epsilon,
+        **shared,
+    }
+    for holder, settings in ((trainer.args, arguments), (trainer, own)):
+        for name, value in settings.items():
+            right = recipe.config.get(name, value)
+            seen = getattr(holder, name, None)
+            require(seen == right, f"{type(holder).__name__}.{name} is {seen!r}, not {right!r}")
+
+
+@invariant("a metric that was renamed or dropped, or a step that blew up (trl#6702)")
+def rows_are_complete_and_finite(run: Witness) -> None:
+    """Every step is logged, with every figure, and every figure is a number."""
+    every = int(run.trainer.args.logging_steps)
+    logged = [int(row["step"]) for row in run.rows]
+    require(
+        logged == list(range(every, run.recipe.steps + 1, every)),
+        f"rows of steps {logged} are logged, of {run.recipe.steps} steps",
+    )
+    for row in run.rows:
+        for key in (*KEYS, *(["kl"] if run.recipe.beta else [])):
+            value = row.get(key)
+            require(key in row, f"step {row['step']}: {key} is not logged")
+            require(
+                isinstance(value, int | float) and math.isfinite(value),
+                f"step {row['step']}: {key} is {value}",
+            )
+
+
+@invariant("the policy was loaded in another precision, or from somewhere else")
+def training_starts_from_the_base(run: Witness, oracle: Oracle) -> None:
+    """Before the first step the weights are the base policy's, to the bit."""
+    for name, right in oracle.base.items():
+        off = int((run.steps[0].weights[name] != right).sum())
+        require(off == 0, f"{off} of {right.numel()} elements of {name} differ from the base")
+
+
+@invariant("texts or ids that are changed, mixed up or repeated on the way (trl#6533, trl#7039)")
+def what_is_drawn_is_scored_and_trained_on(run: Witness, oracle: Oracle) -> None:
+    """The completions that the model drew are those that were scored and those that were used."""
+    g = run.recipe.num_generations
+    tokenizer = oracle.policy.tokenizer
+    for window in _windows(run):
+        ids = list(map(list, window.completion_ids))
+        decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        given = [tuple(ids) for ids in tokenizer(list(window.prompts))["input_ids"]]
+        for i, (drawn, text) in enumerate(zip(window.completion_ids, decoded, strict=True)):
+            place = where(window, i, g)
+            require(
+                window.prompt_ids[i] == given[i], f"{place} was drawn for another prompt's tokens"
+            )
+            require(
+                window.prompts[i] == window.prompts[i - i % g],
+                f"{place} has another prompt than the first of its group",
+            )
+            require(
+                window.texts[i] == text and window.scored[i] == drawn,
+                f"{place} was drawn as {text!r} and scored as {window.texts[i]!r}",
+            )
+    for first in range(0, len(run.steps), run.steps_a_window):
+        steps = run.steps[first : first + run.steps_a_window]
+        window = steps[0].window
+        drawn_rows = Counter(zip(window.prompt_ids, window.completion_ids, strict=True))
+        used = Counter(row for step in steps for part in step.parts for row in part.rows)
+        span = " to ".join(str(step.number) for step in (steps[0], steps[-1])[: len(steps)])
+        require(
+            used == drawn_rows,
+            f"step {span}: of {drawn_rows.total()} completions drawn "
+            f"{(drawn_rows & used).total()} are among the {used.total()} that the loss was given",
+        )
+
+
+@invariant("a stale or second copy of the model draws: rollouts from the base (unsloth#8701)")
+def rollouts_are_the_current_policys(run: Witness, oracle: Oracle) -> None:
+    """Every completion is what the weights of its step draw from that random state."""
+    for window in _windows(run):
+        number = window.step + 1
+        require(
+            window.random_state is not None,
+            f"step {number}: the model under training drew nothing; who made these rollouts?",
+        )
+        weights, recipe = run.steps[window.step].weights, run.recipe
+        same = _share(oracle.redraw(weights, window, recipe.temperature, recipe.top_p))
+        # A token in a hundred may fall the other way by a rounding.
+        if same < 0.99:
+            base = _share(oracle.redraw(oracle.base, window, recipe.temperature, recipe.top_p))
+            every = _share(oracle.redraw(weights, window, recipe.temperature))
+            raise BrokenInvariantError(
+                f"step {number}: the current weights draw only {same:.1%} of the tokens again (the "
+                f"base policy's draw {base:.1%}): the rollouts are not the current policy's at "
+                f"temperature {recipe.temperature} and top_p {recipe.top_p}"
+                + (f" (without top_p: {every:.1%})" if recipe.top_p < 1 else "")
+            )
+
+
+@invariant("one reward broadcast to all (trl#6533), scores kept from elsewhere, a reward that errs")
+def rewards_are_the_completions(
+    run: Witness, oracle: Oracle, reward: RewardFunction = reward_func
+) -> None:
+    """The raw completions, scored again, have the rewards that were returned and logged."""
+    g = run.recipe.num_generations
+    for window in _windows(run):
+        ids = list(map(list, window.completion_ids))
+        texts = oracle.policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        again = list(reward(prompts=list(window.prompts), completions=texts))
+        table = _table(run, window)
+        for i, right in enumerate(again):
+            place = where(window, i, g)
+            require(window.rewards[i] == right, f"{place} scored {window.rewards[i]}, not {right}")
+            if table is not None:
+                logged = float(table["reward_func"].iloc[i])
+                number = math.nan if right is None else right
+                require(
+                    math.isnan(logged) == math.isnan(number)
+                    and (math.isnan(number) or abs(logged - number) <= 1e-6),
+                    f"{place} is logged with reward {logged:.6g}, and its reward is {right}",
+                )
+    for row, windows in _logged(run):
+        scores = [_scores(window) for window in windows]
+        means, spreads = [average(s) for s in scores], [_spread(s) for s in scores]
+        for name, right in (
+            ("reward", average(means)),
+            ("rewards/reward_func/mean", average(means)),
+            ("rewards/reward_func/std", average(spreads)),
+        ):
+            equal(f"step {row['step']}: {name}", row[name], right)
+
+
+@invariant("ddof, ε or scale_rewards changed (trl#3991), or groups that are mixed up")
+def advantages_are_group_relative(run: Witness, oracle: Oracle) -> None:
+    """The advantages logged and used are those of the rewards, each within its own group.
+
+    A reward of None counts neither in mean nor in σ, and has advantage 0 (trl#5902).
+    """
+    g, how = run.recipe.num_generations, Conventions.of(run.recipe)
+    for step in run.steps:
+        window = step.window
+        right = oracle.advantages(window.rewards, g, how).tolist()
+        used = _in_order(
+            window,
+            right,
+            {
+                place: advantage
+                for rows, part in zip(rows_of(step), step.parts, strict=True)
+                for place, advantage in zip(rows, part.advantages.tolist(), strict=False)
+            },
+        )
+        table = _table(run, window)
+        logged = {} if table is None else dict(enumerate(table["advantage"].tolist()))
+        for what, seen in (("used", used), ("logged", logged)):
+            for i, value in sorted(seen.items()):
+                # A rounding of the rewards counts as much more where they hardly differ.
+                if not math.isclose(value, right[i], rel_tol=1e-4, abs_tol=1e-5):
+                    raise BrokenInvariantError(
+                        f"{where(window, i, g)}: the advantage {what} is {value:.6f}, and "
+                        f"{right[i]:.6f} is right{oracle.suspect_advantages(run, window, seen)}"
+                    )
+    for row, windows in _logged(run):
+        spread = average([_spread(_scores(window)) for window in windows])
+        flat = average([_flat(window, g, how) for window in windows])
+        equal(f"step {row['step']}: reward_std", row["reward_std"], spread)
+        equal(f"step {row['step']}: frac_reward_zero_std", row["frac_reward_zero_std"], flat)
+
+
+@invariant("padding or a second end counted as text (trl#7039), or lengths of other completions")
+def counts_are_those_of_the_completions(run: Witness, oracle: Oracle) -> None:
+    """Lengths, the share cut off and the tokens seen are those of the raw completions."""
+    g, most = run.recipe.num_generations, run.recipe.max_completion_length
+    for window in _windows(run):
+        for i, ids in enumerate(window.completion_ids):
+            place = f"{where(window, i, g)} has {len(ids)} tokens"
+            require(len(ids) <= most, f"{place}, and max_completion_length is {most}")
+            require(
+                len(ids) == most or not oracle.truncated(ids),
+                f"{place}, none of which ends an answer, and max_completion_length is {most}",
+            )
+    tokens = 0
+    for row, windows in _logged(run):
+        figures: list[dict[str, float]] = []
+        for window in windows:
+            lengths = [len(ids) for ids in window.completion_ids]
+            tokens += sum(lengths) + sum(len(ids) for ids in window.prompt_ids)
+            cut = [oracle.truncated(ids) for ids in window.completion_ids]
+            ended = [n for n, is_cut in zip(lengths, cut, strict=True) if not is_cut] or [0]
+            figures.append(
+                {
+                    "completions/mean_length": average(lengths),
+                    "completions/min_length": min(lengths),
+                    "completions/max_length": max(lengths),
+                    "completions/mean_terminated_length": average(ended),
+                    "completions/min_terminated_length": min(ended),
+                    "completions/max_terminated_length": max(ended),
+                    "completions/clipped_ratio": average(cut),
+                }
+            )
+        for name in figures[0]:
+            right = average([figure[name] for figure in figures])
+            equal(f"step {row['step']}: {name}", row[name], right)
+        equal(f"step {row['step']}: num_tokens", row["num_tokens"], tokens)
+
+
+def _in_order(
+    window: Window, right: Sequence[float], seen: Mapping[int, float]
+) -> dict[int, float]:
+    """Give advantages of rows that are alike, and were found in any order, that of ``right``."""
+    alike: dict[object, list[int]] = {}
+    for place in seen:
+        row = window.prompt_ids[place], window.completion_ids[place]
+        alike.setdefault(row, []).append(place)
+    return {
+        place: value
+        for places in alike.values()
+        for place, value in zip(
+            sorted(places, key=lambda i: right[i]), sorted(seen[i] for i in places), strict=True
+        )
+    }
+
+
+def _windows(run: Witness) -> list[Window]:
+    return list(dict.fromkeys(step.window for step in run.steps))
+
+
+def _logged(run: Witness) -> Iterator[tuple[Mapping[str, float], list[Window]]]:
+    """Yield each row with the windows that were drawn in the steps that it covers."""
+    for row in run.rows:
+        yield row, list(dict.fromkeys(step.window for step in run.steps_of(row)))
+
+
+def _table(run: Witness, window: Window) -> Any:
+    """Return TRL's own table of a window's completions, in their order, if there is one."""
+    covering = [
+        int(row["step"]) for row in run.rows if window in {s.window for s in run.steps_of(row)}
+    ]
+    return run.tables.get(covering[0]) if covering else None
+
+
+def _share(redrawn: Sequence[Sequence[bool]]) -> float:
+    return average([same for row in redrawn for same in row])
+
+
+def _spread(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).std())
+
+
+def _scores(window: Window) -> list[float]:
+    return [reward for reward in window.rewards if reward is not None]
+
+
+def _flat(window: Window, g: int, how: Conventions) -> float:
+    """Return the share of completions with nothing to tell them apart, as TRL counts it."""
+    if how.scale == "batch":
+        return float(_spread(_scores(window)) == 0)
+    groups = [window.rewards[i : i + g] for i in range(0, len(window.rewards), g)]
+    scored = [[reward for reward in group if reward is not None] for group in groups]
+    return average([len(group) > 1 and max(group) == min(group) for group in scored])

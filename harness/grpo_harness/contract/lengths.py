@@ -1,0 +1,29 @@
+"""How long gradients are, and how far apart: sets of tensors, one for each parameter."""
+
+from __future__ import annotations
+
+import math
+
+from grpo_harness.contract.seen import Tensors
+
+GRADIENT_TOLERANCE = 1e-4
+"""Largest relative L2 distance between two gradients that count as equal."""
+
+
+def distance(seen: Tensors, right: Tensors) -> float:
+    """Return the L2 distance of two gradients over the second one's norm (over 1 if that is 0)."""
+    off = norm({name: seen[name] - right[name] for name in right})
+    return off / (norm(right) or 1.0)
+
+
+def scale(seen: Tensors, right: Tensors) -> float | None:
+    """Return the number that makes ``right`` into ``seen``, or None if there is none."""
+    dot = sum(float((seen[name].double() * right[name].double()).sum()) for name in right)
+    times = dot / (norm(right) ** 2 or 1.0)
+    scaled = {name: times * values for name, values in right.items()}
+    return times if distance(seen, scaled) <= GRADIENT_TOLERANCE else None
+
+
+def norm(gradient: Tensors) -> float:
+    """Return the L2 norm of all tensors together."""
+    return math.sqrt(sum(float((values.double() ** 2).sum()) for values in gradient.values()))

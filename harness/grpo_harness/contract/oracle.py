@@ -1,0 +1,289 @@
+"""What a watched step should have computed: `grpo_harness.grpo.formulas` on the raw completions.
+
+Nothing of TRL's is used: the model is a fresh copy from the base policy's files with the weights
+that the run had before the step, in double precision, and no completion has padding before it.
+Where the run differs, `Oracle.suspect` looks for the one convention (``conventions.py``) that
+explains it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_harness.contract.conventions import Conventions, alternatives
+from grpo_harness.contract.invariant import average
+from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance, scale
+from grpo_harness.contract.seen import Step, Tensors, Window, Witness
+from grpo_harness.grpo.formulas import advantages, entropy, grpo_loss, kl, log_probabilities, ratio
+from grpo_harness.policy.policy import Policy, load
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A step as it should be: its loss and gradient, and figures averaged as TRL logs them.
+
+    ``log_probabilities`` has shape (completions, tokens of the longest).
+    """
+
+    loss: float
+    gradient: Tensors
+    logged: dict[str, float]
+    log_probabilities: Tensor
+
+
+class Oracle:
+    """Recomputes steps of runs that started from one policy."""
+
+    def __init__(self, policy: str, *, device: str = "auto") -> None:
+        self.policy: Policy = load(policy, device=device, dtype="float32")
+        self.base = {name: p.cpu().clone() for name, p in self.policy.model.named_parameters()}
+        self._model = self.policy.model.double().requires_grad_(True)
+        self._computed: dict[Step, Computed] = {}
+        self._suspects: dict[Step, str] = {}
+
+    def truncated(self, completion: Sequence[int]) -> bool:
+        """Tell whether a completion was cut off before a token that ends an answer."""
+        return completion[-1] not in self.policy.eos_token_ids
+
+    def log_probabilities(
+        self, weights: Tensors, window: Window, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return each token's log-probability, and the entropy there, under ``weights``.
+
+        Both have shape (completions, tokens of the longest), are 0 beyond a completion's end,
+        and carry the gradient.
+        """
+        self._set(weights)
+        logits, tokens, mask = self._read(window)
+        values = log_probabilities(logits, tokens, temperature)
+        return values * mask, entropy(logits, temperature) * mask
+
+    def redraw(
+        self, weights: Tensors, window: Window, temperature: float, top_p: float = 1.0
+    ) -> list[list[bool]]:
+        """Draw each token again from the random state of then: is it the one that was drawn?
+
+        Sampling one token of each completion at a time takes the same random numbers whatever
+        the probabilities are, so every token can be asked for with the drawn ones before it.
+        """
+        assert window.random_state is not None
+        generator = torch.Generator(self.policy.device)
+        generator.set_state(window.random_state)
+        self._set(weights)
+        with torch.no_grad():
+            logits, _, _ = self._read(window)
+        probabilities = _nucleus(torch.softmax(logits.float() / temperature, -1), top_p)
+        drawn = [
+            torch.multinomial(p, 1, generator=generator)[:, 0] for p in probabilities.unbind(1)
+        ]
+        return [
+            [int(drawn[t][i]) == token for t, token in enumerate(completion)]
+            for i, completion in enumerate(window.completion_ids)
+        ]
+
+    def advantages(self, rewards: Sequence[float | None], g: int, how: Conventions) -> Tensor:
+        """Return the advantages, shape (completions,), of rewards as they were returned."""
+        numbers = [math.nan if reward is None else reward for reward in rewards]
+        if how.rewards_of_the_first > 1:
+            n = how.rewards_of_the_first
+            numbers = [numbers[i - i % n] for i in range(len(numbers))]
+        rolled = numbers[-how.groups_off * g :] + numbers[: -how.groups_off * g]
+        return advantages(
+            # In TRL's own precision: rewards that differ in the third digit are rounded first.
+            torch.tensor(rolled if how.groups_off else numbers, dtype=torch.float32),
+            g,
+            how.ddof,
+            how.eps,
+            scale=how.scale,
+            skip_nan=True,
+        )
+
+    def step(self, run: Witness, step: Step, how: Conventions | None = None) -> Computed:
+        """Compute ``step`` anew, by the recipe's conventions or by others."""
+        if how is None:
+            if step not in self._computed:
+                self._computed[step] = self.step(run, step, Conventions.of(run.recipe))
+            return self._computed[step]
+        window, g = step.window, run.recipe.num_generations
+        old = reference = None
+        with torch.no_grad():
+            if step.number > window.step + 1:
+                drew = run.steps[window.step].weights
+                old, _ = self.log_probabilities(drew, window, how.temperature)
+            if how.beta:
+                reference, _ = self.log_probabilities(self.base, window, how.temperature)
+        # Last, since the gradient is taken at the weights that the model has.
+        new, entropies = self.log_probabilities(step.weights, window, how.temperature)
+        old = new.detach() if old is None else old
+        reference = new.detach() if reference is None else reference
+        given = self.advantages(window.rewards, g, how).to(new)
+        mask = self._mask(window, how).to(new.device)
+        parts = rows_of(step)
+        losses, figures = [], []
+        for rows in parts:
+            # Of a part whose rows are none of the window's there is nothing to compute.
+            loss = new[rows].sum()
+            if rows:
+                loss = grpo_loss(
+                    new[rows],
+                    old[rows],
+                    given[rows],
+                    mask[rows],
+                    loss_type=how.loss_type,
+                    epsilon=how.epsilon,
+                    epsilon_high=how.epsilon_high,
+                    delta=how.delta,
+                    beta=how.beta,
+                    reference=reference[rows],
+                    estimator=how.estimator,
+                    kl_times_ratio=how.kl_times_ratio,
+                    window_tokens=float(mask.sum()) / run.steps_a_window or None,
+                    max_completion_length=run.recipe.max_completion_length,
+                )
+            losses.append(loss if how.loss_type == "dapo" else loss / len(parts))
+            with torch.no_grad():
+                rho = ratio(new[rows], old[rows])
+                divergence = kl(new[rows], reference[rows], how.estimator)
+                divergence = divergence * rho if how.kl_times_ratio else divergence
+                clips = _clipped(rho, given[rows], how)
+                figures.append(_figures(entropies[rows], divergence, *clips, mask[rows]))
+        total = torch.stack(losses).sum()
+        names, leaves = zip(*self._model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(total, leaves)
+        return Computed(
+            float(total.detach()),
+            {n: grad.float().cpu() for n, grad in zip(names, gradients, strict=True)},
+            {
+                name: average([figure[name] for figure in figures if name in figure])
+                for name in {name: None for figure in figures for name in figure}
+            },
+            new.detach().cpu(),
+        )
+
+    def suspect(self, run: Witness, step: Step) -> str:
+        """Say what the gradient of ``step`` is instead of the recipe's, where that can be told."""
+        if step not in self._suspects:
+            right = self.step(run, step).gradient
+            # Half the precision is enough to tell one mistake from another, and twice as fast.
+            self._model.float()
+            self._suspects[step] = self._suspect(run, step, right)
+            self._model.double()
+        return self._suspects[step]
+
+    def _suspect(self, run: Witness, step: Step, right: Tensors) -> str:
+        times = scale(step.gradient, right)
+        if times is not None and abs(times - 1) <= GRADIENT_TOLERANCE:
+            return "; the gradient is the right one"
+        for what, how in alternatives(run):
+            # A factor is a factor, but for another σ, which is nearly one.
+            if times and how.ddof != 0:
+                break
+            if distance(step.gradient, self.step(run, step, how).gradient) <= GRADIENT_TOLERANCE:
+                return f"; it is the gradient of {what}"
+        return "" if times is None else f"; it is {times:.4g} times the right one"
+
+    def suspect_advantages(self, run: Witness, window: Window, seen: Mapping[int, float]) -> str:
+        """Say what the advantages ``seen``, by place, are instead of the recipe's, likewise."""
+        for what, how in alternatives(run):
+            others = self.advantages(window.rewards, run.recipe.num_generations, how).tolist()
+            # Rows that are alike have places that were given to them in any order.
+            rows = list(zip(window.prompt_ids, window.completion_ids, strict=True))
+            one = sorted((rows[i], a) for i, a in seen.items())
+            two = sorted((rows[i], others[i]) for i in seen)
+            pairs = zip(one, two, strict=True)
+            if all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5) for (_, a), (_, b) in pairs):
+                return f"; they are {what}"
+        return ""
+
+    def _set(self, weights: Tensors) -> None:
+        with torch.no_grad():
+            for name, p in self._model.named_parameters():
+                p.copy_(weights[name])
+
+    def _read(self, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (completions, tokens, vocabulary), tokens and mask of the completions.
+
+        Each row stands at the beginning of its line. What fills the line behind it is seen by no
+        token of a causal model, so there is nothing to mask and no position to shift.
+        """
+        pad = torch.nn.utils.rnn.pad_sequence
+        rows = zip(window.prompt_ids, window.completion_ids, strict=True)
+        lines = pad([torch.tensor(prompt + completion) for prompt, completion in rows], True)
+        every = self._model(lines.to(self.policy.device)).logits
+        sliced = [
+            every[i, len(prompt) - 1 : len(prompt) + len(completion) - 1]
+            for i, (prompt, completion) in enumerate(
+                zip(window.prompt_ids, window.completion_ids, strict=True)
+            )
+        ]
+        tokens = pad([torch.tensor(ids) for ids in window.completion_ids], True)
+        mask = pad([torch.ones(len(ids)) for ids in window.completion_ids], True)
+        device = self.policy.device
+        return pad(sliced, True), tokens.to(device), mask.to(device)
+
+    def _mask(self, window: Window, how: Conventions) -> Tensor:
+        kept = [
+            0 if how.mask_truncated and self.truncated(ids) else len(ids)
+            for ids in window.completion_ids
+        ]
+        longest = max(len(ids) for ids in window.completion_ids)
+        return (torch.arange(longest) < torch.tensor(kept)[:, None]).long()
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest tokens, the likeliest first, that together have ``top_p``; at least one."""
+    ordered, tokens = probabilities.sort(-1, descending=True)
+    likelier = ordered.cumsum(-1) - ordered
+    kept = torch.where(likelier < top_p, ordered, 0.0)
+    # Divided first: what is drawn is told by the ratios to the random numbers alone.
+    return torch.zeros_like(kept).scatter(-1, tokens, kept / kept.sum(-1, keepdim=True))
+
+
+def _clipped(rho: Tensor, given: Tensor, how: Conventions) -> tuple[Tensor, Tensor]:
+    """Tell which tokens are clipped below, and which above: those whose gain would be cut."""
+    low = (rho < 1 - how.epsilon) & (given < 0)[:, None]
+    high = (rho > 1 + how.epsilon_high) & (given > 0)[:, None]
+    return low, high
+
+
+def _figures(
+    entropies: Tensor, divergence: Tensor, low: Tensor, high: Tensor, mask: Tensor
+) -> dict[str, float]:
+    """Return what TRL logs of a part: means over its tokens, and extremes over its completions.
+
+    A completion that is masked as a whole has no share of clipped tokens.
+    """
+    of_tokens = {
+        "entropy": entropies,
+        "kl": divergence,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
+    tokens = mask.sum(1)
+    figures = {
+        name: float((values * mask).sum() / tokens.sum().clamp(min=1))
+        for name, values in of_tokens.items()
+    }
+    if tokens.any():
+        shares = [((x * mask).sum(1) / tokens)[tokens > 0] for x in (low, high)]
+        figures["clip_ratio/low_min"] = float(shares[0].min())
+        figures["clip_ratio/high_max"] = float(shares[1].max())
+    return figures
+
+
+def rows_of(step: Step) -> list[list[int]]:
+    """Return, for each part of ``step``, the places in the window of the rows that it was given.
+
+    A row that the window does not have is left out.
+    """
+    pairs = zip(step.window.prompt_ids, step.window.completion_ids, strict=True)
+    free: dict[object, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        free.setdefault(pair, []).append(place)
+    return [[free[row].pop(0) for row in part.rows if free.get(row)] for part in step.parts]

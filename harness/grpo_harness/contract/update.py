@@ -1,0 +1,128 @@
+"""Invariants of a step's log-probabilities, loss and gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from grpo_harness.contract.conventions import Conventions
+from grpo_harness.contract.invariant import (
+    BrokenInvariantError,
+    average,
+    equal,
+    invariant,
+    require,
+    where,
+)
+from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance
+from grpo_harness.contract.oracle import Oracle, rows_of
+from grpo_harness.contract.seen import Step, Witness
+
+
+@invariant("temperature ignored (trl#3029), the attention mask left out (trl#2708), shifted tokens")
+def log_probabilities_are_the_policys(run: Witness, oracle: Oracle) -> None:
+    """Padded in a batch, each token has the log-probability that it has without padding."""
+    g, temperature = run.recipe.num_generations, run.recipe.temperature
+    for step in run.steps:
+        right = oracle.step(run, step).log_probabilities
+        for rows, part in zip(rows_of(step), step.parts, strict=True):
+            if part.log_probabilities is None:
+                continue  # an older TRL does not show them: its gradient tells
+            for place, row in zip(rows, part.log_probabilities, strict=False):
+                ids = step.window.completion_ids[place]
+                if Conventions.of(run.recipe).mask_truncated and oracle.truncated(ids):
+                    continue
+                seen, wanted = row[: len(ids)].double(), right[place, : len(ids)]
+                worst = int((seen - wanted).abs().argmax())
+                if not abs(seen[worst] - wanted[worst]) <= 1e-4:
+                    with torch.no_grad():
+                        plain, _ = oracle.log_probabilities(step.weights, step.window, 1.0)
+                    ignored = torch.allclose(seen, plain[place, : len(ids)].cpu(), atol=1e-4)
+                    raise BrokenInvariantError(
+                        f"{where(step.window, place, g)}, token {worst}: log-probability "
+                        f"{float(seen[worst]):.6f}, and {float(wanted[worst]):.6f} is right at "
+                        f"temperature {temperature}"
+                        + ("; it is that of 1: the temperature is ignored" if ignored else "")
+                    )
+
+
+@invariant("another loss_type or normaliser under accumulation (trl#6024, #5619, #6369), KL, ε")
+def loss_equals_the_oracles(run: Witness, oracle: Oracle) -> None:
+    """Each step's loss is the formula's on the raw completions, and it is what is logged."""
+    right = {step.number: oracle.step(run, step).loss for step in run.steps}
+    for step in run.steps:
+        seen = sum(part.loss for part in step.parts)
+        _gap(run, oracle, step, "the loss", seen, right[step.number])
+    for row in run.rows:
+        steps = run.steps_of(row)
+        mean = average([right[step.number] for step in steps])
+        _gap(run, oracle, steps[-1], "the loss logged", row["loss"], mean)
+
+
+@invariant("another loss_type, ε, KL, temperature or normaliser (trl#6024, #5619, #3029)")
+def gradient_equals_the_oracles(run: Witness, oracle: Oracle) -> None:
+    """Each step's gradient is autograd's of the formula, on a fresh copy of the weights."""
+    for step in run.steps:
+        right = oracle.step(run, step).gradient
+        off = distance(step.gradient, right)
+        if not off <= GRADIENT_TOLERANCE:
+            raise BrokenInvariantError(
+                f"step {step.number}: the gradient is {off:.2g} of its length away from the "
+                f"oracle's (allowed: {GRADIENT_TOLERANCE:g}){oracle.suspect(run, step)}"
+            )
+        norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in right.values()))
+        for row in run.rows:
+            if row["step"] == step.number:
+                equal(f"step {step.number}: grad_norm", row["grad_norm"], norm, 1e-6, 1e-4)
+
+
+@invariant("another estimator of the KL, a reference that is not the base, or another clip range")
+def figures_of_the_policy_are_the_oracles(run: Witness, oracle: Oracle) -> None:
+    """Entropy, KL to the base and the clip ratios that are logged are those of the tokens."""
+    for row in run.rows:
+        computed = [oracle.step(run, step).logged for step in run.steps_of(row)]
+        for name in computed[0]:
+            if name != "kl" or run.recipe.beta:
+                right = average([figures[name] for figures in computed if name in figures])
+                equal(f"step {row['step']}: {name}", row[name], right, 1e-5, 1e-4)
+
+
+@invariant("old log-probabilities that are another policy's, or of another temperature")
+def on_policy_the_ratio_is_one(run: Witness) -> None:
+    """On completions of the weights before a step, ρ is exactly 1 and nothing is clipped."""
+    for step in run.steps:
+        for part in step.parts:
+            if part.old is None or part.log_probabilities is None:
+                continue  # the trainer takes π itself for π_old
+            rho = torch.exp(part.log_probabilities - part.old)
+            require(bool((rho == 1).all()), f"step {step.number}: ρ is up to {float(rho.max())}")
+    for row in run.rows:
+        for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean"):
+            value = row[f"clip_ratio/{name}"]
+            require(value == 0, f"step {row['step']}: clip_ratio/{name} is {value}, on-policy")
+
+
+@invariant("ε that is not the recipe's, or ratios that are taken against the policy itself")
+def clipping_acts_off_policy(run: Witness, oracle: Oracle) -> None:
+    """On used completions, at a large rate, tokens are clipped at 1 ± ε, and not all of them."""
+    (row,) = run.rows
+    last = run.steps[-1]
+    right = oracle.step(run, last).logged["clip_ratio/region_mean"]
+    require(0.1 < right < 0.99, f"step {last.number}: {right:.0%} would be clipped: no control")
+    # One row for both steps; in the first nothing is clipped.
+    equal("clipping: clip_ratio/region_mean", row["clip_ratio/region_mean"], right / 2, 1e-5, 1e-4)
+    off = distance(last.gradient, oracle.step(run, last).gradient)
+    if not off <= GRADIENT_TOLERANCE:
+        raise BrokenInvariantError(
+            f"step {last.number}: the clipped gradient is {off:.2g} of its length away from the "
+            f"oracle's at epsilon = {run.recipe.epsilon}{oracle.suspect(run, last)}"
+        )
+
+
+def _gap(run: Witness, oracle: Oracle, step: Step, what: str, seen: float, right: float) -> None:
+    if not abs(seen - right) <= 1e-6 + 1e-5 * abs(right):
+        raise BrokenInvariantError(
+            f"step {step.number}: {what} is {seen:.8g}, and {right:.8g} is right"
+            f"{oracle.suspect(run, step)}"
+        )

@@ -1,0 +1,97 @@
+"""Invariants of the weights: how every update moves them, and that nothing else does."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+
+from grpo_harness.contract.adam import AdamW, clipped, rate, updates
+from grpo_harness.contract.invariant import BrokenInvariantError, equal, invariant, require
+from grpo_harness.contract.lengths import distance
+from grpo_harness.contract.seen import Tensors, Witness
+
+
+@invariant("a max_grad_norm that is dropped, or a norm taken of each tensor by itself")
+def gradients_are_clipped_as_asked(run: Witness) -> None:
+    """The optimizer is given the gradient, its norm at most ``max_grad_norm``; 0 is no limit.
+
+    The factor is the same for every element, so the rounding of one product is all that differs:
+    1e-6 was the most that was seen.
+    """
+    most = AdamW.of(run.recipe).max_grad_norm
+    for step in run.steps:
+        right = clipped(step.gradient, most)
+        off = distance(step.taken, right)
+        if not off <= 1e-5:
+            same = distance(step.taken, step.gradient) <= 1e-5
+            raise BrokenInvariantError(
+                f"step {step.number}: the gradient that the optimizer was given is {off:.2g} of "
+                f"its length away from the one clipped at max_grad_norm = {most:g}"
+                + ("; it is not clipped" if same else "")
+            )
+
+
+@invariant("another optimizer, schedule, decay or β than the recipe's, or a state that is lost")
+def every_update_is_adamws(run: Witness) -> None:
+    """Each step makes one update, and it is AdamW's at the schedule's rate for its gradients.
+
+    What is allowed is the rounding of a weight in single precision (two of them, where it decays)
+    and a ten-thousandth of the rate. Seen were half of the first and a tenth of the second.
+    """
+    require(
+        [step.number for step in run.steps] == list(range(1, run.recipe.steps + 1)),
+        f"updates were made in steps {[step.number for step in run.steps]}, of {run.recipe.steps}",
+    )
+    for update in updates(run):
+        for name, before in update.step.weights.items():
+            off = (update.step.after[name].double() - update.right[name]).abs()
+            room = 1e-4 * update.rate + 2**-22 * before.double().abs()
+            beyond = ~(off <= room)
+            if bool(beyond.any()):
+                raise BrokenInvariantError(
+                    f"step {update.step.number}: {int(beyond.sum())} of {off.numel()} elements of "
+                    f"{name} are off, by {float(off.max()):.2g} at a rate of {update.rate:g}"
+                    f"{update.suspect()}"
+                )
+
+
+@invariant("a second update, an average of weights or a decay beside the optimizer")
+def only_updates_move_the_weights(run: Witness) -> None:
+    """A step starts from the weights that the one before left, to the bit; the last are the end."""
+    starts = [*(step.weights for step in run.steps[1:]), run.after]
+    for step, start in zip(run.steps, starts, strict=True):
+        _same(f"after step {step.number}", start, step.after)
+
+
+@invariant("a schedule that is not the recipe's, or a rate that is logged after the scheduler")
+def rates_logged_are_the_schedules(run: Witness) -> None:
+    """The learning rate that is logged is the one by the schedule's formula of the row's step."""
+    for row in run.rows:
+        right = rate(run.recipe, int(row["step"]))
+        equal(f"step {row['step']}: learning_rate", row["learning_rate"], right, 0.0, 1e-6)
+
+
+@invariant("weights that are saved in half precision, before the last update, or not all of them")
+def what_is_saved_is_what_was_trained(run: Witness) -> None:
+    """The checkpoint has the weights in memory, in their own dtype, to the bit."""
+    require(run.run is not None, f"the run left none: {run.error}")
+    assert run.run is not None
+    saved = load_file(run.run.path / "model.safetensors")
+    # Whether a tensor that two layers share is saved twice is no matter.
+    missing = sorted(run.after.keys() - saved.keys())
+    require(not missing, f"not saved: {', '.join(missing)}")
+    for name, right in run.after.items():
+        require(
+            saved[name].dtype == right.dtype,
+            f"{name} is saved as {saved[name].dtype}, and was trained as {right.dtype}",
+        )
+    _same("on disk", saved, run.after)
+
+
+def _same(place: str, seen: Tensors, right: Tensors) -> None:
+    for name, values in right.items():
+        if not torch.equal(seen[name], values):
+            off = int((seen[name] != values).sum())
+            raise BrokenInvariantError(
+                f"{place}: {off} of {values.numel()} elements of {name} are others"
+            )

@@ -1,0 +1,183 @@
+"""Invariants of whole runs: what changes, what must not, and what two of them have in common."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+
+from grpo_harness.contract.invariant import BrokenInvariantError, equal, invariant, require
+from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance
+from grpo_harness.contract.oracle import Oracle
+from grpo_harness.contract.seen import Step, Tensors, Witness
+from grpo_harness.tasks import make_problems
+
+
+@invariant("weight decay, a KL term or an entropy bonus that was not asked for")
+def constant_reward_changes_nothing(run: Witness) -> None:
+    """Where every completion has the same reward, the weights stay as they are, to the bit."""
+    for name, before in run.steps[0].weights.items():
+        off = int((run.after[name] != before).sum())
+        require(off == 0, f"{off} of {before.numel()} elements of {name} changed")
+    for row in run.rows:
+        share = row["frac_reward_zero_std"]
+        require(share == 1, f"step {row['step']}: frac_reward_zero_std is {share}, not 1")
+
+
+@invariant("rewards that are clipped, shifted or taken by size on the way")
+def negated_reward_negates_the_gradient(run: Witness, other: Witness) -> None:
+    """The reward the other way round turns the first gradient round and does nothing else."""
+    _same_completions(run, other)
+    turned = {name: -values for name, values in other.steps[0].gradient.items()}
+    off = distance(run.steps[0].gradient, turned)
+    require(off <= GRADIENT_TOLERANCE, f"step 1: {off:.2g} of its length from the turned gradient")
+
+
+@invariant("a normaliser that is a micro-batch's instead of the step's (trl#6024, trl#5619)")
+def accumulation_changes_nothing(run: Witness, other: Witness) -> None:
+    """Four groups in four parts have the gradient that they have in one."""
+    require(
+        len(run.steps[0].parts) == 4 and len(other.steps[0].parts) == 1,
+        f"step 1 was made in {len(run.steps[0].parts)} and {len(other.steps[0].parts)} parts",
+    )
+    _same_completions(run, other)
+    off = distance(run.steps[0].gradient, other.steps[0].gradient)
+    parts = sum(part.loss for part in run.steps[0].parts)
+    require(
+        off <= GRADIENT_TOLERANCE,
+        f"step 1: with accumulation the gradient is {off:.2g} of its length away",
+    )
+    equal("step 1: the loss with accumulation", parts, other.steps[0].parts[0].loss)
+
+
+@invariant("random numbers from somewhere that the seed does not reach")
+def the_same_seed_gives_the_same_rows(run: Witness, other: Witness) -> None:
+    """A run and its repetition log the same figures, to the bit, but for the time they took."""
+    _same_rows(run, other)
+
+
+@invariant("a seed that is set anew before every step, or that reaches only some of what is drawn")
+def another_seed_gives_another_run(run: Witness, other: Witness) -> None:
+    """Another seed asks other problems first, and no two draws share their random numbers."""
+    seeds = f"with seed {run.recipe.seed} and with {other.recipe.seed}"
+    g = run.recipe.num_generations
+    one, two = (seen.steps[0].window.prompts[::g] for seen in (run, other))
+    require(one != two, f"step 1 asks the same problems in the same order {seeds}")
+    drawn = [(step, seen) for seen in (run, other) for step in seen.steps]
+    for i, (step, seen) in enumerate(drawn):
+        for before, then in drawn[:i]:
+            if step.window is not before.window and _same_state(step, before):
+                raise BrokenInvariantError(
+                    f"step {step.number} of run {seen.recipe.name!r} draws from the random numbers "
+                    f"of step {before.number} of run {then.recipe.name!r}"
+                )
+    require(run.rows[0]["loss"] != other.rows[0]["loss"], f"step 1 has the same loss {seeds}")
+
+
+@invariant("a sampler that repeats or skips, or does not shuffle")
+def every_problem_has_its_turn(run: Witness, oracle: Oracle) -> None:
+    """The recipe's problems are asked in rounds: each once a round, each round in another order."""
+    recipe, g = run.recipe, run.recipe.num_generations
+    problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
+    prompts = [oracle.policy.render(problem.prompt) for problem in problems]
+    windows = list(dict.fromkeys(step.window for step in run.steps))
+    # A step asks a full number of problems, so what is left of a round is not asked.
+    a_round = len(prompts) // (len(windows[0].prompts) // g)
+    rounds: list[list[str]] = []
+    for n, window in enumerate(windows):
+        asked = list(window.prompts[::g])
+        if n % a_round == 0:
+            rounds.append([])
+        rounds[-1] += asked
+        for problem, times in Counter(rounds[-1]).items():
+            place = f"step {window.step + 1} asks"
+            require(problem in prompts, f"{place} what is none of the recipe's problems")
+            require(
+                times <= prompts.count(problem),
+                f"{place} problem {prompts.index(problem)} again, and others of the {len(prompts)} "
+                "have not had their turn",
+            )
+    orders = [prompts, *rounds] if recipe.config.get("shuffle_dataset", True) else []
+    for n, order in enumerate(orders[1:], 1):
+        for m, earlier in enumerate(orders[:n]):
+            other = f"round {m}" if m else "the recipe"
+            same = order == earlier[: len(order)]
+            require(not same, f"round {n} has the order of {other}: the problems are not shuffled")
+
+
+@invariant("a resume that loses the optimizer, the schedule or the random state (trl#3148, #3247)")
+def resumed_equals_uninterrupted(run: Witness, other: Witness) -> None:
+    """A run that goes on from a checkpoint is the one that never stopped, to the bit."""
+    made = [step.number for step in run.steps]
+    require(
+        0 < len(made) < len(other.steps) and made[-1] == len(other.steps),
+        f"after the interruption steps {made} were made, of {len(other.steps)}: not resumed",
+    )
+    for step, right in zip(run.steps, other.steps[-len(made) :], strict=True):
+        place = f"step {step.number}, which is made after the interruption,"
+        _same_weights(f"{place} starts from other weights", step.weights, right.weights)
+        same = step.window.prompts == right.window.prompts
+        require(same, f"{place} asks other problems: the sampler's place is lost")
+        require(
+            _same_state(step, right), f"{place} draws other random numbers: their state is lost"
+        )
+        _same_weights(f"{place} has another gradient", step.gradient, right.gradient)
+        lost = "makes another update of the same gradient: the optimizer's state or rate is lost"
+        _same_weights(f"{place} {lost}", step.after, right.after)
+    _same_weights("the end has other weights", run.after, other.after)
+    _same_rows(run, other)
+
+
+@invariant("weights in half precision: steps of such rates are rounded away")
+def weights_move(run: Witness) -> None:
+    """At least half the elements of every trainable tensor have changed."""
+    for name, before in run.steps[0].weights.items():
+        share = float((run.after[name] != before).float().mean())
+        require(share >= 0.5, f"only {share:.1%} of the elements of {name} changed")
+
+
+@invariant("logging_nan_inf_filter, or a nan_to_num in the loss (trl#6702)")
+def a_nan_is_seen(run: Witness) -> None:
+    """A NaN loss is logged as what it is, and ends the run."""
+    assert run.nan_at is not None
+    rows = {int(row["step"]): row for row in run.rows}
+    row = rows.get(run.nan_at)
+    require(row is not None, f"step {run.nan_at}, with the NaN, is not logged")
+    assert row is not None
+    require(
+        isinstance(row["loss"], float) and math.isnan(row["loss"]),
+        f"step {run.nan_at}: the loss is NaN and was logged as {row['loss']}: NaN is filtered",
+    )
+    require(
+        run.error is not None and f"step {run.nan_at}" in str(run.error),
+        f"step {run.nan_at}: the run went on after a NaN loss (ended by: {run.error})",
+    )
+
+
+def _same_rows(run: Witness, other: Witness) -> None:
+    one, two = ([row["step"] for row in seen.rows] for seen in (run, other))
+    require(one == two, f"rows of steps {one} are logged, then of {two}")
+    for row, again in zip(run.rows, other.rows, strict=True):
+        for key in sorted(row.keys() | again.keys()):
+            if key != "step_time":
+                a, b = row.get(key), again.get(key)
+                require(a == b, f"step {row['step']}: {key} is {a}, then {b}")
+
+
+def _same_weights(otherwise: str, seen: Tensors, right: Tensors) -> None:
+    for name, values in right.items():
+        require(torch.equal(seen[name], values), f"{otherwise} (in {name})")
+
+
+def _same_state(step: Step, other: Step) -> bool:
+    one, two = step.window.random_state, other.window.random_state
+    return one is not None and two is not None and torch.equal(one, two)
+
+
+def _same_completions(run: Witness, other: Witness) -> None:
+    one, two = run.steps[0].window, other.steps[0].window
+    require(
+        one.prompt_ids == two.prompt_ids and one.completion_ids == two.completion_ids,
+        f"the first completions are not those of run {other.recipe.name!r}, at the same seed",
+    )

@@ -1,0 +1,1 @@
+"""How completions are drawn: requests in, samples out, in order. One file, one engine."""

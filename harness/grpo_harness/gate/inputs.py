@@ -1,0 +1,148 @@
+"""Numbers as callers hand them over, checked: nothing that is no number gets to a test.
+
+Counts may come as lists, arrays, series or tensors, of Python's, numpy's or torch's own numbers.
+Everything else is a ValueError that names the argument, the problem (by index) and what it has.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from grpo_harness.engines.engine import MOST_SAMPLES
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Ints: TypeAlias = npt.NDArray[np.int64]
+Numbers: TypeAlias = Sequence[float] | npt.NDArray[Any]
+Samples: TypeAlias = int | Sequence[int] | npt.NDArray[Any]
+
+GREATEST_LOG = 700.0
+"""Logarithms up to here are those of numbers that a float can hold."""
+
+
+def paired(now: Numbers, then: Numbers) -> tuple[Floats, Floats]:
+    """Two checked sequences of logarithms, one a problem, each as shape (n,).
+
+    Raises ValueError naming the problem (by index) that has no counterpart, or no number from
+    -`GREATEST_LOG` to `GREATEST_LOG`.
+    """
+    ours, theirs = _logarithms(now, "now"), _logarithms(then, "then")
+    same_length(len(ours), len(theirs))
+    return ours, theirs
+
+
+def brief(value: object) -> str:
+    """What to call a value in a message: its repr, on one line and shortened."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def plain(value: Any) -> Any:
+    """A number or many, of numpy, pandas or torch, in Python's own types; all else as it is."""
+    # Dates and durations would become whole numbers of nanoseconds.
+    if getattr(getattr(value, "dtype", None), "kind", "f") in "biufO":
+        try:
+            return value.tolist()
+        except (AttributeError, TypeError, RuntimeError):
+            return value
+    return value
+
+
+def is_real(value: Any, low: float, high: float) -> bool:
+    """Whether a `plain` value is one real number from `low` to `high`."""
+    return isinstance(value, (int, float, np.floating)) and bool(low <= value <= high)
+
+
+def whole(values: Any, name: str, least: int = 0) -> Ints:
+    """Checked whole numbers from `least` to `MOST_SAMPLES`, one a problem, shape (n,).
+
+    Raises ValueError with `name`, the problem (by index) and what it has instead.
+    """
+    entries = _entries(values, name)
+    for i, entry in enumerate(entries):
+        # The usual case first: this runs thousands of times in every judgement.
+        if type(entry) is int and least <= entry <= MOST_SAMPLES:
+            continue
+        if not is_real(entry, least, MOST_SAMPLES) or entry % 1:
+            wanted = f"not a whole number from {least} to {MOST_SAMPLES}"
+            raise ValueError(f"problem {i}: {name} is {brief(entry)}, {wanted}")
+    return np.asarray(entries, dtype=np.int64)
+
+
+def samples(k: Any, n: int, name: str) -> Ints:
+    """Checked numbers of samples, one for all `n` problems or one a problem, shape (n,).
+
+    Raises ValueError as `whole` does, and where they are not `n`.
+    """
+    if isinstance(plain(k), (int, float, np.floating)):
+        return np.repeat(whole([k], name, least=1), n)
+    drawn = whole(k, name, least=1)
+    if len(drawn) != n:
+        raise ValueError(
+            f"{name} is given for {len(drawn)} of {n} problems: "
+            f"problem {min(len(drawn), n)} has no counterpart"
+        )
+    return drawn
+
+
+def real_number(
+    value: Any, name: str, *, positive: bool = False, most: float = sys.float_info.max
+) -> float:
+    """One checked number from 0, or above it if it must be ``positive``, to ``most``.
+
+    Raises ValueError with `name` and what it is instead; true and false are no numbers.
+    """
+    number = plain(value)
+    fits = not isinstance(number, bool) and is_real(number, 0, most) and (number or not positive)
+    if not fits:
+        kind = "a number" if most == math.inf else "a finite number"
+        least = "above 0" if positive else "from 0 on"
+        raise ValueError(f"{name} is {brief(number)}, not {kind} {least}")
+    return float(number)
+
+
+def whole_number(value: Any, name: str, least: int, most: int = sys.maxsize) -> int:
+    """One checked whole number from ``least`` to ``most``, likewise."""
+    number = plain(value)
+    if isinstance(number, bool) or not is_real(number, least, most) or number % 1:
+        end = "on" if most == sys.maxsize else f"to {most}"
+        raise ValueError(f"{name} is {brief(number)}, not a whole number from {least} {end}")
+    return int(number)
+
+
+def one_of(value: Any, name: str, known: Sequence[str]) -> None:
+    """Raise ValueError with `name` where a word is none of those that are known."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} {brief(value)} is none of {', '.join(known)}")
+
+
+def _entries(values: Any, name: str) -> list[Any]:
+    listed = plain(values)
+    if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes, bytearray)):
+        raise ValueError(f"problem 0: {name} is {brief(values)}, not real numbers, one a problem")
+    return [entry if type(entry) is int else plain(entry) for entry in listed]
+
+
+def _logarithms(values: Any, name: str) -> Floats:
+    entries = _entries(values, name)
+    for i, entry in enumerate(entries):
+        if isinstance(entry, bool) or not is_real(entry, -GREATEST_LOG, GREATEST_LOG):
+            wanted = f"not a logarithm from {-GREATEST_LOG:g} to {GREATEST_LOG:g}"
+            raise ValueError(f"problem {i}: {name} is {brief(entry)}, {wanted}")
+    return np.asarray(entries, dtype=np.float64)
+
+
+def same_length(now: int, then: int) -> None:
+    """Raise ValueError where two measurements are not of the same problems, or of none."""
+    if now != then:
+        raise ValueError(
+            f"now has {now} problems and then has {then}: "
+            f"problem {min(now, then)} has no counterpart"
+        )
+    if now == 0:
+        raise ValueError("no problems: not even problem 0 was measured")

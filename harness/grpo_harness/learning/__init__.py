@@ -1,0 +1,1 @@
+"""Short runs -> has GRPO learned, by what it gained."""

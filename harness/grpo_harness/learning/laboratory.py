@@ -1,0 +1,188 @@
+"""The learning test's runs from nano-base: the real one, and the controls that must fail it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from grpo_harness.engines.engine import Sampling
+from grpo_harness.engines.transformers import TransformersSampler
+from grpo_harness.evaluation import evaluate
+from grpo_harness.learning.judge import Answers, Learning, Limits, Trial, ends, judge_learning
+from grpo_harness.policy.policy import load, quiet
+from grpo_harness.rewards.rule import reward_func
+from grpo_harness.store import Store
+from grpo_harness.tasks import MATH, PROGRAMMING, task_types
+from grpo_harness.training import train
+from grpo_harness.training.recipes import RECIPES, Recipe
+
+TRIALS = 3
+"""Runs that one learning test rests on."""
+
+PROBLEMS = 32
+"""Held-out problems of each of the six task types."""
+
+SAMPLES = 2
+"""Completions of each held-out problem in one trial; the base answers as often as all trials."""
+
+LONG_LISTS = (37501, 57962, 72436)
+"""Problem seeds whose three problems are lists of nine numbers to sort: nano-base hardly ever
+gets one right, so within a group only the length penalty differs.
+"""
+
+Signal = Callable[[Random, Sequence[Any], list[float]], list[float]]
+"""What becomes of a step's rewards before the trainer sees them: (luck, prompts, rewards)."""
+
+
+def as_it_is(_luck: Random, _prompts: Sequence[Any], rewards: list[float]) -> list[float]:
+    """Leave the rewards alone."""
+    return rewards
+
+
+def shuffled(luck: Random, prompts: Sequence[Any], rewards: list[float]) -> list[float]:
+    """Shuffle within each group: every group keeps its mean and spread, and nothing else."""
+    mixed: list[float] = []
+    for _, group in itertools.groupby(zip(prompts, rewards, strict=True), key=itemgetter(0)):
+        values = [reward for _, reward in group]
+        mixed += luck.sample(values, len(values))
+    return mixed
+
+
+def constant(_luck: Random, _prompts: Sequence[Any], rewards: list[float]) -> list[float]:
+    """Give every completion the same."""
+    return [1.0] * len(rewards)
+
+
+def negated(_luck: Random, _prompts: Sequence[Any], rewards: list[float]) -> list[float]:
+    """Reward what is wrong: a sign lost in the reward or in the advantage."""
+    return [-reward for reward in rewards]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A recipe and what its trainer is told. Without ``problem_seeds`` every seed asks others."""
+
+    recipe: Recipe
+    signal: Signal = as_it_is
+    problem_seeds: tuple[int, ...] = ()
+
+    def of(self, seed: int) -> Recipe:
+        """Return the recipe of one seed: its problems, their order and its samples."""
+        seeds = self.problem_seeds
+        problem_seed = seeds[seed % len(seeds)] if seeds else seed
+        return dataclasses.replace(self.recipe, seed=seed, problem_seed=problem_seed)
+
+
+_LEARN = RECIPES["learn"]
+
+CONDITIONS = {
+    "learn": Condition(_LEARN),
+    "rate zero": Condition(dataclasses.replace(_LEARN, learning_rate=0.0)),
+    "shuffled": Condition(_LEARN, shuffled),
+    "constant": Condition(_LEARN, constant),
+    "negated": Condition(_LEARN, negated),
+    "collapse": Condition(
+        dataclasses.replace(
+            RECIPES["collapse"], n_math=0, n_prog=3, prompts_per_step=3, steps=12, beta=_LEARN.beta
+        ),
+        problem_seeds=LONG_LISTS,
+    ),
+}
+"""The learning test's own runs, and the controls: each of these must fail the same test."""
+
+
+def trial(condition: str, seed: int, device: str = "auto") -> Trial:
+    """Train by a condition's recipe, and let the policy that comes out answer held-out problems.
+
+    The gain is measured by the rule reward, whatever the trainer was told.
+    """
+    chosen = CONDITIONS[condition]
+    luck = Random(f"{condition} {seed}")
+    steps: list[list[tuple[str, float]]] = []
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        rewards = reward_func(prompts, completions)
+        steps.append(list(zip(prompts, rewards, strict=True)))
+        return chosen.signal(luck, prompts, rewards)
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        run = train(chosen.of(seed), Path(folder) / "trained", device=device, reward=reward)
+        if len(steps) != len(run.log):
+            raise ValueError(f"{len(steps)} batches were scored in {len(run.log)} steps")
+        first, last = ends(steps)
+        answers = held_out(str(run.path), seed, SAMPLES, device)
+    return Trial(seed, run.log, tuple(first), tuple(last), answers)
+
+
+def held_out(policy: str, seed: int, k: int, device: str = "auto") -> Answers:
+    """Let a policy answer the held-out problems ``k`` times each, as sampled in training."""
+    loaded = load(policy, device=device, dtype="float32")
+    sampler = TransformersSampler(loaded, Sampling(temperature=1.0, top_p=1.0, max_new_tokens=48))
+    with tempfile.TemporaryDirectory() as folder:
+        groups = [
+            group
+            for name in (MATH, *PROGRAMMING)
+            for group in evaluate(
+                loaded,
+                sampler,
+                task_types()[name],
+                n=PROBLEMS,
+                k=k,
+                run_seed=seed,
+                store=Store(Path(folder)),
+            ).groups
+        ]
+    correct = tuple(group.count("correct") for group in groups)
+    return Answers(correct, tuple(group.log_length for group in groups), k)
+
+
+def base_answers(seed: int, device: str = "auto") -> Answers:
+    """What nano-base answers, as often as all trials of a test together."""
+    # Minus: no draw is shared with a trial's.
+    return held_out(_LEARN.policy, -1 - seed, TRIALS * SAMPLES, device)
+
+
+class Laboratory:
+    """Trials of several conditions, run ahead of the questions in processes of their own."""
+
+    def __init__(self, pool: ProcessPoolExecutor, conditions: Sequence[str], seeds: Sequence[int]):
+        self._before: Future[Answers] = pool.submit(base_answers, seeds[0])
+        self._trials = {
+            name: [pool.submit(trial, name, seed) for seed in seeds] for name in conditions
+        }
+
+    def judge(self, condition: str, limits: Limits | None = None) -> Learning:
+        """Wait for a condition's trials and judge them. Raises what a trial raised."""
+        trials = [future.result() for future in self._trials[condition]]
+        return judge_learning(trials, self._before.result(), limits or Limits())
+
+
+@contextmanager
+def laboratory(
+    conditions: Sequence[str] = tuple(CONDITIONS),
+    seeds: Sequence[int] = tuple(range(TRIALS)),
+    processes: int = 2,
+) -> Iterator[Laboratory]:
+    """Start trials, ``processes`` at a time, each on one thread; stop what nobody waited for.
+
+    The matrices are so small that two processes are nearly twice as fast as two threads.
+    """
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    )
+    try:
+        yield Laboratory(pool, conditions, seeds)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,1 @@
+"""A name -> files on disk, whole and known by their content."""

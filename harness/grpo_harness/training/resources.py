@@ -1,0 +1,138 @@
+"""What a training run cost: time, tokens and memory, and on which hardware.
+
+Figures of two runs are compared only when their hardware is of the same class.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from grpo_harness.errors import HarnessError
+from grpo_harness.gate.inputs import brief
+from grpo_harness.policy.checkpoint import one_line
+from grpo_harness.text import escape
+from grpo_harness.training.curves import Row
+
+FILE = "resources.json"
+_FIGURES = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
+_MOST = 1e15
+"""More than this (an hour is 3600 seconds, a TiB 1.1e12 bytes) is no figure of a run."""
+
+
+class ResourcesError(HarnessError):
+    """Figures that cannot be read, or not be compared: one line that says why."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the steps of a run took.
+
+    ``hardware`` is the class of the machine: the processor with its threads, or the GPUs.
+    ``step_seconds`` is the median of the trainer's ``step_time``, ``tokens_per_second`` counts
+    completion tokens of all processes, ``peak_memory_bytes`` is that of the largest process: on
+    CUDA what torch allocated, on the CPU its resident set.
+    """
+
+    hardware: str
+    processes: int
+    step_seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step_seconds:.2f} s a step, {self.tokens_per_second:.0f} completion tokens "
+            f"a second, at most {self.peak_memory_bytes / 2**20:.0f} MiB, on {self.processes} "
+            f"process{'es' if self.processes > 1 else ''} of {self.hardware}"
+        )
+
+
+def resources(
+    rows: Sequence[Row], *, completions: int, processes: int, peak: int, cuda: bool
+) -> Resources:
+    """Sum up the logged ``rows`` of a run that drew ``completions`` in a generation window."""
+    # A step that uses completions again logs no length of its own.
+    tokens = sum(row.get("completions/mean_length") or 0.0 for row in rows) * completions
+    seconds = [row["step_time"] for row in rows]
+    return Resources(
+        hardware=hardware(cuda=cuda),
+        processes=processes,
+        step_seconds=statistics.median(seconds),
+        tokens_per_second=tokens / sum(seconds),
+        peak_memory_bytes=peak,
+    )
+
+
+def hardware(*, cuda: bool) -> str:
+    """Name the class of this machine: figures of the same class can be compared."""
+    import torch
+
+    if cuda:
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    processor = next(names, "") or platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(*, cuda: bool) -> int:
+    """Return the most memory, in bytes, that this process has had."""
+    if cuda:
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_resources(measured: Resources, folder: Path) -> None:
+    """Write ``resources.json`` into ``folder``."""
+    text = json.dumps(asdict(measured), indent=1)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_resources(folder: Path) -> Resources:
+    """Read what ``write_resources`` wrote. Raises ``ResourcesError``."""
+    path = folder / FILE
+    try:
+        measured = Resources(**json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(measured.hardware, str):
+            raise ValueError("hardware is not a text")
+        for name in ("processes", *_FIGURES):
+            value = getattr(measured, name)
+            whole = name in ("processes", "peak_memory_bytes")
+            if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < _MOST:
+                kind = "whole number" if whole else "number"
+                raise ValueError(f"{name} is {brief(value)}, not a {kind} above 0")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ResourcesError(
+            f"{path} cannot be read ({one_line(error)}): "
+            "name a folder that `grpo-harness train` left"
+        ) from error
+    # It reaches a terminal, and may come with anybody's checkpoint.
+    return replace(measured, hardware=escape(measured.hardware))
+
+
+def compare(now: Resources, then: Resources) -> Mapping[str, float]:
+    """Return now over then for seconds a step, tokens a second and peak memory.
+
+    Raises ``ResourcesError`` where hardware or number of processes differ.
+    """
+    for name in ("hardware", "processes"):
+        if getattr(now, name) != getattr(then, name):
+            raise ResourcesError(
+                f"not comparable: {name} was {getattr(then, name)}, and is {getattr(now, name)}; "
+                "compare with a run on the same"
+            )
+    return {name: getattr(now, name) / getattr(then, name) for name in _FIGURES}

@@ -1,0 +1,232 @@
+"""TRL's trainer under watch: its reward, its figures, its checkpoints.
+
+Whatever goes wrong in one of them ends the run with one line that names the step.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from grpo_harness.errors import HarnessError
+from grpo_harness.evaluation import RewardFunction
+from grpo_harness.gate.inputs import brief
+from grpo_harness.policy.checkpoint import one_line
+from grpo_harness.policy.policy import quiet
+from grpo_harness.text import escape
+from grpo_harness.training.curves import Row
+from grpo_harness.training.unfinished import Unfinished
+
+Progress = Callable[[Row], None]
+
+_GREATEST = 1e18
+"""No reward is larger: the squares of more are beyond the float32 in which TRL adds them up."""
+
+
+class TrainingError(HarnessError):
+    """A run that cannot go on: one line with the step, what happened and what to do."""
+
+
+class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
+    """TRL's trainer, with checkpoints that are known to be whole and the run's own.
+
+    ``unfinished`` is where they are kept, in the process that leads; ``epochs_done`` says how
+    often a resumed run has been through its problems, and ``begun`` that all it needs is read.
+    """
+
+    unfinished: Unfinished | None = None
+    epochs_done = 0
+    begun = False
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: ``recipe.json`` says more."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a part of a step. Raises ``TrainingError`` for what a recipe can be changed for."""
+        self.begun = True
+        step = self.state.global_step + 1
+        try:
+            return super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call, unused-ignore]
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"step {step}: out of memory ({one_line(error)}): raise "
+                "gradient_accumulation_steps, which takes fewer completions at once"
+            ) from error
+        except ValueError as error:
+            raise TrainingError(
+                f"step {step}: TRL {version('trl')} refuses the recipe ({one_line(error)}): mend it"
+            ) from error
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise TrainingError(
+                f"step {step}: the policy's probabilities are not numbers any more: lower the "
+                "learning rate"
+            ) from error
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
+        # TRL draws a new order of the problems for each epoch from one generator, which a
+        # resumed run begins anew: what the finished epochs drew has to be drawn again.
+        sampler = super()._get_train_sampler(dataset)
+        for _ in range(self.epochs_done):
+            next(iter(sampler))
+        return sampler
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        check_finite(model.named_parameters(), step)
+        with writing(folder, f"step {step}: its checkpoint"), quiet():
+            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call, unused-ignore]
+            self.accelerator.wait_for_everyone()
+            if self.unfinished is not None:
+                self.unfinished.seal(folder)
+
+
+@contextmanager
+def writing(folder: Path, what: str) -> Iterator[None]:
+    """Let ``folder`` be written whole or not at all. Raises ``TrainingError``."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        # What a full disk is to Python, to torch and to safetensors.
+        if not isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise
+        raise TrainingError(
+            f"{what} cannot be written to {folder} ({one_line(error)}): make room there, or train "
+            "into another folder"
+        ) from error
+
+
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
+    """Raise ``TrainingError`` with the tensor that a step has left with other than numbers.
+
+    Nothing of the step itself shows that: it is its update, which no loss has been seen of yet.
+    """
+    for name, weight in weights:
+        if not bool(torch.isfinite(weight).all()):
+            raise TrainingError(
+                f"step {step}: {name} is not finite after its update: lower the learning rate"
+            )
+
+
+def save_every(config: GRPOConfig, save_steps: int) -> int:
+    """Return how many steps lie between two checkpoints: ``save_steps``, and whole windows.
+
+    What a generation window has drawn is not part of a checkpoint: only at its end can a run be
+    resumed and be the same.
+    """
+    parts = config.gradient_accumulation_steps
+    drawn = (config.steps_per_generation or parts) * config.num_iterations
+    window = math.lcm(drawn, parts) // parts
+    return math.ceil(save_steps / window) * window
+
+
+class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Passes every logged step on, asks for checkpoints, and ends the run at a bad figure."""
+
+    def __init__(self, save_every: int, progress: Progress | None) -> None:
+        self.rows: list[Row] = []
+        self._save_every = save_every
+        self._progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over what a resumed run has logged before."""
+        self.rows = [{"step": row["step"], **row} for row in state.log_history if "loss" in row]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint where one is due; at the last step the result follows."""
+        due = self._save_every > 0 and state.global_step % self._save_every == 0
+        control.should_save = due and state.global_step < state.max_steps
+
+    def on_log(  # the arguments are the base class's
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the row of a step. Raises ``TrainingError`` for a figure that is not finite."""
+        if logs is None or "loss" not in logs:  # the summary at the end
+            return
+        row = {"step": state.global_step, **logs}
+        for name in ("loss", "grad_norm", "reward"):
+            # A step that uses completions again has no reward of its own. The trainer logs None
+            # for a number that JSON does not have.
+            value = row.get(name, 0.0)
+            if value is None or not math.isfinite(value):
+                what = "mend the reward" if name == "reward" else "lower the learning rate"
+                raise TrainingError(
+                    f"step {row['step']}: {name} is {value}, which no step recovers from: {what}"
+                )
+        self.rows.append(row)
+        if self._progress is not None:
+            self._progress(row)
+
+
+def checked(reward: RewardFunction) -> RewardFunction:
+    """Return ``reward`` such that whatever is wrong with it ends the run and names the step.
+
+    Raises ``ValueError`` for what cannot be called.
+    """
+    if not callable(reward):
+        raise ValueError(f"the reward is {brief(reward)}, not a function")
+
+    def scored(prompts: Any, completions: Any, **kwargs: Any) -> list[float | None]:
+        where = f"step {kwargs['trainer_state'].global_step + 1}: the reward {reward_name(reward)}"
+        try:
+            scores = reward(prompts=prompts, completions=completions, **kwargs)
+        except Exception as error:
+            raise TrainingError(
+                f"{where} raised {one_line(error)}: mend it, or leave out what it cannot score"
+            ) from error
+        if not isinstance(scores, list | tuple):
+            raise TrainingError(
+                f"{where} returned {type(scores).__name__}: it must return a list of one number "
+                "for each completion"
+            )
+        if len(scores) != len(completions):
+            raise TrainingError(
+                f"{where} returned {len(scores)} numbers for {len(completions)} completions: it "
+                "must return one each, in order"
+            )
+        if all(score is None for score in scores):
+            raise TrainingError(f"{where} scored none of {len(scores)} completions: mend it")
+        for completion, score in zip(completions, scores, strict=True):
+            # None is a reward that does not apply; TRL leaves the completion out.
+            if score is not None and not _usable(score):
+                raise TrainingError(
+                    f"{where} returned {brief(score)} for the completion '{escape(completion)}': "
+                    f"it must return a number within ±{_GREATEST:g}, or None for what it does not "
+                    "apply to"
+                )
+        return list(scores)
+
+    scored.__name__ = reward_name(reward)  # which TRL logs it by
+    return scored
+
+
+def reward_name(reward: RewardFunction) -> str:
+    """Return what a reward is called, a function or not."""
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def _usable(score: Any) -> bool:
+    try:
+        return abs(float(score)) <= _GREATEST and not isinstance(score, str | bytes)
+    except (TypeError, ValueError, OverflowError):
+        return False

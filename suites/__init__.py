@@ -1,0 +1,1 @@
+"""What is asserted: one file, one question."""

@@ -1,0 +1,197 @@
+"""The learning test, put to the test: it and each control for many seeds, as a table.
+
+``python -m tools.nano.learning_table --tests 20 --out FOLDER`` writes ``LEARNING.md``. What is
+finished is kept in ``trials.jsonl``: the same command goes on after an interruption, and judges
+anew by the limits of the day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_harness.learning.judge import Answers, Limits, Trial, judge_learning, late
+from grpo_harness.learning.laboratory import CONDITIONS, TRIALS, base_answers, trial
+
+BASE = "base"
+"""Where a condition is named: not a run, but what nano-base answers."""
+
+
+class Ledger:
+    """Trials and the base's answers, in a JSON Lines file that only grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._trials: dict[tuple[str, int], Trial] = {}
+        self._before: dict[int, Answers] = {}
+        *whole, half = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        for line in whole:
+            self._read(json.loads(line))
+        if half:  # it was being written when the process died
+            path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+
+    def add(self, condition: str, seed: int, value: Trial | Answers) -> None:
+        """Keep a trial, or the base's answers for the test that begins with ``seed``."""
+        line = json.dumps(
+            {"condition": condition, "seed": seed, "value": dataclasses.asdict(value)}
+        )
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self._read(json.loads(line))
+
+    def _read(self, entry: dict[str, Any]) -> None:
+        value = entry["value"]
+        if entry["condition"] == BASE:
+            self._before[entry["seed"]] = _answers(value)
+        else:
+            self._trials[entry["condition"], entry["seed"]] = Trial(
+                value["seed"],
+                tuple(value["log"]),
+                tuple(value["first"]),
+                tuple(value["last"]),
+                _answers(value["answers"]),
+            )
+
+    def __contains__(self, key: tuple[str, int]) -> bool:
+        return key in self._trials or (key[0] == BASE and key[1] in self._before)
+
+    def trials(self, condition: str) -> list[Trial]:
+        """Return a condition's finished trials."""
+        return [trial for (name, _), trial in self._trials.items() if name == condition]
+
+    def test(self, condition: str, number: int) -> tuple[list[Trial], Answers] | None:
+        """Return what one learning test is judged by, or ``None`` if it is not finished."""
+        seeds = _seeds(number)
+        if seeds[0] not in self._before or any((condition, s) not in self._trials for s in seeds):
+            return None
+        return [self._trials[condition, seed] for seed in seeds], self._before[seeds[0]]
+
+
+def _seeds(number: int) -> range:
+    """The seeds of a learning test: no two tests share one."""
+    return range(number * TRIALS, (number + 1) * TRIALS)
+
+
+def _answers(value: dict[str, Any]) -> Answers:
+    return Answers(tuple(value["correct"]), tuple(value["log_length"]), value["k"])
+
+
+def make_table(
+    out: Path, tests: int, device: str, conditions: Sequence[str] = tuple(CONDITIONS)
+) -> None:
+    """Run what is missing of ``tests`` learning tests of ``conditions``, and write the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(out / "trials.jsonl")
+    # Test by test, so that every condition has as many whenever it is stopped.
+    for number, name in itertools.product(range(tests), conditions):
+        seeds = _seeds(number)
+        wanted = [
+            key for key in [(BASE, seeds[0]), *((name, s) for s in seeds)] if key not in ledger
+        ]
+        for condition, seed in wanted:
+            if condition == BASE:
+                ledger.add(BASE, seed, base_answers(seed, device))
+            else:
+                ledger.add(condition, seed, trial(condition, seed, device))
+        if wanted and (found := ledger.test(name, number)):
+            verdict = judge_learning(*found)
+            _say(f"{name}, test {number}: {verdict.name}: {verdict.reason}")
+            write_table(ledger, tests, out / "LEARNING.md")
+    write_table(ledger, tests, out / "LEARNING.md")
+
+
+_HEAD = """\
+# The learning test, tested
+
+Learning tests of each condition, each of {trials} runs with seeds of their own (so each on problems
+of its own), judged by `grpo_harness.learning`: `learn` must pass, every control must
+fail. {finished} of {planned} planned tests are finished. Made by
+`python -m tools.nano.learning_table --tests {tests} --out FOLDER`, which goes on where it was
+stopped.
+
+Gain: mean reward of the last fifth of the steps less that of the first, by the rule reward,
+whatever the trainer was told; its lower bound is at {confidence:.0%} and must exceed {gain}.
+Accuracy: of held-out answers, before and after, in points; it must be proven better. Length: the
+ratio of geometric mean lengths in tokens, after over before; at least {length}.
+"""
+
+
+def write_table(ledger: Ledger, tests: int, path: Path) -> None:
+    """Write what the tests that are finished have found, by the limits of today."""
+    limits = Limits()
+    found = {
+        name: {n: judge_learning(*test) for n in range(tests) if (test := ledger.test(name, n))}
+        for name in CONDITIONS
+    }
+    parts = [
+        _HEAD.format(
+            tests=tests,
+            finished=sum(map(len, found.values())),
+            planned=tests * len(CONDITIONS),
+            trials=TRIALS,
+            confidence=limits.confidence,
+            gain=limits.gain,
+            length=limits.length,
+        )
+    ]
+    parts.append("| condition | tests | passed | failed | criteria broken |\n|---|---|---|---|---|")
+    for name, learnings in found.items():
+        broken = Counter(criterion for x in learnings.values() for criterion in x.broken)
+        failed = sum(x.name == "FAIL" for x in learnings.values())
+        parts.append(
+            f"| {name} | {len(learnings)} | {len(learnings) - failed} | {failed} "
+            f"| {', '.join(f'{key} {times}' for key, times in broken.most_common())} |"
+        )
+    parts.append("\n## Figures\n\nLeast and greatest of the means over the last fifth of a run.\n")
+    parts.append("| figure | limits | " + " | ".join(CONDITIONS) + " |")
+    parts.append("|---" * (2 + len(CONDITIONS)) + "|")
+    for figure, least, most in limits.bands():
+        cells = []
+        for name in CONDITIONS:
+            values = [late(trial, figure) for trial in ledger.trials(name)]
+            cells.append(f"{min(values):.3f} to {max(values):.3f}" if values else "")
+        parts.append(f"| {figure} | {least:g} to {most:g} | {' | '.join(cells)} |")
+    for name, learnings in found.items():
+        parts.append(
+            f"\n## {name}\n\n| seeds | gain | at least | accuracy | Δ | length | verdict | broken |"
+            "\n|---|---|---|---|---|---|---|---|"
+        )
+        for number, x in learnings.items():
+            seeds = _seeds(number)
+            parts.append(
+                f"| {seeds[0]}–{seeds[-1]} | {x.gain.estimate.mean:+.3f} | {x.lower:+.3f} "
+                f"| {x.accuracy.then:.1%} → {x.accuracy.now:.1%} | {100 * x.accuracy.delta:+.1f} "
+                f"| {x.length:.2f} | {x.name} | {', '.join(x.broken)} |"
+            )
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and make the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.nano.learning_table", description=__doc__
+    )
+    parser.add_argument("--tests", type=int, default=20, help="learning tests of each condition")
+    parser.add_argument("--out", type=Path, required=True, help="where to, or where to go on")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--only", choices=CONDITIONS, help="run one condition, show all there are")
+    arguments = parser.parse_args(argv)
+    conditions = [arguments.only] if arguments.only else list(CONDITIONS)
+    make_table(arguments.out, arguments.tests, arguments.device, conditions)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
