@@ -3,16 +3,16 @@
 from grpo_harness.text import escape
 
 
-def test_logits_are_finite(policy, task_type):
+def test_logits_are_finite(engine, policy, task_type):
     """The policy gives every token of a batch of padded prompts a finite logit."""
     import torch
 
     prompts = [policy.render(problem.prompt) for problem in task_type.problems(8)]
     batch = policy.tokenizer(
         prompts, add_special_tokens=False, padding=True, return_tensors="pt"
-    ).to(policy.device)
+    ).to(engine.device)
     with torch.inference_mode():
-        logits = policy.model(**batch).logits
+        logits = engine.model(**batch).logits
     finite = torch.isfinite(logits[batch["attention_mask"].bool()]).all(-1)
     assert finite.all(), f"{policy.name}: {int((~finite).sum())} of {len(finite)} tokens have none"
 
@@ -28,11 +28,16 @@ def test_samples_are_text(policy, task_type, sample):
     assert any(answer.text.strip() for answer in answers), f"{policy.name} answers nothing at all"
 
 
-def test_trained_is_not_base(base_policy, trained_policy):
-    """Training has moved the weights: a run that loads the base twice is caught here."""
+def test_trained_is_not_base(base_policy, trained_policy, sample):
+    """Training has moved the weights: a run that loads the base twice is caught here.
+
+    By the files, and by what is in memory: an engine refuses weights that another policy has.
+    """
     moved = trained_policy.fingerprint.weights != base_policy.fingerprint.weights
     assert moved, (
         f"{trained_policy.name} and {base_policy.name} have the same weights (fingerprint "
         f"{base_policy.fingerprint}): training changed nothing, or the wrong checkpoint was saved "
         "or named. Point --grpo-trained at the checkpoint that training wrote"
     )
+    for policy in (base_policy, trained_policy):
+        sample(policy, ["1 + 1"])

@@ -285,10 +285,12 @@ def test_reward_that_raises_ends_the_run(tmp_path):
 
 READ_AGAIN = """
 import json, sys, torch
-from grpo_harness.policy.policy import load
-policy = load(sys.argv[1], device=sys.argv[2], dtype="float32")
+from grpo_harness.engines.weights import device_of, load_weights
+from grpo_harness.policy import load
+device = device_of(sys.argv[2])
+model = load_weights(load(sys.argv[1]), device, torch.float32)
 with torch.inference_mode():
-    logits = policy.model(torch.arange(1, 33, device=policy.device)[None]).logits
+    logits = model(torch.arange(1, 33, device=device)[None]).logits
 print(json.dumps(logits.flatten().tolist()))
 """
 
@@ -320,11 +322,11 @@ def test_base_is_unchanged(base_files, watched):
 
 
 def _digests():
-    from grpo_harness.policy.checkpoint import find
+    from grpo_harness.policy import PolicyName, find
 
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(find("nano-base").path.iterdir())
+        for path in sorted(find(PolicyName("nano-base")).path.iterdir())
     }
 
 
@@ -346,7 +348,7 @@ def judge():
 def test_grpo_learns(judge):
     """The reward rises, held-out answers are better, and every figure stays in bounds."""
     learning = judge("learn")
-    assert learning.name == "PASS", f"GRPO does not learn. {learning.reason}. {NEXT}"
+    assert learning.verdict == "PASS", f"GRPO does not learn. {learning.reason}. {NEXT}"
 
 
 @pytest.mark.parametrize(
@@ -364,7 +366,7 @@ def test_control_fails(judge, control, criteria):
     missing = criteria - learning.broken.keys()
     assert not missing, (
         f"the control {control!r} should break {sorted(criteria)}, and {sorted(missing)} hold "
-        f"({learning.name}: {learning.reason}): the learning test no longer tells learning from "
+        f"({learning.verdict}: {learning.reason}): the learning test no longer tells learning from "
         "chance. Compare with harness/grpo_harness/nano/LEARNING.md"
     )
 

@@ -14,7 +14,7 @@ import grpo_harness.engines.transformers
 import grpo_harness.report.report
 import grpo_harness.session  # noqa: F401
 from grpo_harness.engines.engine import Sample
-from grpo_harness.evaluation import evaluate
+from grpo_harness.evaluation import ask, evaluate
 from grpo_harness.policy.policy import load
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.store import Store
@@ -68,7 +68,7 @@ def save_tiny(folder, seed=0, **config):
 @pytest.fixture(autouse=True)
 def own_task_types(monkeypatch):
     """Task types that a test loads from files of its own end with the test."""
-    monkeypatch.setattr("grpo_harness.tasks._own", {})
+    monkeypatch.setattr("grpo_harness.tasks.sources._own", {})
 
 
 @pytest.fixture(scope="session", name="save_tiny")
@@ -85,8 +85,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_policy(tiny):
-    """An untrained checkpoint, loaded on the CPU."""
-    return load(str(tiny), device="cpu")
+    """An untrained policy."""
+    return load(str(tiny))
 
 
 @pytest.fixture
@@ -108,6 +108,9 @@ class Answers:
 
     def settings(self):
         return {"temperature": self.temperature}
+
+    def identity(self):
+        return {"engine": "answers"}
 
     def sample(self, requests, progress=None):
         return [
@@ -133,16 +136,17 @@ def answers(tiny_policy):
 def measure(tiny_policy, tmp_path, answers):
     """A function that evaluates the untrained policy on gcd with an engine of its own."""
 
-    def measure(run_seed=1, n=8, k=3, sampler=None, reward=reward_func):
+    def measure(run_seed=1, n=8, k=3, engine=None, reward=reward_func):
+        engine = engine or answers()
+        gcd = task_types()["gcd"]
+        questions = ask(tiny_policy, gcd, n, settings=engine.settings(), reward=reward)
         return evaluate(
-            tiny_policy,
-            sampler or answers(),
-            task_types()["gcd"],
-            n=n,
+            questions,
+            engine,
             k=k,
             run_seed=run_seed,
             store=Store(tmp_path / "samples"),
-            code=str(id(sampler)),
+            code=str(id(engine)),
             reward=reward,
         )
 

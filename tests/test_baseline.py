@@ -1,24 +1,23 @@
 import json
+import os
 from dataclasses import replace
 
 import pytest
 
 from grpo_harness.baselines.file import BaselineError, conditions, load, path_of
 from grpo_harness.baselines.recording import record
-from grpo_harness.evaluation import reward_digest
+from grpo_harness.rewards.functions import reward_digest
 from grpo_harness.rewards.rule import reward_func
+from grpo_harness.rules import recorded_bounds
 from grpo_harness.tasks import task_types
 
 GCD = task_types()["gcd"]
-BOUNDS = {"margin": 0.05, "minimum": 0.01, "alpha": 0.01}
 
 
 @pytest.fixture
-def recorded(tiny_policy, tmp_path, measure):
+def recorded(tmp_path, measure):
     evaluations = [measure(1), measure(2)]
-    return load(
-        record(tmp_path / "b", tiny_policy, evaluations, bounds=BOUNDS, root=tmp_path).path
-    ), evaluations
+    return load(record(tmp_path / "b", evaluations, root=tmp_path).path), evaluations
 
 
 def test_what_was_recorded_is_loaded(recorded, tmp_path):
@@ -32,17 +31,19 @@ def test_what_was_recorded_is_loaded(recorded, tmp_path):
         assert kept.truncated == sum(g.count("truncated") for g in groups)
         assert kept.unparsable == sum(g.count("unparsable") for g in groups)
         assert kept.length == sum(c.tokens for g in groups for c in g.completions)
-        assert kept.mean_log_length == pytest.approx(sum(g.log_length for g in groups) / 2)
-    assert stored.same_policy(evaluations[0])
+        assert kept.mean_log_length == pytest.approx(sum(g.mean_log_length for g in groups) / 2)
+    assert stored.same_policy(evaluations[0].fingerprint)
 
 
 def test_a_file_says_what_made_it(recorded):
     header = recorded[0].header
+    written = json.loads(recorded[0].path.read_text())
     for name in ("policy", "fingerprint", "seeds", "gate", "environment", "commit", "recorded"):
-        assert name in header
-    assert header["environment"]["torch"]
-    assert header["conditions"]["sampling.temperature"] == 0.8
-    assert header["parent"] is None
+        assert name in written
+    assert header.environment["torch"]
+    assert header.environment["engine"] == "answers"
+    assert header.conditions["sampling.temperature"] == 0.8
+    assert header.parent is None
 
 
 def test_a_file_is_readable_in_a_diff(recorded):
@@ -57,13 +58,21 @@ def test_a_subset_of_the_problems_can_be_compared(recorded, measure):
     stored, _ = recorded
     now = measure(run_seed=5, n=3, k=1)
     wanted = [stored.records[group.problem.id] for group in now.groups]
-    assert stored.select(now) == wanted
+    assert stored.select(now.questions) == wanted
+
+
+def other(evaluation, **parts):
+    """The same answers from a policy that is another one in a part of its fingerprint."""
+    questions = evaluation.questions
+    fingerprint = replace(questions.fingerprint, **parts)
+    policy = replace(questions.policy, fingerprint=fingerprint)
+    return replace(evaluation, questions=replace(questions, policy=policy))
 
 
 class TestNotComparable:
     def refused(self, stored, now):
         with pytest.raises(BaselineError, match="not comparable") as error:
-            stored.select(now)
+            stored.select(now.questions)
         assert "--grpo-record" in str(error.value)
         return str(error.value)
 
@@ -71,7 +80,7 @@ class TestNotComparable:
         assert "not among its 8" in self.refused(recorded[0], measure(n=9))
 
     def test_another_sampling_setting(self, recorded, measure, answers):
-        message = self.refused(recorded[0], measure(sampler=answers(temperature=1.5)))
+        message = self.refused(recorded[0], measure(engine=answers(temperature=1.5)))
         assert "sampling.temperature was 0.8 and is 1.5" in message
 
     def test_another_task_version(self, recorded, measure, monkeypatch):
@@ -81,12 +90,14 @@ class TestNotComparable:
     @pytest.mark.parametrize("part", ["tokenizer", "chat_template"])
     def test_another_tokenizer_or_template(self, recorded, measure, part):
         now = measure()
-        now = replace(now, fingerprint=replace(now.fingerprint, **{part: "0" * 64}))
+        now = other(now, **{part: "0" * 64})
         assert part in self.refused(recorded[0], now)
 
     def test_another_prompt(self, recorded, measure):
         now = measure()
-        now = replace(now, prompts=("other words", *now.prompts[1:]))
+        questions = now.questions
+        prompts = ("other words", *questions.prompts[1:])
+        now = replace(now, questions=replace(questions, prompts=prompts))
         assert now.groups[0].problem.id in self.refused(recorded[0], now)
 
     def test_another_reward(self, recorded, measure):
@@ -97,9 +108,25 @@ class TestNotComparable:
 
     def test_other_weights_alone_can_be_compared(self, recorded, measure):
         now = measure()
-        now = replace(now, fingerprint=replace(now.fingerprint, weights="0" * 64))
-        assert len(recorded[0].select(now)) == 8
-        assert not recorded[0].same_policy(now)
+        now = other(now, weights="0" * 64)
+        assert len(recorded[0].select(now.questions)) == 8
+        assert not recorded[0].same_policy(now.fingerprint)
+
+    @pytest.mark.parametrize(
+        ("bound", "value", "says"),
+        [
+            (("alpha",), 0.05, "gate.alpha was 0.01 and is 0.05"),
+            (("accuracy", "margin"), 0.5, "gate.accuracy.margin was 0.05 and is 0.5"),
+            (("length", "minimum"), 0.2, "gate.length.minimum was 0.05 and is 0.2"),
+        ],
+    )
+    def test_other_bounds(self, recorded, measure, monkeypatch, bound, value, says):
+        weaker = recorded_bounds()
+        *path, last = bound
+        target = weaker[path[0]] if path else weaker
+        target[last] = value
+        monkeypatch.setattr("grpo_harness.baselines.file.recorded_bounds", lambda: weaker)
+        assert says in self.refused(recorded[0], measure())
 
 
 class TestDamaged:
@@ -163,6 +190,11 @@ class TestDamaged:
             ("task_type", "sort"),
             ("planned", True),
             ("planned", 0),
+            ("planned", 10**30),
+            ("policy", None),
+            ("gate", 3),
+            ("conditions", []),
+            ("seeds", "x"),
             ("fingerprint", {}),
             ("anchor", {"digest": "0"}),
         ],
@@ -188,6 +220,13 @@ class TestDamaged:
         path.write_text("\n".join([*lines[: at + 1], *lines[at:]]))
         assert "twice" in self.refused(path)
 
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+    def test_no_file(self, tmp_path):
+        os.mkfifo(tmp_path / "fifo.json")
+        assert "not a file" in self.refused(tmp_path / "fifo.json")
+        (tmp_path / "folder.json").mkdir()
+        assert "not a file" in self.refused(tmp_path / "folder.json")
+
     def test_nested_without_end(self, recorded):
         recorded[0].path.write_text("[" * 100_000)
         assert "cannot be read" in self.refused(recorded[0].path)
@@ -207,6 +246,24 @@ class TestDamaged:
         path.write_text(json.dumps(content))
         assert "anchor is not the one" in self.refused(path)
 
+    def test_the_schema_before_this_is_read(self, recorded):
+        path = recorded[0].path
+        content = json.loads(path.read_text())
+        gate = {"alpha": 0.01, "margin": 0.05, "minimum": 0.01}
+        path.write_text(json.dumps({**content, "schema": 2, "gate": gate}))
+        assert load(path).header.gate == content["gate"]
+        path.write_text(json.dumps({**content, "schema": 2, "gate": {**gate, "margin": 0.2}}))
+        assert load(path).header.gate["truncation"]["margin"] == 0.2
+
+    @pytest.mark.parametrize("gate", [3, {}, {"alpha": "x"}])
+    def test_a_damaged_schema_before_this(self, recorded, gate):
+        path = recorded[0].path
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 2, "gate": gate}))
+        if gate == {"alpha": "x"}:
+            assert load(path).header.gate["alpha"] == "x"  # named as another bound by `select`
+        else:
+            assert "damaged" in self.refused(path)
+
     def test_another_schema(self, recorded):
         path = recorded[0].path
         path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
@@ -224,11 +281,11 @@ def test_the_reward_digest_is_of_what_a_reward_does():
         ]
 
     for task_type in task_types().values():
-        own = reward_digest(task_type, reward_func)
-        assert reward_digest(task_type, same_rule_other_code) == own
-        assert reward_digest(task_type, stricter) != own
+        own = reward_digest(reward_func, task_type)
+        assert reward_digest(same_rule_other_code, task_type) == own
+        assert reward_digest(stricter, task_type) != own
 
 
 def test_conditions_name_what_must_not_change(measure):
-    named = set(conditions(measure()))
+    named = set(conditions(measure().questions))
     assert named == {"task_version", "reward", "tokenizer", "chat_template", "sampling.temperature"}

@@ -1,11 +1,15 @@
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from grpo_harness.engines.engine import Request, Sampling
-from grpo_harness.engines.transformers import TransformersSampler
-from grpo_harness.policy.checkpoint import PolicyError, find, slug
+from grpo_harness.engines.transformers import TransformersEngine
+from grpo_harness.policy.checkpoint import PolicyError, PolicyName, find
 from grpo_harness.policy.policy import load
 
 QWEN = "qwen/Qwen2-0.5B-Instruct"
@@ -26,12 +30,11 @@ class TestHubs:
     def test_modelscopes_cache_is_read_as_the_tutorial_lays_it_out(self, caches, save_tiny):
         folder = caches / "modelscope" / "models" / "qwen" / "Qwen2-0___5B-Instruct"
         save_tiny(folder, seed=1)
-        policy = load(QWEN, device="cpu")
+        policy = load(QWEN)
         assert policy.checkpoint.path == folder
         assert policy.name == QWEN
-        (sample,) = TransformersSampler(policy, Sampling(max_new_tokens=4)).sample(
-            [Request(policy.render("1 + 1"), 0)]
-        )
+        engine = TransformersEngine(policy, Sampling(max_new_tokens=4), device="cpu")
+        (sample,) = engine.sample([Request(policy.render("1 + 1"), 0)])
         assert 1 <= sample.tokens <= 4
 
     @pytest.mark.parametrize(
@@ -39,18 +42,18 @@ class TestHubs:
     )
     def test_other_layouts_and_spellings_of_it_too(self, caches, tiny, where):
         folder = shutil.copytree(tiny, caches / "modelscope" / where)
-        assert find(QWEN).path == folder
+        assert find(PolicyName(QWEN)).path == folder
 
     def test_hugging_faces_cache_comes_next(self, caches, tiny):
         repository = caches / "huggingface" / "models--Qwen--Qwen2-0.5B-Instruct"
         folder = shutil.copytree(tiny, repository / "snapshots" / "0123abc")
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text("0123abc")
-        assert find(QWEN).path.resolve() == folder.resolve()
+        assert find(PolicyName(QWEN)).path.resolve() == folder.resolve()
 
     def test_in_neither_cache_it_says_where_it_looked_and_what_to_do(self, caches):
         with pytest.raises(PolicyError) as error:
-            find(QWEN)
+            find(PolicyName(QWEN))
         message = str(error.value)
         assert "\n" not in message
         for part in (QWEN, str(caches / "modelscope"), str(caches / "huggingface"), "hf download"):
@@ -60,7 +63,7 @@ class TestHubs:
 class TestBroken:
     def message(self, name):
         with pytest.raises(PolicyError) as error:
-            load(str(name), device="cpu")
+            load(str(name))
         message = str(error.value)
         assert "\n" not in message
         return message
@@ -77,9 +80,34 @@ class TestBroken:
         (copy / "config.json").write_text(text)
         assert str(copy / "config.json") in self.message(copy)
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "x" * 300,
+            "x" * 3000,
+            "a/" + "b" * 300,
+            "~nosuchuser/x",
+            "a\0b",
+            "a\n::error::b",
+            "…",
+            "",
+        ],
+        ids=range(8),
+    )
+    def test_a_name_that_no_file_can_have(self, name):
+        message = self.message(name)
+        assert "no policy '" in message
+        assert "\0" not in message
+        assert "::error" not in message
+
     def test_an_unknown_architecture(self, copy):
         (copy / "config.json").write_text('{"model_type": "no_such_model"}')
         assert "cannot be loaded" in self.message(copy)
+
+    def test_a_list_of_training_problems_that_cannot_be_read(self, copy):
+        (copy / "problems.txt").write_bytes(b"\xff\xfe")
+        with pytest.raises(PolicyError, match=r"problems\.txt cannot be read"):
+            load(str(copy)).checkpoint.trained_on()
 
     def test_code_in_the_checkpoint_is_never_run(self, copy):
         config = json.loads((copy / "config.json").read_text())
@@ -130,22 +158,45 @@ class TestBroken:
         (copy / "generation_config.json").write_text("{}")
         assert "eos_token" in self.message(copy)
 
-    def test_a_device_that_is_not_there(self, tiny):
-        with pytest.raises(PolicyError, match="no device 'cuda:99'"):
-            load(str(tiny), device="cuda:99")
-        with pytest.raises(PolicyError, match="no dtype 'int8'"):
-            load(str(tiny), device="cpu", dtype="int8")
-
     def test_smollm2_without_its_package(self, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         assert "make smollm2" in self.message("smollm2")
 
 
-def test_slugs(tiny, monkeypatch):
-    assert slug("nano-base") == "nano-base"
-    assert slug(QWEN) == "qwen--Qwen2-0.5B-Instruct"
-    assert slug(str(tiny)) == "tiny"
-    assert slug("../..//") != ""
-    assert "/" not in slug("../../etc/passwd")
-    monkeypatch.chdir(tiny)
-    assert slug(".") == "tiny"
+def slug(name, home="."):
+    return PolicyName(str(name), Path(home)).slug
+
+
+class TestSlug:
+    """What a policy's baselines are kept under."""
+
+    def test_of_names_that_folders_can_have(self, tiny, monkeypatch):
+        assert slug("nano-base") == "nano-base"
+        assert slug(QWEN) == "qwen--Qwen2-0.5B-Instruct"
+        assert slug(tiny) == "tiny"
+        assert slug(f"{tiny}/") == "tiny"
+        assert slug(tiny.name, tiny.parent) == "tiny"
+        monkeypatch.chdir(tiny)
+        assert slug(".") == "tiny"
+
+    def test_a_link_is_known_by_its_own_name_wherever_it_points(self, tiny, tmp_path):
+        link = tmp_path / "latest"
+        link.symlink_to(tiny)
+        assert slug(link) == "latest"
+        assert find(PolicyName(str(link))).path == tiny
+
+    @given(st.lists(st.text(st.characters(), max_size=12), min_size=2, max_size=2, unique=True))
+    @example(["模型-é", "..."])
+    @example(["a/b", "a--b"])
+    @example(["../../evil", "evil"])
+    @example(["a b", "a-b"])
+    @example(["", "policy"])
+    @example(["recipes", "training"])
+    def test_is_a_folder_of_its_own_for_every_name(self, names):
+        one, two = map(slug, names)
+        assert one != two
+        for folder in (one, two):
+            assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", folder)
+            assert len(folder) < 100
+            assert not folder.endswith(".")
+            assert folder not in ("recipes", "training")

@@ -1,13 +1,16 @@
 import math
+import re
 
 import pytest
 
 from grpo_harness.engines.engine import Sample
-from grpo_harness.evaluation import EvaluationError, evaluate
-from grpo_harness.policy.policy import load
-from grpo_harness.rewards.rule import OUTCOMES, rule_reward
+from grpo_harness.evaluation import EvaluationError, ask, evaluate
+from grpo_harness.policy import load
+from grpo_harness.rewards.functions import RewardError
+from grpo_harness.rewards.outcome import OUTCOMES
+from grpo_harness.rewards.rule import reward_func, rule_reward
 from grpo_harness.store import Store
-from grpo_harness.tasks import task_types
+from grpo_harness.tasks import load_task_type, task_types
 
 GCD = task_types()["gcd"]
 
@@ -22,6 +25,9 @@ class Scripted:
     def settings(self):
         return {"scripted": True}
 
+    def identity(self):
+        return {"engine": "scripted"}
+
     def sample(self, requests, progress=None):
         first = len(self.requests) + 1
         self.requests += requests
@@ -33,8 +39,10 @@ def right(request, _):
     return Sample(str(problem.answer), 3, truncated=False)
 
 
-def run(policy, sampler, tmp_path, n=6, k=2, **options):
-    return evaluate(policy, sampler, GCD, n=n, k=k, run_seed=1, store=Store(tmp_path), **options)
+def run(policy, engine, tmp_path, n=6, k=2, reward=reward_func, **options):
+    questions = ask(policy, GCD, n, settings=engine.settings(), reward=reward)
+    store = Store(tmp_path)
+    return evaluate(questions, engine, k=k, run_seed=1, store=store, reward=reward, **options)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +90,7 @@ def test_figures_against_the_plain_formulas(tiny_policy, tmp_path):
     assert evaluation.mean_reward == pytest.approx(sum(rewards) / 12)
     assert evaluation.mean_length == pytest.approx(sum(range(1, 13)) / 12)
     logs = [(math.log(2 * i + 1) + math.log(2 * i + 2)) / 2 for i in range(6)]
-    assert [g.log_length for g in evaluation.groups] == pytest.approx(logs)
+    assert [g.mean_log_length for g in evaluation.groups] == pytest.approx(logs)
     assert evaluation.rate("truncated") == 3 / 12
 
 
@@ -117,29 +125,83 @@ def test_every_sample_has_its_own_seed(tiny_policy, tmp_path):
     assert len({request.seed for request in sampler.requests}) == 12
 
 
-@pytest.mark.parametrize("score", [None, math.nan, math.inf])
+@pytest.mark.parametrize("score", [None, math.nan, math.inf, "1", [1.0]])
 def test_a_reward_without_a_number_is_an_error_and_never_a_zero(tiny_policy, tmp_path, score):
     def reward(prompts, completions):
         return [1.0] * (len(completions) - 1) + [score]
 
-    with pytest.raises(EvaluationError, match="must return a finite number"):
+    with pytest.raises((EvaluationError, RewardError), match="must return a"):
         run(tiny_policy, Scripted(right), tmp_path, reward=reward)
 
 
-def test_a_reward_with_too_few_numbers_is_an_error(tiny_policy, tmp_path):
-    with pytest.raises(EvaluationError, match="returned 1 scores for 12"):
-        run(tiny_policy, Scripted(right), tmp_path, reward=lambda **_: [1.0])
+def test_a_reward_that_raises_ends_it_before_anything_is_drawn(tiny_policy, tmp_path):
+    engine = Scripted(right)
+    with pytest.raises(RewardError, match="gcd: the reward <lambda> raised ZeroDivisionError"):
+        run(tiny_policy, engine, tmp_path, reward=lambda **_: 1 / 0)
+    assert engine.requests == []
 
 
-def test_a_reward_that_raises_is_not_swallowed(tiny_policy, tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        run(tiny_policy, Scripted(right), tmp_path, reward=lambda **_: 1 / 0)
+def test_a_reward_cannot_change_what_it_scores(tiny_policy, tmp_path):
+    def greedy(prompts, completions):
+        scores = reward_func(prompts, completions)
+        prompts.clear()
+        completions[:] = ["1"] * len(completions)
+        return scores
+
+    plain = run(tiny_policy, Scripted(right), tmp_path / "a")
+    assert run(tiny_policy, Scripted(right), tmp_path / "b", reward=greedy).groups == plain.groups
+
+
+def own_type(tmp_path, body):
+    """A task type of a file of its own, whose methods are those of gcd but for ``body``."""
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from grpo_harness.tasks import TaskType, int_field, read_text\n\n"
+        "class Own(TaskType):\n"
+        "    name = 'own'\n"
+        "    def draw(self, rng): return {'x': rng.randint(1, 9999)}\n"
+        "    def statement(self, task): return str(task['x'])\n"
+        "    def requirement(self, task): return 'The number.'\n"
+        "    def answer(self, task): return str(task['x'])\n"
+        "    def read(self, task, text): return read_text(text, self.answer(task))\n" + body
+    )
+    return load_task_type(str(path))
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("    def read(self, task, text): return 'wrong'", "is read as wrong"),
+        ("    def read(self, task, text): return 1 / 0", "cannot be read (ZeroDivisionError"),
+        ("    def canonical(self, task): return 'x' + self.answer(task)", "is read as wrong"),
+        ("    def draw(self, rng): return {'x': '}' + str(rng.random())}", "TASK={…} back out"),
+        (
+            "    def draw(self, rng): return {'x': {'y': rng.random()}}\n"
+            "    def answer(self, task): return str(task['x']['y'])",
+            "TASK={…} back out",
+        ),
+    ],
+)
+def test_a_type_whose_own_answer_is_not_correct_is_refused(tiny_policy, tmp_path, body, says):
+    with pytest.raises(EvaluationError, match=re.escape(says)):
+        ask(tiny_policy, own_type(tmp_path, body), 3, settings={})
+
+
+def test_a_read_that_raises_on_a_completion_is_named(tiny_policy, tmp_path):
+    body = (
+        "    def read(self, task, text):\n"
+        "        return 'correct' if int(text) == task['x'] else 'wrong'"
+    )
+    questions = ask(tiny_policy, own_type(tmp_path, body), 3, settings={})
+    engine = Scripted(lambda *_: Sample("twelve\n\x1b", 2, truncated=False))
+    with pytest.raises(EvaluationError, match=r"'twelve\\n\\x1b' cannot be read \(ValueError"):
+        evaluate(questions, engine, k=1, run_seed=1, store=Store(tmp_path / "s"))
 
 
 @pytest.mark.parametrize("twice", ["", ".2"])
 def test_asking_what_was_trained_on_is_an_error(copy, tmp_path, twice):
     leaked = GCD.problems(3)[2].id
     (copy / "problems.txt").write_text(f"gcd-000000000000\n{leaked}{twice}\n")
-    policy = load(str(copy), device="cpu")
+    policy = load(str(copy))
     with pytest.raises(EvaluationError, match=f"trained on, the first of them '{leaked}'"):
         run(policy, Scripted(right), tmp_path)

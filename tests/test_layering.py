@@ -11,13 +11,26 @@ import pytest
 import grpo_harness
 
 ROOT = Path(grpo_harness.__file__).parent
-MAP = re.findall(r"^``([\w/.]+)``", grpo_harness.__doc__, re.MULTILINE)
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate"}
 MAY_BE_HEAVY = {"policy/", "engines/", "grpo/", "training/", "contract/", "learning/"}
 
 
+def entries(package):
+    """The files and rooms that the docstring of a package lists, in their order."""
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
+    return re.findall(r"^``([\w/.]+)``(?: …)?  ", text, re.MULTILINE)
+
+
+def entry(path):
+    """The entry of its package's map that a file or a folder is."""
+    return f"{path.name}/" if path.is_dir() else path.name
+
+
+MAP = entries(ROOT)
+
+
 def room(path):
-    """The entry of the map that a file or a dotted module below ``grpo_harness`` belongs to."""
+    """The entry of the map that a file below the package belongs to."""
     first, *rest = path.relative_to(ROOT).parts
     return f"{first}/" if rest else first
 
@@ -42,6 +55,8 @@ def imports(path):
 
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+MODULES = [path for path in FILES if path.name != "__init__.py"]
+ROOMS = sorted({path.parent for path in MODULES} - {ROOT})
 
 
 def test_every_module_is_on_the_map_and_the_map_is_true():
@@ -49,16 +64,54 @@ def test_every_module_is_on_the_map_and_the_map_is_true():
     assert len(MAP) == len(set(MAP))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_up_the_map(path):
-    own = MAP.index(room(path))
+@pytest.mark.parametrize("folder", ROOMS, ids=lambda folder: folder.name)
+def test_every_room_has_a_map_that_is_true(folder):
+    listed = entries(folder)
+    files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    # One name stands for all task types, which know nothing of each other.
+    types = {f"{module.__name__.split('.')[-1]}.py" for module in _task_types()}
+    alike = types if folder.name == "tasks" else set()
+    assert files - alike <= set(listed) <= files
+    assert len(listed) == len(set(listed))
+
+
+def _task_types():
+    import importlib
+
+    from grpo_harness.tasks import task_types
+
+    return [importlib.import_module(type(of).__module__) for of in task_types().values()]
+
+
+def target(module):
+    """The file that an imported name of ours comes from."""
+    *parts, name = module.split(".")[1:]
+    for place in (ROOT.joinpath(*parts, name), ROOT.joinpath(*parts)):
+        if place.with_suffix(".py").is_file():
+            return place.with_suffix(".py")
+        if (place / "__init__.py").is_file():
+            return place
+    raise AssertionError(f"{module} is nowhere")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_up_the_maps(path):
     for module, _ in imports(path):
-        package, *rest = module.split(".")
-        if package != "grpo_harness":
+        if module.split(".")[0] != "grpo_harness":
             continue
-        above = [f"{rest[0]}.py", f"{rest[0]}/"]
-        (place,) = [MAP.index(entry) for entry in above if entry in MAP] or [-1]
-        assert place <= own, f"{path.name} imports {module}, which stands below it on the map"
+        to = target(module)
+        if to == ROOT:
+            continue
+        if room(path) != (
+            away := room(to) if to.is_file() else f"{to.relative_to(ROOT).parts[0]}/"
+        ):
+            assert MAP.index(away) < MAP.index(room(path)), f"{path.name} imports {module}"
+        elif to.is_file() and to != path:
+            listed = entries(path.parent)
+            places = [listed.index(n) if n in listed else None for n in (to.name, path.name)]
+            if None in places:  # a task type: of its room it knows what stands above all of them
+                places = [listed.index(to.name), listed.index("arithmetic.py")]
+            assert places[0] < places[1], f"{path.name} imports {module}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

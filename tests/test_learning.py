@@ -47,7 +47,7 @@ def trials(**changes):
 
 def test_a_run_that_learns_passes():
     learning = judge_learning(trials(), BEFORE)
-    assert learning.name == "PASS"
+    assert learning.verdict == "PASS"
     assert learning.broken == {}
     assert "the reward rose by 0.6" in learning.reason
     assert "from 25.0% to 50.0%" in learning.reason
@@ -108,7 +108,7 @@ def test_one_problem_proves_nothing():
 )
 def test_every_criterion_is_named_when_it_alone_is_broken(changes, criterion, words):
     learning = judge_learning(trials(**changes), BEFORE)
-    assert learning.name == "FAIL"
+    assert learning.verdict == "FAIL"
     assert list(learning.broken) == [criterion]
     assert words in learning.reason
     assert learning.reason.startswith(f"{criterion}: ")
@@ -136,7 +136,7 @@ def test_one_run_out_of_bounds_is_enough_and_is_named():
 def test_only_the_last_fifth_is_held_to_the_limits():
     early = trial()
     early = dataclasses.replace(early, log=({**GOOD, "entropy": 0.0}, *early.log[1:]))
-    assert judge_learning([early, *trials()[1:]], BEFORE).name == "PASS"
+    assert judge_learning([early, *trials()[1:]], BEFORE).verdict == "PASS"
     assert late(dataclasses.replace(early, log=tuple({"kl": i} for i in range(10))), "kl") == 8.5
 
 

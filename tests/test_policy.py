@@ -2,38 +2,29 @@ import json
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from grpo_harness.engines.engine import Request, Sampling
-from grpo_harness.engines.transformers import TransformersSampler
-from grpo_harness.policy.policy import SYSTEM_MESSAGE, load
+from grpo_harness.engines.transformers import TransformersEngine
+from grpo_harness.policy import SYSTEM_MESSAGE, PolicyError, load
 from tools.nano.tokenizer import build_tokenizer
 
 
 def fingerprint(folder):
-    return load(str(folder), device="cpu").fingerprint
+    return load(str(folder)).fingerprint
 
 
-def test_a_folder_is_loaded_on_the_cpu_in_fp32(tiny):
-    policy = load(str(tiny), device="cpu")
-    assert policy.dtype == torch.float32
-    assert next(policy.model.parameters()).dtype == torch.float32
-    assert not policy.model.training
+def test_it_is_read_without_its_weights(tiny):
+    policy = load(str(tiny))
     assert policy.tokenizer.padding_side == "left"
     assert policy.eos_token_ids == (policy.tokenizer.eos_token_id,)
-
-
-def test_nothing_of_the_models_generation_config_stays(tiny_policy):
-    left = tiny_policy.model.generation_config
-    assert (left.do_sample, left.temperature, left.top_k) == (None, None, None)
-    assert left.repetition_penalty is None
+    assert not hasattr(policy, "model")
 
 
 def test_every_end_token_of_the_generation_config_ends_an_answer(copy):
     config = json.loads((copy / "generation_config.json").read_text())
     (copy / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [2, 0]}))
-    assert load(str(copy), device="cpu").eos_token_ids == (0, 2)
+    assert load(str(copy)).eos_token_ids == (0, 2)
 
 
 def test_rendering_is_the_chat_templates(tiny_policy):
@@ -46,14 +37,14 @@ def test_rendering_is_the_chat_templates(tiny_policy):
 
 def test_without_a_chat_template_the_prompt_is_as_it_is(copy):
     (copy / "chat_template.jinja").unlink()
-    assert load(str(copy), device="cpu").render("1 + 1") == "1 + 1"
+    assert load(str(copy)).render("1 + 1") == "1 + 1"
 
 
 def test_the_pad_token_falls_back_to_endoftext(copy):
     config = json.loads((copy / "tokenizer_config.json").read_text())
     del config["pad_token"]
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
-    assert load(str(copy), device="cpu").tokenizer.pad_token == "<|endoftext|>"
+    assert load(str(copy)).tokenizer.pad_token == "<|endoftext|>"
 
 
 class TestFingerprint:
@@ -96,8 +87,9 @@ class TestFingerprint:
         assert fingerprint(copy).tokenizer != fingerprint(tiny).tokenizer
 
     def test_does_not_change_by_use(self, tiny):
-        policy = load(str(tiny), device="cpu")
-        TransformersSampler(policy, Sampling(max_new_tokens=2)).sample([Request("a", 1)] * 3)
+        policy = load(str(tiny))
+        engine = TransformersEngine(policy, Sampling(max_new_tokens=2), device="cpu")
+        engine.sample([Request("a", 1)] * 3)
         policy.tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
         policy.tokenizer.save_pretrained(tiny.parent / "used")
         shutil.copytree(tiny, tiny.parent / "again", dirs_exist_ok=True)
@@ -109,8 +101,22 @@ def test_the_tokenizer_of_the_tests_is_the_nano_pairs():
     assert build_tokenizer().decode(build_tokenizer()("a+b")["input_ids"]) == "a+b"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_the_half_precision_that_it_supports_is_taken(tiny):
-    wanted = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    policy = load(str(tiny))
-    assert (policy.device.type, policy.dtype) == ("cuda", wanted)
+def test_without_a_generation_config_the_models_config_names_the_ends(copy):
+    (copy / "generation_config.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "eos_token_id": [0]}))
+    assert load(str(copy)).eos_token_ids == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('no system role') }}", "{% if %}", "{{ 1 / 0 }}"],
+)
+def test_a_template_that_raises_is_one_line(copy, template):
+    (copy / "chat_template.jinja").write_text(template)
+    policy = load(str(copy))
+    with pytest.raises(PolicyError) as error:
+        policy.render("1 + 1")
+    assert "\n" not in str(error.value)
+    assert "chat template" in str(error.value)
+    assert str(copy) in str(error.value)

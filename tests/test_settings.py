@@ -1,9 +1,11 @@
-from pathlib import Path
+import sys
 
+import msgspec
 import pytest
 
+from grpo_harness.engines.engine import Sampling
 from grpo_harness.rewards.rule import reward_func
-from grpo_harness.settings import SettingsError, resolve
+from grpo_harness.settings import SettingsError, Table, resolve, shown, table_settings
 from grpo_harness.tasks import task_types
 
 
@@ -22,7 +24,7 @@ def project(tmp_path):
 
 def test_nothing_set_means_the_nano_pair(project, tmp_path):
     settings = project()
-    assert (settings.base, settings.trained) == ("nano-base", "nano-trained")
+    assert (settings.base.text, settings.trained.text) == ("nano-base", "nano-trained")
     assert settings.tasks == tuple(task_types())
     assert (settings.problems, settings.samples) == (256, 4)
     assert settings.baselines == tmp_path / "baselines"
@@ -30,15 +32,16 @@ def test_nothing_set_means_the_nano_pair(project, tmp_path):
 
 
 def test_without_a_pyproject_too(tmp_path):
-    assert resolve(tmp_path, tmp_path, {}).base == "nano-base"
+    assert resolve(tmp_path, tmp_path, {}).base.text == "nano-base"
 
 
 def test_the_nearest_table_counts_and_options_override_it(project):
     table = 'base = "a/b"\nproblems = 100\nsamples = 2'
     settings = project(table, below="tests/deep", problems=64, trained="c/d")
-    assert (settings.base, settings.trained) == ("a/b", "c/d")
+    assert (settings.base.text, settings.trained.text) == ("a/b", "c/d")
     assert (settings.problems, settings.samples) == (64, 2)
-    assert settings.baseline_of == {"base": "a/b", "trained": "nano-trained"}
+    configured = {role: name.text for role, name in settings.configured.items()}
+    assert configured == {"base": "a/b", "trained": "nano-trained"}
 
 
 def test_paths_of_the_table_are_relative_to_it_and_options_to_where_pytest_started(
@@ -46,10 +49,11 @@ def test_paths_of_the_table_are_relative_to_it_and_options_to_where_pytest_start
 ):
     (tmp_path / "ckpt").mkdir()
     settings = project('base = "ckpt"\nbaselines = "refs"', below="tests")
-    assert settings.base == str(tmp_path / "ckpt")
+    assert (settings.base.text, settings.base.folder) == ("ckpt", tmp_path / "ckpt")
     assert settings.baselines == tmp_path / "refs"
-    settings = project('baselines = "refs"', baselines=Path("own"))
+    settings = project('baselines = "refs"', baselines="own")
     assert settings.baselines == tmp_path / "elsewhere" / "own"
+    assert project(base="ckpt").base.folder is None  # of where pytest was started
 
 
 def test_own_task_types_and_reward(project, tmp_path, monkeypatch):
@@ -80,8 +84,16 @@ def test_greedy_draws_one_sample(project):
         ('bse = "x"', {}, "no key 'bse'"),
         ('problems = "many"', {}, "problems is 'many'"),
         ("problems = true", {}, "problems is True"),
-        ("problems = 0", {}, "at least 1"),
-        ("", {"samples": 0}, "at least 1"),
+        ("problems = 0", {}, "problems is 0: it must be a whole number"),
+        ("problems = 1.0", {}, "problems is 1.0: it must be a whole number"),
+        (f"problems = {10**30}", {}, "problems is 1000"),
+        ("samples = 501", {}, "1 to 500"),
+        ("", {"samples": 0}, "--grpo-samples is 0"),
+        ("device = 3", {}, "device is 3: it must be a text"),
+        ('dtype = "int8"', {}, "auto, bfloat16, float16 or float32"),
+        ('resident = "two"', {}, "auto, one or all"),
+        ('sequential = "yes"', {}, "true or false"),
+        ('bases = "x"', {}, "did you mean base?"),
         ("tasks = []", {}, "nothing to ask"),
         ('tasks = ["gdc"]', {}, "no task type 'gdc'"),
         ('tasks = ["missing.py"]', {}, "missing.py"),
@@ -90,14 +102,32 @@ def test_greedy_draws_one_sample(project):
         ('reward = "math"', {}, "module:function"),
         ("[tool.grpo-harness.sampling]\ntemperature = 0", {}, "temperature"),
         ("[tool.grpo-harness.sampling]\nheat = 1", {}, "heat"),
+        ('[tool.grpo-harness.sampling]\ngreedy = "no"', {}, "greedy is 'no': it must be true or"),
+        ("[tool.grpo-harness.sampling]\nmax_new_tokens = 2.5", {}, "max_new_tokens is 2.5: it"),
+        ('[tool.grpo-harness.sampling]\ntemperature = "hot"', {}, "temperature is 'hot': it must"),
+        ("[tool.grpo-harness.sampling]\ntemperature = inf", {}, "temperature must be above 0"),
+        ("[tool.grpo-harness.sampling]\ntemperature = nan", {}, "temperature"),
+        ("[tool.grpo-harness.sampling]\ntop_p = 1.5", {}, "up to 1"),
+        ('tasks = ["gcd", "gcd"]', {}, "'gcd' twice"),
+        ('tasks = ["broken.py"]', {}, "SystemExit"),
+        ('reward = "sys:exit"', {}, None),
         ("", {"greedy": True, "samples": 4}, "--grpo-greedy"),
         ("= nonsense", {}, "cannot be read"),
     ],
 )
-def test_what_cannot_be_used_is_one_clear_error(project, table, options, says):
+def test_what_cannot_be_used_is_one_clear_error(project, tmp_path, table, options, says):
+    if says is None:  # a function like any other: what it does shows when it is called
+        assert project(table, **options).reward is sys.exit
+        return
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)")
     with pytest.raises(SettingsError) as error:
         project(table, **options)
-    assert says in str(error.value)
+    message = str(error.value)
+    assert says in message
+    assert "\n" not in message
+    assert (
+        "pyproject.toml: [tool.grpo-harness" in message or "--grpo-" in message or "cannot" in says
+    )
 
 
 OWN_TYPE = """
@@ -130,4 +160,26 @@ def test_two_policies_with_one_folder_for_their_baselines_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="one folder, 'latest'"):
         resolve(tmp_path, tmp_path, options)
     options["trained"] = str(tmp_path / "a" / ".." / "a" / "latest")
-    assert resolve(tmp_path, tmp_path, options).trained == options["trained"]
+    assert resolve(tmp_path, tmp_path, options).trained.text == options["trained"]
+
+
+def test_every_setting_is_shown_with_where_it_comes_from(project):
+    settings = project("problems = 100\n[tool.grpo-harness.sampling]\ntop_p = 0.5", base="a/b")
+    table = {name: (value, source) for name, value, source in shown(settings)}
+    assert table["base"] == ("a/b", "command line")
+    assert table["problems"][0] == "100"
+    assert table["problems"][1].endswith("pyproject.toml")
+    assert table["samples"] == ("4", "default")
+    assert table["sampling.top_p"][0] == "0.5"
+    assert table["sampling.temperature"] == ("0.8", "default")
+    assert table["reward"][0] == "grpo_harness.rewards.rule:reward_func"
+    keys = {s.name for s in table_settings()} - {"sampling"}
+    assert set(table) == keys | {f"sampling.{name}" for name in Sampling.__struct_fields__}
+
+
+def test_every_setting_has_a_description():
+    for setting in table_settings():
+        assert setting.description
+    assert {s.name for s in table_settings()} == set(Table.__struct_fields__)
+    schema = msgspec.json.schema(Sampling)["$defs"]["Sampling"]["properties"]
+    assert all("description" in entry for entry in schema.values())

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy.stats import fisher_exact, hypergeom, nchypergeom_fisher, norm, t, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 
-from grpo_harness.engines.engine import MOST_SAMPLES
+from grpo_harness.gate.bounds import MOST_SAMPLES
 from grpo_harness.gate.inputs import paired
 from grpo_harness.gate.stats import (
     BETS,

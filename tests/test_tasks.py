@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from scipy.stats import chisquare
 
-import grpo_harness.tasks
-from grpo_harness.rewards.rule import read, rule_reward, strictly_correct
+from grpo_harness.rewards.outcome import strictly_correct
+from grpo_harness.rewards.rule import read, rule_reward
 from grpo_harness.tasks import (
     PROGRAMMING,
     Problem,
@@ -27,6 +27,7 @@ from grpo_harness.tasks import (
     is_held_out,
     load_task_type,
     make_problems,
+    sources,
     task_types,
 )
 
@@ -299,10 +300,10 @@ def assert_contract(task_type: TaskType, problems: list[Problem]) -> None:
         assert answer == answer.strip()
         assert len(answer.splitlines()) == 1
         assert read(problem.prompt, answer) == "correct"
-        assert strictly_correct(problem.prompt, answer)
+        assert strictly_correct(task_type, problem.task, answer)
         assert rule_reward(problem.prompt, answer) == 1.0 - 0.002 * len(answer)
         assert read(problem.prompt, "") == "unparsable"
-        assert not strictly_correct(problem.prompt, "")
+        assert not strictly_correct(task_type, problem.task, "")
         assert rule_reward(problem.prompt, "") == -1.0
         assert json.loads(json.dumps(problem.task)) == problem.task
 
@@ -486,7 +487,7 @@ class Double(TaskType):
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forget afterwards what a test loads."""
-    monkeypatch.setattr(grpo_harness.tasks, "_own", {})
+    monkeypatch.setattr(sources, "_own", {})
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
@@ -564,6 +565,15 @@ def test_an_unknown_type_is_refused_with_the_known_ones(source: str, fresh: None
             OWN.format(name="gcd", high=9),
             ValueError,
             "defines the task type 'gcd', which exists already",
+        ),
+        (
+            OWN.format(name="GCD", high=9),
+            ValueError,
+            "defines the task type 'GCD', which exists already",
+        ),
+        *(
+            (OWN.format(name=name, high=9), ValueError, "and a name is 1 to 64 letters")
+            for name in ("../../evil", "模型-é", "...", "a b", "", "a.", "a\\n::error::", "x" * 65)
         ),
         ("1 / 0", ZeroDivisionError, "division by zero"),
         ("import nothing_of_this_name", ModuleNotFoundError, "nothing_of_this_name"),

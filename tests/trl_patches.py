@@ -141,7 +141,7 @@ def rollouts_from_the_base(monkeypatch):
 
 
 def rollouts_from_another_model(monkeypatch):
-    from grpo_harness.policy.policy import load
+    from grpo_harness.policy import load
 
     def around(original, self, *args, **kwargs):
         if self.state.global_step == 0:

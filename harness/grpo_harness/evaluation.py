@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
-from grpo_harness.engines.engine import Progress, Request, Sample, Sampler, sample_seed
+from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
 from grpo_harness.errors import HarnessError
-from grpo_harness.policy.checkpoint import digest
-from grpo_harness.policy.policy import Fingerprint, Policy
-from grpo_harness.rewards.rule import OUTCOMES, Outcome, outcome, reward_func, strictly_correct
+from grpo_harness.policy import Fingerprint, Policy
+from grpo_harness.rewards import rule
+from grpo_harness.rewards.functions import RewardFunction, reward_digest, score
+from grpo_harness.rewards.outcome import (
+    OUTCOMES,
+    Outcome,
+    check_answers,
+    outcome,
+    strictly_correct,
+)
 from grpo_harness.store import Store
 from grpo_harness.tasks import Problem, TaskType, check_disjoint
-
-RewardFunction = Callable[..., Sequence[float | None]]
-"""Scores completions pairwise, ``(prompts, completions, **kwargs)``, as TRL calls it."""
+from grpo_harness.text import escape, one_line
 
 _CHUNK = 512
 """Samples between two writes to the store: what an interruption can cost."""
 
-LOOK = 16
-"""Problems between two looks of a run that stops at a decision."""
-
 
 class EvaluationError(HarnessError):
     """An evaluation that cannot be made: one line with what is wrong and what to do."""
+
+
+class Tally(Protocol):
+    """The completions of one problem in numbers: what a rule looks at, now and then.
+
+    Of ``k`` completions so many are ``correct``, ``truncated`` and ``unparsable``;
+    ``mean_log_length`` is the mean natural logarithm of their lengths in tokens.
+    """
+
+    @property
+    def k(self) -> int: ...  # noqa: D102 - in the class's docstring
+    @property
+    def correct(self) -> int: ...  # noqa: D102
+    @property
+    def truncated(self) -> int: ...  # noqa: D102
+    @property
+    def unparsable(self) -> int: ...  # noqa: D102
+    @property
+    def mean_log_length(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -59,6 +79,26 @@ class Group:
         return sum(completion.outcome == outcome for completion in self.completions)
 
     @property
+    def k(self) -> int:
+        """The number of completions."""
+        return len(self.completions)
+
+    @property
+    def correct(self) -> int:
+        """The number of correct completions."""
+        return self.count("correct")
+
+    @property
+    def truncated(self) -> int:
+        """The number of completions that the token limit cut off."""
+        return self.count("truncated")
+
+    @property
+    def unparsable(self) -> int:
+        """The number of completions without a readable answer."""
+        return self.count("unparsable")
+
+    @property
     def group_mean(self) -> float:
         """The mean reward."""
         return fmean(completion.reward for completion in self.completions)
@@ -69,33 +109,66 @@ class Group:
         return fmean(completion.tokens for completion in self.completions)
 
     @property
-    def log_length(self) -> float:
+    def mean_log_length(self) -> float:
         """The mean natural logarithm of the length in tokens."""
         # Every drawn completion has a token; a failed draw has none and is an error elsewhere.
         return fmean(math.log(max(completion.tokens, 1)) for completion in self.completions)
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """All that one run knows of one policy on one task type, in the order of the problems.
+class Questions:
+    """What a policy is asked on a task type, and all that decides with what it can be compared.
 
-    ``plan`` names all problems that were planned, ``prompts`` are theirs, as the policy sees them,
-    and ``groups`` holds those that were asked: all, but for a run that stopped at a decision.
-    ``settings`` are the sampler's and ``reward`` is a digest of the reward: they, ``prompts`` and
-    ``fingerprint`` decide what the evaluation can be compared with.
+    ``prompts`` are those of ``problems``, as the policy sees them. ``settings`` are the engine's
+    and ``reward`` is a digest of the reward.
     """
 
-    policy: str
-    slug: str
-    fingerprint: Fingerprint
+    policy: Policy
     task_type: TaskType
     settings: Mapping[str, Any]
     reward: str
+    problems: tuple[Problem, ...]
+    prompts: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the policy is."""
+        return self.policy.fingerprint
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the problems, in order."""
+        return [problem.id for problem in self.problems]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that one run knows of one policy on one task type, in the order of the problems.
+
+    ``groups`` holds the problems that were asked: all that were planned, but for a run that
+    stopped at a decision. ``engine`` says what drew.
+    """
+
+    questions: Questions
+    engine: Mapping[str, Any]
     run_seed: int
     k: int
-    plan: tuple[str, ...]
-    prompts: tuple[str, ...]
     groups: tuple[Group, ...]
+
+    @property
+    def policy(self) -> str:
+        """What the user called the policy."""
+        return self.questions.policy.name
+
+    @property
+    def task(self) -> str:
+        """The name of the task type."""
+        return self.questions.task_type.name
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the policy is."""
+        return self.questions.fingerprint
 
     @property
     def n(self) -> int:
@@ -103,12 +176,17 @@ class Evaluation:
         return len(self.groups)
 
     @property
+    def planned(self) -> int:
+        """The number of problems that were planned."""
+        return len(self.questions.problems)
+
+    @property
     def samples(self) -> list[int]:
         """The number of completions, problem by problem."""
-        return [len(group.completions) for group in self.groups]
+        return [group.k for group in self.groups]
 
     def pooled(self, others: Sequence[Evaluation]) -> Evaluation:
-        """Return this evaluation with the completions of ``others``, which have the same plan."""
+        """Return this evaluation with the completions of ``others``, of the same questions."""
         groups = []
         for i in range(max(evaluation.n for evaluation in (self, *others))):
             of_one = [e.groups[i] for e in (self, *others) if i < e.n]
@@ -150,12 +228,13 @@ class Evaluation:
         return {
             "policy": self.policy,
             "fingerprint": str(self.fingerprint),
-            "task_type": self.task_type.name,
+            "task_type": self.task,
             "n": self.n,
-            "planned": len(self.plan),
+            "planned": self.planned,
             "k": self.k,
             "run_seed": self.run_seed,
-            "sampling": dict(self.settings),
+            "sampling": dict(self.questions.settings),
+            "engine": dict(self.engine),
             "accuracy": self.accuracy,
             "strict_accuracy": self.strict_accuracy,
             "mean_reward": self.mean_reward,
@@ -163,142 +242,164 @@ class Evaluation:
             "outcomes": {name: self.rate(name) for name in OUTCOMES},
         }
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield every completion as plain texts and numbers, with its problem."""
+        for group, prompt in zip(self.groups, self.questions.prompts, strict=False):
+            for number, completion in enumerate(group.completions):
+                yield {
+                    "problem": group.problem.id,
+                    "sample": number,
+                    "prompt": prompt,
+                    "wanted": self.questions.task_type.canonical(group.problem.task),
+                    "completion": completion.text,
+                    "tokens": completion.tokens,
+                    "outcome": completion.outcome,
+                    "strict": completion.strict,
+                    "reward": None if math.isnan(completion.reward) else completion.reward,
+                }
+
+
+def ask(
+    policy: Policy,
+    task_type: TaskType,
+    n: int,
+    *,
+    settings: Mapping[str, Any],
+    reward: RewardFunction = rule.reward_func,
+) -> Questions:
+    """Word the first ``n`` problems of ``task_type`` for ``policy``, and try what will score them.
+
+    Nothing is drawn. Raises ``EvaluationError`` when there are not ``n`` problems, when the
+    policy's checkpoint says that it was trained on one of them, and when a problem's own answer
+    is not read as correct; ``PolicyError`` when the chat template cannot be applied, and
+    ``RewardError`` when the reward cannot score answers of this type.
+    """
+    try:
+        problems = tuple(task_type.problems(n))
+        check_disjoint(policy.checkpoint.trained_on(), (problem.id for problem in problems))
+        check_answers(task_type, problems)
+        if reward is rule.reward_func:
+            _check_readable(task_type, problems)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
+    return Questions(
+        policy=policy,
+        task_type=task_type,
+        settings=settings,
+        reward=reward_digest(reward, task_type),
+        problems=problems,
+        prompts=tuple(policy.render(problem.prompt) for problem in problems),
+    )
+
 
 def evaluate(
-    policy: Policy,
-    sampler: Sampler,
-    task_type: TaskType,
+    questions: Questions,
+    engine: Engine,
     *,
-    n: int,
     k: int,
     run_seed: int,
     store: Store,
-    reward: RewardFunction = reward_func,
+    reward: RewardFunction = rule.reward_func,
     code: str = "",
     until: Callable[[Sequence[Group]], bool] | None = None,
+    look: int = 16,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Ask ``policy`` the first ``n`` problems of ``task_type``, ``k`` times each, and score.
+    """Draw ``k`` completions of every problem of ``questions``, and score them.
 
-    Samples that the store has of the same policy, settings, seed and ``code`` are not drawn
-    again. With ``until`` the problems are asked `LOOK` at a time, until it says so of the groups
-    so far. Raises ``EvaluationError`` when the policy's checkpoint says that it was trained on
-    one of the problems, when there are not ``n``, and when the reward returns no finite number
-    for a drawn completion.
+    Samples that the store has of the same policy, settings, engine, seed and ``code`` are not
+    drawn again. With ``until`` the problems are asked ``look`` at a time, until it says so of the
+    groups so far. Raises ``EvaluationError`` and ``RewardError`` when a drawn completion cannot
+    be scored, and what the engine raises.
     """
-    try:
-        problems = task_type.problems(n)
-        check_disjoint(policy.checkpoint.trained_on(), (problem.id for problem in problems))
-    except ValueError as error:
-        raise EvaluationError(str(error)) from error
-    prompts = tuple(policy.render(problem.prompt) for problem in problems)
-    settings = sampler.settings()
+    problems, policy = questions.problems, questions.policy
     identity = {
         "policy": str(policy.fingerprint),
-        "settings": settings,
-        "dtype": str(policy.dtype),
+        "settings": dict(questions.settings),
+        "engine": engine.identity(),
         "run_seed": run_seed,
         "code": code,
     }
     planned = {
         (problem.id, number): Request(prompt, sample_seed(run_seed, problem.id, number))
-        for problem, prompt in zip(problems, prompts, strict=True)
+        for problem, prompt in zip(problems, questions.prompts, strict=True)
         for number in range(k)
     }
     groups: list[Group] = []
-    look = n if until is None else LOOK
-    with store.open(f"{policy.checkpoint.slug}-{task_type.name}", identity) as samples:
-        while len(groups) < n and not (groups and until is not None and until(groups)):
-            asked = problems[len(groups) : len(groups) + look]
+    step = len(problems) if until is None else look
+    with store.open(f"{policy.slug}-{questions.task_type.name}", identity) as samples:
+        while len(groups) < len(problems) and not (groups and until is not None and until(groups)):
+            asked = problems[len(groups) : len(groups) + step]
             keys = [(problem.id, number) for problem in asked for number in range(k)]
             missing = [key for key in keys if key not in samples]
             if progress is not None:
                 progress(len(keys) - len(missing))
             for start in range(0, len(missing), _CHUNK):
                 chunk = missing[start : start + _CHUNK]
-                drawn = sampler.sample([planned[key] for key in chunk], progress)
+                drawn = engine.sample([planned[key] for key in chunk], progress)
                 samples.add(dict(zip(chunk, drawn, strict=True)))
-            groups += _scored(asked, [samples[key] for key in keys], reward)
-    return Evaluation(
-        policy=policy.name,
-        slug=policy.checkpoint.slug,
-        fingerprint=policy.fingerprint,
-        task_type=task_type,
-        settings=settings,
-        reward=reward_digest(task_type, reward),
-        run_seed=run_seed,
-        k=k,
-        plan=tuple(problem.id for problem in problems),
-        prompts=prompts,
-        groups=tuple(groups),
-    )
+            groups += _scored(questions, asked, [samples[key] for key in keys], reward)
+    return Evaluation(questions, engine.identity(), run_seed, k, tuple(groups))
 
 
-def reward_digest(task_type: TaskType, reward: RewardFunction) -> str:
-    """Digest what a reward does on a task type: its scores of right and wrong answers.
-
-    The scores are hashed and not the source, so that a reworded comment changes nothing and a
-    changed rule does, wherever in the code it hides.
-    """
-    prompts, completions = [], []
-    for problem in task_type.problems(32):
-        right = task_type.canonical(problem.task)
-        for text in (
-            right,
-            f"  {right}\n",
-            f"```\n{right}\n```",
-            f"```python\n{right}\n```",
-            f"答案是 {right}。",
-            f"{right} {right}",
-            f"'{right}'",
-            right.lower(),
-            right[::-1],
-            f"1{right}",
-            "",
-            "I know",
-            "x" * 300,
-        ):
-            prompts.append(problem.prompt)
-            completions.append(text)
-    scores = reward(prompts=prompts, completions=completions)
-    return digest(json.dumps([None if score is None else float(score) for score in scores]))
+def _check_readable(task_type: TaskType, problems: Sequence[Problem]) -> None:
+    """Raise ``ValueError`` where the rule reward cannot read a task back out of its prompt."""
+    for problem in problems:
+        if rule.read(problem.prompt, task_type.canonical(problem.task)) != "correct":
+            raise ValueError(
+                f"task type {task_type.name!r}, problem {problem.id}: the rule reward cannot read "
+                "TASK={…} back out of the prompt. It ends at the first '}', so no field may have "
+                "one in it: word the fields otherwise, or set a reward of your own"
+            )
 
 
 def _scored(
-    problems: Sequence[Problem], answers: Sequence[Sample], reward: RewardFunction
+    questions: Questions,
+    problems: Sequence[Problem],
+    samples: Sequence[Sample],
+    reward: RewardFunction,
 ) -> list[Group]:
-    """Score the answers, the same number for each problem and in the order of the problems."""
-    k = len(answers) // len(problems)
-    name = problems[0].type
-    prompts = [problem.prompt for problem in problems for _ in range(k)]
-    scores = reward(prompts=prompts, completions=[answer.text for answer in answers])
-    if len(scores) != len(prompts):
-        raise EvaluationError(
-            f"the reward returned {len(scores)} scores for {len(prompts)} completions of "
-            f"{name}: it must return one each, in order"
-        )
+    """Score samples, the same number for each problem and in the order of the problems."""
+    k = len(samples) // len(problems)
+    of_sample = [problem for problem in problems for _ in range(k)]
+    where = f"{escape(questions.policy.name)} on {questions.task_type.name}"
+    scores = score(
+        reward,
+        [problem.prompt for problem in of_sample],
+        [sample.text for sample in samples],
+        where=where,
+    )
     completions = []
-    for prompt, answer, score in zip(prompts, answers, scores, strict=True):
-        if answer.error is None and (score is None or not math.isfinite(score)):
+    for problem, sample, value in zip(of_sample, samples, scores, strict=True):
+        if sample.error is None and value is None:
             raise EvaluationError(
-                f"the reward returned {score} for a completion of {name}: it must "
-                "return a finite number for every text"
+                f"{where}: the reward returned None for a completion of {problem.id}, "
+                f"'{escape(sample.text)}': it must return a finite number for every text"
             )
-        failed = answer.error is not None or score is None
-        completions.append(
-            Completion(
-                text=answer.text,
-                tokens=answer.tokens,
-                reward=math.nan if failed or score is None else float(score),
-                outcome=outcome(
-                    prompt, None if failed else answer.text, truncated=answer.truncated
-                ),
-                strict=not failed
-                and not answer.truncated
-                and strictly_correct(prompt, answer.text),
-            )
-        )
+        completions.append(_completion(questions.task_type, problem, sample, value))
     return [
         Group(problem, tuple(completions[i * k : (i + 1) * k]))
         for i, problem in enumerate(problems)
     ]
+
+
+def _completion(
+    task_type: TaskType, problem: Problem, sample: Sample, reward: float | None
+) -> Completion:
+    failed = sample.error is not None or reward is None
+    text = None if failed else sample.text
+    try:
+        return Completion(
+            text=sample.text,
+            tokens=sample.tokens,
+            reward=math.nan if failed or reward is None else reward,
+            outcome=outcome(task_type, problem.task, text, truncated=sample.truncated),
+            strict=not failed
+            and not sample.truncated
+            and strictly_correct(task_type, problem.task, sample.text),
+        )
+    except Exception as error:  # the type's own code, on a text that anything may stand in
+        raise EvaluationError(
+            f"task type {task_type.name!r}, problem {problem.id}: the completion "
+            f"'{escape(sample.text)}' cannot be read ({one_line(error)}): mend the type's read"
+        ) from error

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 from filelock import FileLock
+from msgspec import Meta
+
+from grpo_harness.gate.verdicts import Verdict
+from grpo_harness.store import writing
 
 POOLED = 7
 """Earlier attempts that are pooled at most: by then there are eight times the samples."""
@@ -22,24 +27,69 @@ MOST_ATTEMPTS = 64
 """So many halve the risk at most, to a level that no more of them could matter to."""
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A run of a check: its seed, how many problems it asked, and the verdict's name.
+class Attempt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A run of a check: its seed, how many problems it asked, its verdict.
 
-    ``checks`` is how many the run planned that shared the risk of a false alarm.
+    ``alpha`` is the part of its run's risk of a false alarm that was the check's own.
     """
 
     seed: int
-    n: int
-    verdict: str
-    checks: int
+    n: Annotated[int, Meta(ge=1)]
+    verdict: Verdict
+    alpha: Annotated[float, Meta(gt=0, lt=1)]
 
 
-class Attempts:
-    """The attempts in one folder, one a line, only ever appended."""
+class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    check: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a run of a check is judged under.
+
+    Its samples are pooled with those of ``earlier`` attempts, the last of ``attempts`` before it.
+    ``risk`` is the check's part of its run's, of which each earlier attempt takes a half.
+    """
+
+    earlier: tuple[Attempt, ...]
+    attempts: int
+    risk: float
+
+    @property
+    def alpha(self) -> float:
+        """The risk that is left for this run."""
+        return self.risk * 0.5 ** min(self.attempts, MOST_ATTEMPTS)
+
+    def __str__(self) -> str:
+        """Say what was pooled, for the end of a reason; nothing where nothing was."""
+        if not self.attempts:
+            return ""
+        runs = f"{self.attempts} earlier run{'s' if self.attempts > 1 else ''}"
+        some = f"the last {POOLED} of " if self.attempts > POOLED else ""
+        return f"; pooled with the samples of {some}{runs} of the same that did not pass"
+
+
+class Reruns:
+    """The attempts in one folder, one a line, only ever appended.
+
+    ``notices`` says what was damaged there, and left out.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "attempts.jsonl"
+        self.notices: list[str] = []
+
+    def series(self, check: str, seed: int, n: int, alpha: float, *, pools: bool = True) -> Series:
+        """Return what the run of ``seed`` is judged under, which asks ``n`` problems.
+
+        A run that repeats another's seed is judged as that was: under its risk, also where it is
+        asked alone. A check that never ``pools`` has no earlier attempts.
+        """
+        before = self.before(check, seed) if pools else []
+        again = self.same(check, seed, n)
+        risk = alpha if again is None else again.alpha
+        return Series(tuple(before[-POOLED:]), len(before), risk)
 
     def same(self, check: str, seed: int, n: int) -> Attempt | None:
         """Return the first run of ``check`` that asked ``n`` problems with ``seed``, if any."""
@@ -64,21 +114,36 @@ class Attempts:
         return series
 
     def add(self, check: str, attempt: Attempt) -> None:
-        """Append an attempt of ``check``."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"check": check, **asdict(attempt)}, sort_keys=True)
-        with FileLock(self._path.with_suffix(".lock")), self._path.open("a") as file:
-            # The newline comes first: a line that a dying process cut short spoils only itself.
-            file.write(f"\n{line}")
+        """Append an attempt of ``check``. Raises ``StoreError``."""
+        line = json.dumps({"check": check, "attempt": msgspec.structs.asdict(attempt)})
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock(), self._path.open("a", encoding="utf-8") as file:
+                # The newline comes first: a line that a dying process cut short spoils itself.
+                file.write(f"\n{line}")
 
     def _of(self, check: str) -> Iterator[Attempt]:
         if not self._path.exists():
             return
-        with FileLock(self._path.with_suffix(".lock")):
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-        for line in lines:
-            # What is no line of ours, cut short or of another version, is no attempt of ours.
-            with suppress(ValueError, TypeError, KeyError, AttributeError):
-                entry = json.loads(line)
-                if entry.pop("check") == check:
-                    yield Attempt(**entry)
+        with writing(self._path), self._lock():
+            entries = [(line, _read(line)) for line in self._path.read_bytes().split(b"\n") if line]
+            sound = [line for line, entry in entries if entry is not None]
+            if damaged := len(entries) - len(sound):
+                replacement = self._path.with_suffix(".mended")
+                replacement.write_bytes(b"".join(b"\n" + line for line in sound))
+                replacement.replace(self._path)
+                self.notices.append(
+                    f"{damaged} of the lines in {self._path} were damaged: they are removed, and "
+                    "a rerun does not know of those runs"
+                )
+        yield from (e.attempt for _, e in entries if e is not None and e.check == check)
+
+    def _lock(self) -> FileLock:
+        return FileLock(self._path.with_suffix(".lock"))
+
+
+def _read(line: bytes) -> _Line | None:
+    try:
+        return msgspec.json.decode(line, type=_Line)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None

@@ -1,267 +1,394 @@
-"""Evaluations -> checks: each rule of the gate put to the samples of one question.
+"""The one table of what is asked: name, question, measure, judge. A new rule is one entry.
 
-A check says what was asked of which policy, what the gate concluded and, when that is bad, what
-a person needs next: the numbers, the problems that changed most, and the command that shows them.
+The methods of the ``gate`` fixture, the plan, the shares of the risk and the report derive from
+`RULES`. A rule looks at each problem's completions in numbers (`Tally`), now and then; where the
+reference comes from is the caller's affair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from grpo_harness.baselines.file import Baseline, BaselineError, Record
-from grpo_harness.evaluation import LOOK, Evaluation, Group
+from grpo_harness.evaluation import Evaluation, Group, Tally
 from grpo_harness.gate import verdicts as gate
-from grpo_harness.gate.verdicts import Verdict
-from grpo_harness.measures import ACCURACY, FAULTS, LENGTH, Measure, Unit, worst
-from grpo_harness.reruns import POOLED
+from grpo_harness.gate.bounds import ALPHA, IMPROVEMENT, LENGTH, RATE, Bounds
+from grpo_harness.gate.verdicts import Evidence, Verdict
+from grpo_harness.text import escape
 
-AGAINST_BASE = ("not worse than base", "better than base")
-"""The questions that compare the trained policy with its base instead of with a baseline."""
+Unit = Literal["%", "tokens"]
+Family = Literal["quality", "form"]
+
+SHARES: Mapping[Family, float] = {"quality": 0.75, "form": 0.25}
+"""How the rules that a run asks share its risk of a false alarm, by what they ask about.
+
+Within a family all checks have equal parts; of a family that is not asked, the others have its.
+"""
+
+UNDECLARED = "undeclared"
+"""A test that judges by the gate and does not say by which rule; it counts as one of quality."""
+
+_SHOWN = 3
+"""Problems that a message shows, and completions of each."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a judgement is made under.
+
+    ``alpha`` is the part of the run's risk that is this check's own. With ``same_policy`` the
+    reference is of the very policy that is judged. ``sequential`` runs may stop at a decision.
+    """
+
+    alpha: float
+    same_policy: bool = False
+    sequential: bool = False
+
+
+Judge = Callable[[Sequence[Tally], Sequence[Tally], Bounds, Terms], Evidence]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a rule looks at in one problem, and how to say that it got worse."""
+
+    of: Callable[[Tally], float]
+    worse: Callable[[float, float], float]
+    label: str
+    unit: Unit = "%"
+
+    def show(self, value: float) -> str:
+        """Return a value of this measure as a person reads it."""
+        return f"{value:.1f}" if self.unit == "tokens" else f"{value:.0%}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One question that is judged. ``asks`` is the question in full, ``title`` its short name."""
+
+    name: str
+    title: str
+    asks: str
+    family: Family
+    against: Literal["baseline", "base"]
+    bounds: Bounds
+    measure: Measure
+    judge: Judge
+
+
+def _accuracy(
+    now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms
+) -> Evidence:
+    # A likelihood ratio of one common drop takes the differences between two policies for
+    # evidence, so another policy is always judged on the whole plan.
+    if terms.sequential and terms.same_policy:
+        sides = _correct(now) + _correct(then)
+        return gate.judge_sequential(*sides, alpha=terms.alpha, **asdict(bounds))
+    sides = _correct(now) + _correct(then[: len(now)])
+    return gate.judge(*sides, same_policy=terms.same_policy, alpha=terms.alpha, **asdict(bounds))
+
+
+def _fault(outcome: Literal["truncated", "unparsable"]) -> Judge:
+    def judge(
+        now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms
+    ) -> Evidence:
+        then = then[: len(now)]
+        return gate.judge_rate(
+            [getattr(tally, outcome) for tally in now],
+            [tally.k for tally in now],
+            [getattr(tally, outcome) for tally in then],
+            [tally.k for tally in then],
+            same_policy=terms.same_policy,
+            alpha=terms.alpha,
+            **asdict(bounds),
+        )
+
+    return judge
+
+
+def _length(now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms) -> Evidence:
+    return gate.judge_length(
+        [tally.mean_log_length for tally in now],
+        [tally.k for tally in now],
+        [tally.mean_log_length for tally in then[: len(now)]],
+        alpha=terms.alpha,
+        **asdict(bounds),
+    )
+
+
+def _no_loss(now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms) -> Evidence:
+    sides = _correct(now) + _correct(then)
+    return gate.judge(*sides, same_policy=False, alpha=terms.alpha, **asdict(bounds))
+
+
+def _improvement(
+    now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms
+) -> Evidence:
+    sides = _correct(now) + _correct(then)
+    return gate.judge_improvement(*sides, alpha=terms.alpha, **asdict(bounds))
+
+
+def _correct(tallies: Sequence[Tally]) -> tuple[list[int], list[int]]:
+    return [tally.correct for tally in tallies], [tally.k for tally in tallies]
+
+
+_CORRECT = Measure(lambda tally: tally.correct / tally.k, lambda then, now: then - now, "correct")
+_TRUNCATED = Measure(
+    lambda tally: tally.truncated / tally.k, lambda then, now: now - then, "truncated"
+)
+_UNPARSABLE = Measure(
+    lambda tally: tally.unparsable / tally.k, lambda then, now: now - then, "unparsable"
+)
+_TOKENS = Measure(
+    lambda tally: math.exp(tally.mean_log_length),
+    lambda then, now: abs(math.log(now / then)),
+    "tokens",
+    unit="tokens",
+)
+
+RULES: Mapping[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            "accuracy",
+            "accuracy",
+            "Has the share of correct completions dropped?",
+            "quality",
+            "baseline",
+            RATE,
+            _CORRECT,
+            _accuracy,
+        ),
+        Rule(
+            "length",
+            "length",
+            "Have completions become longer or shorter, in tokens?",
+            "form",
+            "baseline",
+            LENGTH,
+            _TOKENS,
+            _length,
+        ),
+        Rule(
+            "truncation",
+            "truncation",
+            "Has the share of completions that the token limit cut off risen?",
+            "form",
+            "baseline",
+            RATE,
+            _TRUNCATED,
+            _fault("truncated"),
+        ),
+        Rule(
+            "unparsable",
+            "unparsable answers",
+            "Has the share of completions without a readable answer risen?",
+            "form",
+            "baseline",
+            RATE,
+            _UNPARSABLE,
+            _fault("unparsable"),
+        ),
+        Rule(
+            "no_loss",
+            "not worse than base",
+            "Is the trained policy at least no worse than its base?",
+            "quality",
+            "base",
+            RATE,
+            _CORRECT,
+            _no_loss,
+        ),
+        Rule(
+            "improvement",
+            "better than base",
+            "Is the trained policy better than its base?",
+            "quality",
+            "base",
+            IMPROVEMENT,
+            _CORRECT,
+            _improvement,
+        ),
+    )
+}
+"""The rules by name, which is that of the ``gate`` fixture's method."""
+
+
+def shares(planned: Iterable[str]) -> dict[str, float]:
+    """Return the part of the run's risk that each check of a rule has, by the rule's name.
+
+    ``planned`` names the rule of every check of the run; a name may stand there many times.
+    """
+    times = Counter(planned)
+    families: Counter[Family] = Counter()
+    for name, count in times.items():
+        families[_family(name)] += count
+    asked = sum(SHARES[family] for family in families)
+    return {name: ALPHA * SHARES[_family(name)] / asked / families[_family(name)] for name in times}
+
+
+def _family(name: str) -> Family:
+    return RULES[name].family if name in RULES else "quality"
+
+
+def recorded_bounds() -> dict[str, Any]:
+    """Return what a baseline keeps of the bounds that it is to be judged by."""
+    rules = [rule for rule in RULES.values() if rule.against == "baseline"]
+    return {"alpha": ALPHA, **{rule.name: asdict(rule.bounds) for rule in rules}}
 
 
 @dataclass(frozen=True)
 class Check:
     """One judged question about one policy and task type.
 
-    ``verdict`` is ``None`` when the two sides could not be compared at all; ``reason`` says why.
+    ``evidence`` is ``None`` when the two sides could not be compared at all; ``reason`` says why.
     ``unit`` is that of the two sides: ``%`` of completions, or ``tokens``. ``changed`` shows the
     problems that got worse.
     """
 
-    question: str
+    rule: str
+    title: str
     task_type: str
     policy: str
     reference: str
+    against: Literal["baseline", "base"] = "baseline"
     reason: str = ""
-    verdict: Verdict | None = None
+    evidence: Evidence | None = None
     changed: tuple[str, ...] = ()
     unit: Unit = "%"
 
     @property
-    def name(self) -> gate.Name:
+    def verdict(self) -> Verdict:
         """PASS, FAIL, UNPROVEN or ERROR."""
-        return self.verdict.name if self.verdict else "ERROR"
+        return self.evidence.verdict if self.evidence else "ERROR"
 
     def message(self) -> str:
         """Say what was found, in a few lines for a person."""
-        lines = [f"{self.name}: {self.question} of {self.policy} on {self.task_type}"]
-        if self.verdict:
-            v = self.verdict
+        lines = [f"{self.verdict}: {self.title} of {escape(self.policy)} on {self.task_type}"]
+        if e := self.evidence:
             tokens = self.unit == "tokens"
-            now, then = (f"{x:.1f} tokens" if tokens else f"{x:.1%}" for x in (v.now, v.then))
+            now, then = (f"{x:.1f} tokens" if tokens else f"{x:.1%}" for x in (e.now, e.then))
             unit = "%" if tokens else " points"
             lines.append(
-                f"  {then} ({self.reference}) -> {now}: {100 * v.delta:+.1f}{unit}, "
-                f"90 % interval {100 * v.lower:+.1f} to {100 * v.upper:+.1f}, p = {v.p:.2g}, "
-                f"n = {v.n} problems x {v.k} samples"
+                f"  {then} ({escape(self.reference)}) -> {now}: {100 * e.delta:+.1f}{unit}, "
+                f"90 % interval {100 * e.lower:+.1f} to {100 * e.upper:+.1f}, p = {e.p:.2g}, "
+                f"n = {e.n} problems x {e.k} samples"
             )
         lines.append(f"  {self.reason}")
         lines += [f"  {line}" for line in self.changed]
-        if self.name == "FAIL" and self.question not in AGAINST_BASE:
-            why = " --grpo-accept-regression 'why'" if self.question == "accuracy" else ""
+        if self.verdict == "FAIL" and self.against == "baseline":
+            why = " --grpo-accept-regression 'why'" if self.rule == "accuracy" else ""
             lines.append(f"  if it is meant: --grpo-record{why}")
         return "\n".join(lines)
 
     def asdict(self) -> dict[str, Any]:
         """Return the check as plain numbers and texts."""
-        return {**asdict(self), "name": self.name}
+        return {**asdict(self), "verdict": self.verdict}
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The gate's settings, and how many checks the run planned that share its ``alpha``.
-
-    ``margin`` and ``minimum`` are shares of completions; see the gate. ``attempt``
-    counts the runs before this one whose samples are pooled with its own: each halves ``alpha``.
-    With ``sequential``, accuracy is judged at every look until there is a decision.
-    """
-
-    checks: int
-    margin: float = 0.05
-    minimum: float = 0.01
-    alpha: float = 0.01
-    attempt: int = 0
-    sequential: bool = False
-
-    def bounds(self) -> dict[str, float]:
-        """Return the settings that a baseline keeps."""
-        return {"margin": self.margin, "minimum": self.minimum, "alpha": self.alpha}
-
-    @property
-    def _alpha(self) -> float:
-        return self.alpha * 0.5**self.attempt
-
-    def _settings(self) -> dict[str, Any]:
-        return {**self.bounds(), "alpha": self._alpha, "checks": self.checks}
-
-    def plan(self, baseline: Baseline, problems: Sequence[str], k: int) -> gate.Plan | None:
-        """Predict what ``accuracy`` can find, or nothing where problems were not recorded."""
-        if not all(problem in baseline.records for problem in problems):
-            return None
-        records = [baseline.records[problem] for problem in problems]
-        return gate.plan(*_correct(records), k, **self._settings())
-
-    def decided(self, groups: Sequence[Group], records: Sequence[Record]) -> bool:
-        """Tell whether a sequential run may stop after ``groups`` of the planned ``records``."""
-        return self._sequential(groups, records).name in ("PASS", "FAIL")
-
-    def _sequential(self, groups: Sequence[Group], records: Sequence[Record]) -> Verdict:
-        return gate.judge_sequential(
-            [group.count("correct") for group in groups],
-            [len(group.completions) for group in groups],
-            *_correct(records),
-            look=LOOK,
-            **self._settings(),
+def against_baseline(
+    rule: Rule,
+    evaluation: Evaluation,
+    reference: str,
+    records: Sequence[Tally],
+    terms: Terms,
+) -> Check:
+    """Judge an evaluation against what was recorded of all its planned problems, in its order."""
+    check = opened(rule, evaluation.task, evaluation.policy, reference)
+    if reason := _failed([evaluation]):
+        return replace(check, reason=reason)
+    if evaluation.n < evaluation.planned and not (terms.sequential and terms.same_policy):
+        return replace(
+            check,
+            reason=f"{evaluation.n} of {evaluation.planned} planned problems were asked, and the "
+            "run was not to stop early: answers are missing",
         )
-
-    def accuracy(self, evaluation: Evaluation, baseline: Baseline) -> Check:
-        """Has the share of correct completions dropped below the baseline's?"""
-
-        def judge(records: Sequence[Record]) -> Verdict:
-            same = baseline.same_policy(evaluation)
-            # A likelihood ratio of one common drop takes the differences between two policies
-            # for evidence, so another policy is always judged on the whole plan.
-            if self.sequential and same:
-                return self._sequential(evaluation.groups, records)
-            return gate.judge(
-                evaluation.counts("correct"),
-                evaluation.samples,
-                *_correct(records[: evaluation.n]),
-                same_policy=same,
-                **self._settings(),
-            )
-
-        return self._against("accuracy", evaluation, baseline, judge, ACCURACY)
-
-    def truncation(self, evaluation: Evaluation, baseline: Baseline) -> Check:
-        """Has the share of completions that the token limit cut off risen?"""
-        return self._fault("truncation", "truncated", evaluation, baseline)
-
-    def unparsable(self, evaluation: Evaluation, baseline: Baseline) -> Check:
-        """Has the share of completions without a readable answer risen?"""
-        return self._fault("unparsable answers", "unparsable", evaluation, baseline)
-
-    def length(self, evaluation: Evaluation, baseline: Baseline) -> Check:
-        """Have completions become longer or shorter, in tokens?"""
-
-        def judge(records: Sequence[Record]) -> Verdict:
-            return gate.judge_length(
-                [group.log_length for group in evaluation.groups],
-                evaluation.samples,
-                [record.mean_log_length for record in records[: evaluation.n]],
-                alpha=self._alpha,
-                checks=self.checks,
-            )
-
-        return self._against("length", evaluation, baseline, judge, LENGTH)
-
-    def improvement(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
-        """Is the trained policy better than its base, over all problems of these evaluations?"""
-
-        def judge(*counts: list[int]) -> Verdict:
-            return gate.judge_improvement(*counts, alpha=self._alpha, checks=self.checks)
-
-        return self._between("better than base", trained, base, judge)
-
-    def no_loss(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
-        """Is the trained policy at least no worse than its base on these evaluations?"""
-
-        def judge(*counts: list[int]) -> Verdict:
-            return gate.judge(*counts, same_policy=False, **self._settings())
-
-        return self._between("not worse than base", trained, base, judge)
-
-    def _between(
-        self,
-        question: str,
-        trained: Sequence[Evaluation],
-        base: Sequence[Evaluation],
-        judge: Callable[..., Verdict],
-    ) -> Check:
-        if not trained or len(trained) != len(base):
-            raise ValueError(
-                f"{len(trained)} evaluations of the trained policy and {len(base)} of the base: "
-                "they are compared in pairs, and there must be one"
-            )
-        name = trained[0].task_type.name if len(trained) == 1 else "all"
-        check = Check(question, name, trained[0].policy, base[0].policy)
-        if reason := _no_pairs(trained, base) or _unscored([*trained, *base]):
-            return replace(check, reason=reason)
-        # Where runs stop at a decision, one side may have been asked more problems than the other.
-        pairs = [
-            pair
-            for ours, theirs in zip(trained, base, strict=True)
-            for pair in zip(ours.groups, theirs.groups, strict=False)
-        ]
-        now, then = [group for group, _ in pairs], [group for _, group in pairs]
-        verdict = judge(*_counts(now), *_counts(then))
-        before = [ACCURACY.now(group) for group in then]
-        return self._judged(check, verdict, now, before, ACCURACY)
-
-    def _fault(
-        self,
-        question: str,
-        outcome: Literal["truncated", "unparsable"],
-        evaluation: Evaluation,
-        baseline: Baseline,
-    ) -> Check:
-        def judge(records: Sequence[Record]) -> Verdict:
-            return gate.judge_rate(
-                evaluation.counts(outcome),
-                evaluation.samples,
-                [getattr(record, outcome) for record in records[: evaluation.n]],
-                [record.k for record in records[: evaluation.n]],
-                **self._settings(),
-            )
-
-        return self._against(question, evaluation, baseline, judge, FAULTS[outcome])
-
-    def _against(
-        self,
-        question: str,
-        evaluation: Evaluation,
-        baseline: Baseline,
-        judge: Callable[[Sequence[Record]], Verdict],
-        measure: Measure,
-    ) -> Check:
-        reference = f"baseline of {baseline.policy}"
-        name, unit = evaluation.task_type.name, measure.unit
-        check = Check(question, name, evaluation.policy, reference, unit=unit)
-        try:
-            records = baseline.select(evaluation)
-        except BaselineError as error:
-            return replace(check, reason=str(error))
-        if reason := _unscored([evaluation]):
-            return replace(check, reason=reason)
-        verdict = judge(records)
-        before = [measure.then(record) for record in records]
-        return self._judged(check, verdict, evaluation.groups, before, measure)
-
-    def _judged(
-        self,
-        check: Check,
-        verdict: Verdict,
-        now: Sequence[Group],
-        then: Sequence[float],
-        measure: Measure,
-    ) -> Check:
-        reason = verdict.reason
-        if self.attempt:
-            runs = f"{self.attempt} earlier run{'s' if self.attempt > 1 else ''}"
-            some = f"the last {POOLED} of " if self.attempt > POOLED else ""
-            reason += f"; pooled with the samples of {some}{runs} of the same that did not pass"
-        changed = worst(now, then, measure) if verdict.name == "FAIL" else ()
-        return replace(check, reason=reason, verdict=verdict, changed=changed)
+    evidence = rule.judge(evaluation.groups, records, rule.bounds, terms)
+    return _closed(check, rule, evidence, evaluation.groups, records)
 
 
-def _correct(records: Sequence[Record]) -> tuple[list[int], list[int]]:
-    return [record.correct for record in records], [record.k for record in records]
+def against_base(
+    rule: Rule, trained: Sequence[Evaluation], base: Sequence[Evaluation], terms: Terms
+) -> Check:
+    """Judge a trained policy against its base on the same problems, all of them together.
+
+    Raises ``ValueError`` where the two are not evaluations in pairs.
+    """
+    if not trained or len(trained) != len(base):
+        raise ValueError(
+            f"{len(trained)} evaluations of the trained policy and {len(base)} of the base: "
+            "they are compared in pairs, and there must be one"
+        )
+    name = trained[0].task if len(trained) == 1 else "all"
+    check = opened(rule, name, trained[0].policy, base[0].policy)
+    if reason := _no_pairs(trained, base) or _failed([*trained, *base]):
+        return replace(check, reason=reason)
+    # Where runs stop at a decision, one side may have been asked more problems than the other.
+    pairs = [
+        pair
+        for ours, theirs in zip(trained, base, strict=True)
+        for pair in zip(ours.groups, theirs.groups, strict=False)
+    ]
+    now, then = [group for group, _ in pairs], [group for _, group in pairs]
+    evidence = rule.judge(now, then, rule.bounds, terms)
+    return _closed(check, rule, evidence, now, then)
 
 
-def _counts(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
-    return [group.count("correct") for group in groups], [len(g.completions) for g in groups]
+def decided(groups: Sequence[Group], records: Sequence[Tally], alpha: float) -> bool:
+    """Tell whether a sequential run may stop after ``groups`` of the planned ``records``."""
+    rule, terms = RULES["accuracy"], Terms(alpha, same_policy=True, sequential=True)
+    return rule.judge(groups, records, rule.bounds, terms).verdict in ("PASS", "FAIL")
+
+
+def plan(records: Sequence[Tally], k: int, alpha: float) -> gate.Plan:
+    """Predict what the accuracy of the recorded policy's own problems can show to have dropped."""
+    return gate.plan(*_correct(records), k, alpha=alpha, **asdict(RULES["accuracy"].bounds))
+
+
+def opened(rule: Rule, task_type: str, policy: str, reference: str, reason: str = "") -> Check:
+    """Return a check of which nothing is known yet, or only why it cannot be judged."""
+    return Check(
+        rule.name,
+        rule.title,
+        task_type,
+        policy,
+        reference,
+        against=rule.against,
+        reason=reason,
+        unit=rule.measure.unit,
+    )
+
+
+def _closed(
+    check: Check, rule: Rule, evidence: Evidence, now: Sequence[Group], then: Sequence[Tally]
+) -> Check:
+    changed = _worst(now, then, rule.measure) if evidence.verdict == "FAIL" else ()
+    return replace(check, reason=evidence.reason, evidence=evidence, changed=changed)
+
+
+def _worst(now: Sequence[Group], then: Sequence[Tally], measure: Measure) -> tuple[str, ...]:
+    """Show the problems that changed most the way that all of them did, and what is answered."""
+    # A sequential run may have asked fewer problems than the reference holds.
+    sides = [(measure.of(b), measure.of(a)) for a, b in zip(now, then, strict=False)]
+    harm = [measure.worse(before, after) for before, after in sides]
+    if sum(harm) < 0:  # the recorded policy got better, which only changed code can have done
+        harm = [-change for change in harm]
+    most = sorted(range(len(sides)), key=lambda i: -harm[i])[:_SHOWN]
+    return tuple(
+        f"{now[i].problem.id}: {measure.show(sides[i][0])} -> {measure.show(sides[i][1])} "
+        f"{measure.label}, wanted {_quoted(str(now[i].problem.answer))}, now "
+        + " | ".join(_quoted(completion.text) for completion in now[i].completions[:_SHOWN])
+        for i in most
+        if harm[i] > 0
+    )
+
+
+def _quoted(text: str) -> str:
+    # Not as Python writes it: what is escaped would be escaped once more.
+    return f"'{escape(text, 40)}'"
 
 
 def _no_pairs(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> str:
@@ -273,23 +400,23 @@ def _no_pairs(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> str:
                 f"the same weights (fingerprints {ours.fingerprint} and {theirs.fingerprint}). "
                 "Point --grpo-trained at what was trained"
             )
-        if (ours.task_type.name, ours.plan) != (theirs.task_type.name, theirs.plan):
+        asked = [(e.task, e.questions.ids) for e in (ours, theirs)]
+        if asked[0] != asked[1]:
             return (
-                f"not comparable: {len(ours.plan)} problems of {ours.task_type.name} were asked "
-                f"of {ours.policy}, and {len(theirs.plan)} of {theirs.task_type.name} of "
-                f"{theirs.policy}: ask both the same"
+                f"not comparable: {ours.planned} problems of {ours.task} were asked of "
+                f"{ours.policy}, and {theirs.planned} of {theirs.task} of {theirs.policy}: ask "
+                "both the same"
             )
         # Which tokens end an answer is the policy's own.
-        sampling = [{**e.settings, "eos_token_ids": None} for e in (ours, theirs)]
+        sampling = [{**e.questions.settings, "eos_token_ids": None} for e in (ours, theirs)]
         if sampling[0] != sampling[1]:
             return f"not comparable: {ours.policy} and {theirs.policy} were sampled differently"
     return ""
 
 
-def _unscored(evaluations: Sequence[Evaluation]) -> str:
+def _failed(evaluations: Sequence[Evaluation]) -> str:
     failed = [
-        f"{sum(counts)} of {sum(evaluation.samples)} ({evaluation.policy} on "
-        f"{evaluation.task_type.name})"
+        f"{sum(counts)} of {sum(evaluation.samples)} ({evaluation.policy} on {evaluation.task})"
         for evaluation in evaluations
         if sum(counts := evaluation.counts("error"))
     ]

@@ -1,92 +1,106 @@
-"""What the tests of one run share: policies, evaluations and baselines, each made once."""
+"""What the tests of one run share: policies, engines, evaluations, baselines, each made once."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from grpo_harness.baselines import file as baseline
+from grpo_harness import rules
+from grpo_harness.baselines import file as baselines
 from grpo_harness.baselines import recording
 from grpo_harness.baselines.file import Baseline, BaselineError
 from grpo_harness.baselines.pruning import Stale, stale
 from grpo_harness.baselines.recording import Recording
-from grpo_harness.engines.engine import Progress, Request, Sample, Sampler, sample_seed
-from grpo_harness.evaluation import Evaluation, Group, evaluate
-from grpo_harness.gate.verdicts import MINIMUM_PROBLEMS, Plan
-from grpo_harness.policy.checkpoint import digest, slug
-from grpo_harness.policy.policy import Policy, load
-from grpo_harness.reruns import MOST_ATTEMPTS, POOLED, Attempt, Attempts
-from grpo_harness.rules import Check, Rules
+from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
+from grpo_harness.engines.residency import Residents
+from grpo_harness.evaluation import Evaluation, Group, Questions, ask, evaluate
+from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS
+from grpo_harness.gate.verdicts import Plan
+from grpo_harness.policy import Policy, PolicyError, PolicyName, load
+from grpo_harness.reruns import Attempt, Reruns
+from grpo_harness.rules import Check, Rule, Terms
 from grpo_harness.settings import ROLES, Settings
 from grpo_harness.store import Store
 from grpo_harness.tasks import TaskType, task_types
+from grpo_harness.text import digest
 
 Until = Callable[[Sequence[Group]], bool]
 """Tells of the groups so far whether a run may stop."""
 
 
-def plan(settings: Settings, checks: int, role: str, task_type: str) -> Plan | str:
+def plan(settings: Settings, role: str, task_type: str, alpha: float) -> Plan | str:
     """Predict what the accuracy check of a role can find, from its baseline alone.
 
-    Where it will be an ERROR, say why in a few words instead: the run says it in full.
+    ``alpha`` is its part of the run's risk. Where the check will be an ERROR, say why in a few
+    words instead: the run says it in full.
     """
-    path = _path(settings, role, slug(settings.policy(role)), task_type)
+    path = _path(settings, role, settings.policy(role), task_type)
     if settings.problems < MINIMUM_PROBLEMS:
         return f"fewer than {MINIMUM_PROBLEMS} problems"
     if not path.exists():
         return "no baseline"
     try:
         ids = [problem.id for problem in task_types()[task_type].problems(settings.problems)]
-        stored = baseline.load(path)
+        stored = baselines.load(path)
     except (BaselineError, ValueError):
         return "a damaged baseline, or not so many problems"
-    found = Rules(checks=checks).plan(stored, ids, settings.samples)
-    return found or f"problems that were not recorded (of {len(stored.records)} that were)"
+    if not all(problem in stored.records for problem in ids):
+        return f"problems that were not recorded (of {len(stored.records)} that were)"
+    return rules.plan([stored.records[problem] for problem in ids], settings.samples, alpha)
 
 
 def stale_entries(settings: Settings) -> list[Stale]:
     """List what is recorded below the baselines' folder and no run asks for any more."""
-    names = {*settings.baseline_of.values(), *(settings.policy(role) for role in ROLES)}
+    names = {*settings.configured.values(), *(settings.policy(role) for role in ROLES)}
     types = {name: task_types()[name] for name in settings.tasks}
-    slugs = {slug(name) for name in names}
+    slugs = {name.slug for name in names}
     return stale(settings.baselines, slugs, types, settings.problems)
 
 
-def _path(settings: Settings, role: str, own: str, task_type: str) -> Path:
+def _path(settings: Settings, role: str, own: PolicyName, task_type: str) -> Path:
     """Return the policy's own baseline, or else that of the policy it stands in for."""
     folder = settings.baselines
-    path = baseline.path_of(folder, own, task_type)
-    configured = baseline.path_of(folder, slug(settings.baseline_of[role]), task_type)
+    path = baselines.path_of(folder, own.slug, task_type)
+    stands_for = settings.configured["base" if role == "base" else "trained"]
+    configured = baselines.path_of(folder, stands_for.slug, task_type)
     return configured if configured.exists() and not path.exists() else path
 
 
 @dataclass(eq=False)
 class Session:
-    """One run: its settings and seed, its store of samples, and how many checks it planned.
+    """One run: its settings and seed, its store of samples, its shares of the risk.
 
-    ``code`` digests the code that samples and judges: samples and attempts of other code are
-    another run's. ``progress`` makes a progress display for a title and a number of samples.
+    ``shares`` is the part of the risk of a false alarm that a check of each rule has. ``code``
+    digests the code that samples and judges: samples and attempts of other code are another
+    run's. ``progress`` makes a progress display for a title and a number of samples, and
+    ``evaluated`` is told of every evaluation of the run, once.
     """
 
     settings: Settings
     run_seed: int
-    checks: int
+    shares: Mapping[str, float]
     code: str
     store: Store
-    attempts: Attempts
+    reruns: Reruns
     progress: Callable[[str, int], AbstractContextManager[Progress]]
-    _policies: dict[str, Policy] = field(default_factory=dict)
+    evaluated: Callable[[Evaluation], None] = lambda _: None
+    _policies: dict[PolicyName, Policy | PolicyError] = field(default_factory=dict)
+    _residents: Residents = field(init=False)
+    _engines: dict[str, Engine] = field(default_factory=dict)
+    _questions: dict[tuple[str, ...], Questions] = field(default_factory=dict)
     _evaluations: dict[tuple[str, ...], Evaluation] = field(default_factory=dict)
     _recorded: dict[tuple[str, str], Recording] = field(default_factory=dict)
 
-    @property
-    def rules(self) -> Rules:
-        """The gate's rules, whose risk of a false alarm all planned checks share."""
-        return Rules(checks=self.checks, sequential=self.settings.sequential)
+    def __post_init__(self) -> None:
+        self._residents = Residents(self.settings.resident)
+
+    def close(self) -> None:
+        """Let all weights go."""
+        self._residents.close()
 
     @property
     def task_types(self) -> list[TaskType]:
@@ -94,16 +108,36 @@ class Session:
         return [task_types()[name] for name in self.settings.tasks]
 
     def policy(self, role: str) -> Policy:
-        """Load the policy in a role (``base`` or ``trained``). Raises ``PolicyError``.
+        """Return the policy in a role (``base`` or ``trained``). Raises ``PolicyError``.
 
-        A name that both roles share is loaded once.
+        A name that both roles share is read once, and so is one that cannot be.
         """
         name = self.settings.policy(role)
         if name not in self._policies:
-            self._policies[name] = load(
-                name, device=self.settings.device, dtype=self.settings.dtype
+            try:
+                self._policies[name] = load(name)
+            except PolicyError as error:
+                self._policies[name] = error
+        policy = self._policies[name]
+        if isinstance(policy, PolicyError):
+            raise policy
+        return policy
+
+    def engine(self, policy: Policy) -> Engine:
+        """Return what draws from a policy, as configured. It takes the weights when it draws."""
+        key = str(policy.fingerprint)
+        if key not in self._engines:
+            # Late, because it loads torch, and a run that only collects needs none.
+            from grpo_harness.engines.transformers import TransformersEngine
+
+            self._engines[key] = TransformersEngine(
+                policy,
+                self.settings.sampling,
+                device=self.settings.device,
+                dtype=self.settings.dtype,
+                residents=self._residents,
             )
-        return self._policies[name]
+        return self._engines[key]
 
     def sample(self, policy: Policy, prompts: Sequence[str], *, seed: int = 0) -> list[Sample]:
         """Answer each user prompt once, as configured; the same seed gives the same answers."""
@@ -111,175 +145,216 @@ class Session:
             Request(policy.render(prompt), sample_seed(seed, prompt, number))
             for number, prompt in enumerate(prompts)
         ]
-        return self._sampler(policy).sample(requests, None)
+        return self.engine(policy).sample(requests, None)
+
+    def questions(self, policy: Policy, task_type: TaskType) -> Questions:
+        """Return what a policy is asked on a task type as configured; nothing is drawn.
+
+        Raises as :func:`grpo_harness.evaluation.ask`.
+        """
+        key = (policy.name, str(policy.fingerprint), task_type.name)
+        if key not in self._questions:
+            self._questions[key] = ask(
+                policy,
+                task_type,
+                self.settings.problems,
+                settings=self.engine(policy).settings(),
+                reward=self.settings.reward,
+            )
+        return self._questions[key]
 
     def evaluation(self, policy: Policy, task_type: TaskType) -> Evaluation:
-        """Evaluate a policy on a task type as configured. Raises ``EvaluationError``.
+        """Evaluate a policy on a task type as configured. Raises ``HarnessError``.
 
         A sequential run stops where the accuracy check has its decision, whichever checks are
         asked, if the policy is the recorded one; any other is asked the whole plan.
         """
         key = (policy.name, str(policy.fingerprint), task_type.name)
-        self._policies.setdefault(str(policy.fingerprint), policy)
         if key not in self._evaluations:
-            self._evaluations[key] = self._evaluate(
-                policy,
-                task_type,
-                self.settings.samples,
-                self.run_seed,
-                self._until_decided(policy, task_type) if self.settings.sequential else None,
+            questions = self.questions(policy, task_type)
+            until = self._until_decided(questions) if self.settings.sequential else None
+            self._evaluations[key] = self._draw(
+                questions, self.settings.samples, self.run_seed, until
             )
+            self.evaluated(self._evaluations[key])
         return self._evaluations[key]
 
-    def baseline(self, role: str, evaluation: Evaluation) -> Baseline:
+    def again(self, evaluation: Evaluation, run_seed: int, problems: int) -> Evaluation:
+        """Ask the first ``problems`` of an evaluation's questions with another run's seed."""
+        questions = evaluation.questions
+        short = replace(
+            questions,
+            problems=questions.problems[:problems],
+            prompts=questions.prompts[:problems],
+        )
+        return self._draw(short, evaluation.k, run_seed)
+
+    def baseline(self, role: str, policy: Policy, task_type: str) -> Baseline:
         """Load the policy's own baseline, or else that of the policy it stands in for.
 
         Raises ``BaselineError``, also when there is neither.
         """
-        return baseline.load(_path(self.settings, role, evaluation.slug, evaluation.task_type.name))
+        return baselines.load(_path(self.settings, role, policy.checkpoint.name, task_type))
 
-    def judge(
-        self,
-        question: str,
-        evaluations: Sequence[Evaluation],
-        reference: str,
-        rule: Callable[[Rules, Sequence[Evaluation]], Check],
-        again: int = 0,
+    def against_baseline(
+        self, rule: Rule, evaluation: Evaluation, baseline: Baseline, alpha: float
     ) -> Check:
-        """Put a question to ``evaluations``, pooled with those of earlier runs that did not pass.
+        """Judge an evaluation against a baseline at its part ``alpha`` of the run's risk."""
+        reference = f"baseline of {baseline.policy}"
+        try:
+            records = baseline.select(evaluation.questions)
+        except BaselineError as error:
+            return rules.opened(rule, evaluation.task, evaluation.policy, reference, str(error))
+        same = baseline.same_policy(evaluation.fingerprint)
 
-        A run that repeats another's seed is judged as that was, as one of as many checks, also
-        where it is asked alone.
+        def judge(evaluations: Sequence[Evaluation], alpha: float) -> Check:
+            terms = Terms(alpha, same_policy=same, sequential=self.settings.sequential)
+            (pooled,) = evaluations
+            return rules.against_baseline(rule, pooled, reference, records, terms)
 
-        ``reference`` is a digest of what they are compared with, ``rule`` judges them, and
-        ``again`` counts the questions that the same test has put before: one is what it planned,
-        so each further one must do with a small part of the risk.
-        """
-        check = self._check(question, evaluations, reference)
-        before = self._before(check, evaluations)
-        asked = max(evaluation.n for evaluation in evaluations)
-        then = self.attempts.same(check, self.run_seed, asked)
-        planned = self.checks if then is None else then.checks
-        if before:
-            # Where to stop was decided by this run's samples alone, and the pool is another one.
-            evaluations = [self._whole(evaluation) for evaluation in evaluations]
-        earlier = [
-            [self._again(evaluation, attempt) for attempt in before[-POOLED:]]
-            for evaluation in evaluations
-        ]
-        pooled = [e.pooled(others) for e, others in zip(evaluations, earlier, strict=True)]
-        checks = planned if again == 0 else planned * 32 * 2**again
-        rules = replace(self.rules, checks=checks, attempt=min(len(before), MOST_ATTEMPTS))
-        result = rule(rules, pooled)
-        if result.verdict is not None and result.name != "ERROR":
-            self.attempts.add(check, Attempt(self.run_seed, asked, result.name, planned))
-        return result
+        return self._judged(rule, [evaluation], baseline.digest, alpha, judge)
+
+    def against_base(
+        self,
+        rule: Rule,
+        trained: Sequence[Evaluation],
+        base: Sequence[Evaluation],
+        alpha: float,
+    ) -> Check:
+        """Judge a trained policy against its base at its part ``alpha`` of the run's risk."""
+
+        def judge(evaluations: Sequence[Evaluation], alpha: float) -> Check:
+            sides = evaluations[: len(trained)], evaluations[len(trained) :]
+            return rules.against_base(rule, *sides, Terms(alpha))
+
+        return self._judged(rule, [*trained, *base], "base", alpha, judge)
 
     def record(
-        self, role: str, policy: Policy, task_type: TaskType, reason: str | None
+        self, role: str, policy: Policy, task_type: TaskType, files: int, reason: str | None
     ) -> Recording:
         """Record the baseline of a policy on a task type, from fresh samples of several seeds.
 
-        Raises ``BaselineError`` or ``EvaluationError``, and then nothing is written.
+        It is one of ``files`` that the run records. Raises ``HarnessError``, and then nothing is
+        written.
         """
         key = (policy.name, task_type.name)
         if key not in self._recorded:
+            questions = self.questions(policy, task_type)
             # The most likely answer is the same whatever the seed: one sample says it all.
             greedy = self.settings.sampling.greedy
             seeds = 1 if greedy else recording.SEEDS
             samples = 1 if greedy else recording.SAMPLES
             evaluations = [
-                self._evaluate(policy, task_type, samples // seeds, secrets.randbelow(2**31))
+                self._draw(questions, samples // seeds, secrets.randbelow(2**31))
                 for _ in range(seeds)
             ]
             self._recorded[key] = recording.record(
                 self.settings.baselines,
-                policy,
                 evaluations,
                 root=self.settings.root,
-                before=_path(self.settings, role, policy.checkpoint.slug, task_type.name),
-                bounds=self.rules.bounds(),
-                checks=self.checks,
+                before=_path(self.settings, role, policy.checkpoint.name, task_type.name),
+                files=files,
                 reason=reason,
             )
         return self._recorded[key]
 
-    def _check(self, question: str, evaluations: Sequence[Evaluation], reference: str) -> str:
-        """Name what makes two runs of a check attempts at the same thing."""
-        same = [[str(e.fingerprint), e.task_type.name, dict(e.settings)] for e in evaluations]
-        return digest(json.dumps([question, self.code, reference, same], sort_keys=True))[:16]
+    def notices(self) -> list[str]:
+        """Return what has to be said of the caches and was not yet said."""
+        said = [*self.store.notices, *self.reruns.notices]
+        self.store.notices.clear()
+        self.reruns.notices.clear()
+        return said
 
-    def _before(self, check: str, evaluations: Sequence[Evaluation]) -> list[Attempt]:
+    def _judged(
+        self,
+        rule: Rule,
+        evaluations: Sequence[Evaluation],
+        reference: str,
+        alpha: float,
+        judge: Callable[[Sequence[Evaluation], float], Check],
+    ) -> Check:
+        """Judge evaluations, pooled with those of earlier runs that did not pass."""
+        key = self._key(rule.name, evaluations, reference)
+        asked = max(evaluation.n for evaluation in evaluations)
         # The most likely answers of a rerun are the same ones, not further evidence; and what a
         # suite evaluated by itself, this session cannot evaluate again.
         own = all(any(e is mine for mine in self._evaluations.values()) for e in evaluations)
-        if self.settings.sampling.greedy or not own:
-            return []
-        return self.attempts.before(check, self.run_seed)
+        series = self.reruns.series(
+            key,
+            self.run_seed,
+            asked,
+            alpha,
+            pools=own and not self.settings.sampling.greedy,
+        )
+        if series.attempts:
+            # Where to stop was decided by this run's samples alone, and the pool is another one.
+            evaluations = [self._whole(evaluation) for evaluation in evaluations]
+        pooled = [
+            evaluation.pooled([self._of(evaluation, attempt) for attempt in series.earlier])
+            for evaluation in evaluations
+        ]
+        check = judge(pooled, series.alpha)
+        if check.evidence is not None and check.verdict != "ERROR":
+            self.reruns.add(key, Attempt(self.run_seed, asked, check.verdict, series.risk))
+        return replace(check, reason=f"{check.reason}{series}")
+
+    def _key(self, rule: str, evaluations: Sequence[Evaluation], reference: str) -> str:
+        """Name what makes two runs of a check attempts at the same thing."""
+        same = [[str(e.fingerprint), e.task, dict(e.questions.settings)] for e in evaluations]
+        return digest(json.dumps([rule, self.code, reference, same], sort_keys=True))[:16]
 
     def _whole(self, evaluation: Evaluation) -> Evaluation:
         """Return the evaluation of this run with the whole plan asked."""
-        if evaluation.n == len(evaluation.plan):
+        if evaluation.n == evaluation.planned:
             return evaluation
-        policy = self._policies[str(evaluation.fingerprint)]
-        return self._evaluate(policy, evaluation.task_type, evaluation.k, evaluation.run_seed)
+        return self._draw(evaluation.questions, evaluation.k, evaluation.run_seed)
 
-    def _again(self, evaluation: Evaluation, attempt: Attempt) -> Evaluation:
+    def _of(self, evaluation: Evaluation, attempt: Attempt) -> Evaluation:
         """Return the evaluation of an earlier attempt; what the store has lost is drawn again."""
-        return self._evaluate(
-            self._policies[str(evaluation.fingerprint)],
-            evaluation.task_type,
+        return self._draw(
+            evaluation.questions,
             evaluation.k,
             attempt.seed,
             lambda groups: len(groups) >= attempt.n,
         )
 
-    def _until_decided(self, policy: Policy, task_type: TaskType) -> Until | None:
+    def _until_decided(self, questions: Questions) -> Until | None:
         """Tell when the accuracy check of a recorded policy has its decision."""
-        stored = self._recorded_of(policy, task_type)
-        if stored is None:
+        stored = self._recorded_of(questions)
+        if stored is None or not all(problem in stored.records for problem in questions.ids):
             return None
-        plan = [problem.id for problem in task_type.problems(self.settings.problems)]
-        if not all(problem in stored.records for problem in plan):
-            return None
-        records = [stored.records[problem] for problem in plan]
-        return lambda groups: self.rules.decided(groups, records)
+        records = [stored.records[problem] for problem in questions.ids]
+        shares = self.shares
+        alpha = shares.get("accuracy") or shares.get(rules.UNDECLARED) or ALPHA
+        return lambda groups: rules.decided(groups, records, alpha)
 
-    def _recorded_of(self, policy: Policy, task_type: TaskType) -> Baseline | None:
+    def _recorded_of(self, questions: Questions) -> Baseline | None:
         """Return the baseline that was recorded of this very policy, if there is one."""
         for role in ROLES:
-            if self.settings.policy(role) != policy.name:
+            if self.settings.policy(role) != questions.policy.checkpoint.name:
                 continue
-            path = _path(self.settings, role, policy.checkpoint.slug, task_type.name)
             try:
-                stored = baseline.load(path)
+                stored = self.baseline(role, questions.policy, questions.task_type.name)
             except BaselineError:
                 continue
-            if stored.header["fingerprint"] == asdict(policy.fingerprint):
+            if stored.same_policy(questions.fingerprint):
                 return stored
         return None
 
-    def _evaluate(
-        self, policy: Policy, task_type: TaskType, k: int, seed: int, until: Until | None = None
+    def _draw(
+        self, questions: Questions, k: int, seed: int, until: Until | None = None
     ) -> Evaluation:
-        n = self.settings.problems
-        with self.progress(f"{policy.name} {task_type.name}", n * k) as progress:
+        title = f"{questions.policy.name} {questions.task_type.name}"
+        with self.progress(title, len(questions.problems) * k) as progress:
             return evaluate(
-                policy,
-                self._sampler(policy),
-                task_type,
-                n=n,
+                questions,
+                self.engine(questions.policy),
                 k=k,
                 run_seed=seed,
                 store=self.store,
                 reward=self.settings.reward,
                 code=self.code,
                 until=until,
+                look=LOOK,
                 progress=progress,
             )
-
-    def _sampler(self, policy: Policy) -> Sampler:
-        # Late, because it loads torch, and a run that only collects needs none.
-        from grpo_harness.engines.transformers import TransformersSampler
-
-        return TransformersSampler(policy, self.settings.sampling)

@@ -1,118 +1,247 @@
-"""What a run is to do: options over ``[tool.grpo-harness]`` over defaults."""
+"""What a run is to do: options over ``[tool.grpo-harness]`` over defaults, in one model.
+
+The options of the command line, the keys of the table, their types and what is said of a wrong
+value derive from :class:`Table`. Reading the model imports nothing heavy, and no task or reward.
+"""
 
 from __future__ import annotations
 
-import importlib
+import difflib
+import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_type_hints
 
-from grpo_harness.engines.engine import MOST_SAMPLES, Sampling
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from grpo_harness.engines.engine import Sampling
 from grpo_harness.errors import HarnessError
-from grpo_harness.evaluation import RewardFunction
-from grpo_harness.policy.checkpoint import slug
-from grpo_harness.rewards.rule import reward_func
-from grpo_harness.tasks import load_task_type, task_types
+from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES
+from grpo_harness.text import escape, one_line
 
-ROLES = ("base", "trained")
+if TYPE_CHECKING:
+    from grpo_harness.policy import PolicyName
+    from grpo_harness.rewards.functions import RewardFunction
+
+Role = Literal["base", "trained"]
+ROLES: tuple[Role, ...] = ("base", "trained")
 """What a policy can be in a run."""
+
+TABLE = "tool.grpo-harness"
 
 
 class SettingsError(HarnessError):
     """A setting that cannot be used: which, where it stands, and what it may be."""
 
 
+def _option(metavar: str | None = None) -> dict[str, Any]:
+    """Mark a key that is an option of the command line too."""
+    return {"option": True, "metavar": metavar}
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every setting, with its type, its limits and its description."""
+
+    base: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="the base policy: a folder, nano-base, nano-trained, smollm2, or the id "
+            "of a model on ModelScope or Hugging Face",
+            extra=_option("POLICY"),
+        ),
+    ] = "nano-base"
+    trained: Annotated[
+        str,
+        Meta(
+            min_length=1, description="the GRPO-trained policy, likewise", extra=_option("POLICY")
+        ),
+    ] = "nano-trained"
+    tasks: Annotated[
+        list[Annotated[str, Meta(min_length=1)]] | None,
+        Meta(description="a list of task types: built-in names, and paths of .py files"),
+    ] = None
+    problems: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=MOST_PROBLEMS,
+            description=f"problems per task type, 1 to {MOST_PROBLEMS}",
+            extra=_option("N"),
+        ),
+    ] = 256
+    samples: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=MOST_SAMPLES,
+            description=f"completions per problem, 1 to {MOST_SAMPLES}",
+            extra=_option("K"),
+        ),
+    ] = 4
+    sampling: Annotated[Sampling, Meta(description="how completions are drawn")] = Sampling()
+    reward: Annotated[
+        str | None,
+        Meta(description="a reward as module:function; the rule reward if left out"),
+    ] = None
+    baselines: Annotated[
+        str, Meta(min_length=1, description="the folder of the baselines", extra=_option("DIR"))
+    ] = "baselines"
+    sequential: Annotated[
+        bool, Meta(description="stop drawing at a decision on accuracy", extra=_option())
+    ] = False
+    device: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="auto (CUDA where there is one), cpu, cuda, …",
+            extra=_option("DEVICE"),
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Meta(
+            description="auto, bfloat16, float16 or float32: the number format",
+            extra=_option("DTYPE"),
+        ),
+    ] = "auto"
+    resident: Annotated[
+        Literal["auto", "one", "all"],
+        Meta(description="auto, one or all: how many policies hold their weights at once"),
+    ] = "auto"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of :class:`Table` as the command line and messages need it."""
+
+    name: str
+    kind: type
+    description: str
+    metavar: str | None
+    is_option: bool
+
+
+def table_settings() -> Iterator[Setting]:
+    """Yield every key of the table, in its order."""
+    for name, hint in get_type_hints(Table, include_extras=True).items():
+        kind, meta = get_args(hint)
+        extra = meta.extra or {}
+        plain = kind if isinstance(kind, type) else str
+        yield Setting(
+            name, plain, meta.description or "", extra.get("metavar"), extra.get("option", False)
+        )
+
+
 @dataclass(frozen=True)
 class Settings:
     """Every setting of a run, resolved.
 
-    ``root`` is the project's folder. ``baseline_of`` names, for each role, the policy whose
+    ``root`` is the project's folder. ``configured`` names, for each role, the policy whose
     baseline a policy without one of its own is judged by: the one that the project configured.
+    ``sources`` says of each key where its value comes from.
     """
 
-    root: Path = Path()
-    base: str = "nano-base"
-    trained: str = "nano-trained"
-    baseline_of: Mapping[str, str] = field(default_factory=dict)
-    tasks: tuple[str, ...] = ()
-    problems: int = 256
-    samples: int = 4
-    sampling: Sampling = field(default_factory=Sampling)
-    baselines: Path = Path("baselines")
-    reward: RewardFunction = reward_func
-    sequential: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
+    root: Path
+    base: PolicyName
+    trained: PolicyName
+    configured: Mapping[Role, PolicyName]
+    tasks: tuple[str, ...]
+    problems: int
+    samples: int
+    sampling: Sampling
+    reward: RewardFunction
+    baselines: Path
+    sequential: bool
+    device: str
+    dtype: str
+    resident: Literal["auto", "one", "all"]
+    sources: Mapping[str, str]
 
-    def policy(self, role: str) -> str:
+    def policy(self, role: str) -> PolicyName:
         """Return the name of the policy in a role."""
         return self.base if role == "base" else self.trained
-
-
-_KEYS: dict[str, type | tuple[type, ...]] = {
-    "base": str,
-    "trained": str,
-    "tasks": list,
-    "problems": int,
-    "samples": int,
-    "baselines": str,
-    "reward": str,
-    "sampling": dict,
-}
 
 
 def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     """Resolve the settings of a run below ``root``.
 
-    ``options`` holds what the command line set, by the names of the keys plus ``greedy``,
-    ``sequential``, ``device`` and ``dtype``; ``None`` means not set. Paths of the command line are
-    relative to ``cwd``, those of a ``pyproject.toml`` to its folder. Raises ``SettingsError``.
+    ``options`` holds what the command line set, by the names of the keys plus ``greedy``;
+    ``None`` means not set. Paths of the command line are relative to ``cwd``, those of a
+    ``pyproject.toml`` to its folder. Raises ``SettingsError``.
     """
-    file, table = _nearest_table(root)
+    from grpo_harness.policy import PolicyName
+
+    file, table_given = nearest_table(root)
+    given = table_given or {}
     home = file.parent if file else root
-    given = {name: value for name, value in options.items() if value is not None}
-    sampling = _sampling(table.get("sampling", {}), bool(given.get("greedy")), file)
-    greedy = sampling.greedy
-    configured = {
-        role: _policy(str(table.get(role, default)), home)
-        for role, default in (("base", Settings.base), ("trained", Settings.trained))
-    }
-    if greedy and given.get("samples", 1) != 1:
+    where = f"{_short(file, cwd)}: [{TABLE}" if file else ""
+    table = _converted(given, lambda path: f"{where}{''.join(f'.{p}' for p in path[:-1])}] ")
+    set_here = {name: value for name, value in options.items() if value is not None}
+    greedy = bool(set_here.pop("greedy", False))
+    chosen = _converted(set_here, lambda _: "--grpo-")
+    resolved = msgspec.structs.replace(table, **{name: getattr(chosen, name) for name in set_here})
+    sampling = resolved.sampling
+    if greedy:
+        sampling = msgspec.structs.replace(sampling, greedy=True)
+    if sampling.greedy and set_here.get("samples", 1) != 1:
         raise SettingsError(
             "--grpo-greedy draws the one most likely answer, so more --grpo-samples than 1 would "
             "count it several times: leave one of the two out"
         )
-    problems = given.get("problems", table.get("problems", Settings.problems))
-    samples = 1 if greedy else given.get("samples", table.get("samples", Settings.samples))
-    for name, count in (("problems", problems), ("samples", samples)):
-        if count < 1:
-            raise SettingsError(f"{name} is {count}: it must be at least 1")
-    if samples > MOST_SAMPLES:
-        raise SettingsError(f"samples is {samples}: {MOST_SAMPLES} a problem are the most")
-    baselines = cwd / given["baselines"] if "baselines" in given else None
-    base, trained = (given.get(role, configured[role]) for role in ROLES)
-    if _identity(base) != _identity(trained) and slug(base) == slug(trained):
-        raise SettingsError(
-            f"base {base!r} and trained {trained!r} would keep their baselines in one folder, "
-            f"{slug(base)!r}: rename one of them"
-        )
+    configured: dict[Role, PolicyName] = {
+        role: PolicyName(getattr(table, role), home) for role in ROLES
+    }
+    base, trained = (
+        PolicyName(set_here[role], cwd) if role in set_here else configured[role] for role in ROLES
+    )
+    _distinct(base, trained)
+    sources = {
+        name: "command line" if name in set_here else str(file) if name in given else "default"
+        for name in Table.__struct_fields__
+    }
+    for name in Sampling.__struct_fields__:
+        in_file = name in given.get("sampling", {})
+        sources[f"sampling.{name}"] = str(file) if in_file else "default"
+    if greedy:
+        sources["sampling.greedy"] = "command line"
+        sources["samples"] = "greedy draws one"
     return Settings(
         root=home,
         base=base,
         trained=trained,
-        baseline_of=configured,
-        tasks=_tasks(table.get("tasks"), home, file),
-        problems=problems,
-        samples=samples,
+        configured=configured,
+        tasks=_tasks(resolved.tasks, home, f"{where}] tasks"),
+        problems=resolved.problems,
+        samples=1 if sampling.greedy else resolved.samples,
         sampling=sampling,
-        baselines=baselines or home / str(table.get("baselines", Settings.baselines)),
-        reward=_reward(table["reward"], file) if "reward" in table else reward_func,
-        sequential=bool(given.get("sequential")),
-        device=given.get("device", Settings.device),
-        dtype=given.get("dtype", Settings.dtype),
+        reward=_reward(resolved.reward, f"{where}] reward"),
+        baselines=(cwd if "baselines" in set_here else home) / resolved.baselines,
+        sequential=resolved.sequential,
+        device=resolved.device,
+        dtype=resolved.dtype,
+        resident=resolved.resident,
+        sources=sources,
     )
+
+
+def shown(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """Yield every resolved setting as its key, its value and where that comes from."""
+    for setting in table_settings():
+        if setting.name == "sampling":
+            for name in Sampling.__struct_fields__:
+                key = f"sampling.{name}"
+                yield key, str(getattr(settings.sampling, name)), settings.sources[key]
+            continue
+        value = getattr(settings, setting.name)
+        if setting.name == "tasks":
+            value = ", ".join(value)
+        elif setting.name == "reward":
+            value = f"{value.__module__}:{getattr(value, '__qualname__', value)}"
+        yield setting.name, escape(str(value), 1000), settings.sources[setting.name]
 
 
 def project_file(place: Path) -> Path | None:
@@ -121,66 +250,123 @@ def project_file(place: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _nearest_table(root: Path) -> tuple[Path | None, Mapping[str, Any]]:
-    file = project_file(root)
-    if file is None:
-        return None, {}
+def has_table(place: Path) -> bool:
+    """Tell whether the project around a folder has a table of ours, without parsing others'."""
+    file = project_file(place)
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{file} cannot be read: {error}") from error
-    table = table.get("grpo-harness", {})
-    for key, value in table.items():
-        if key not in _KEYS:
-            raise SettingsError(
-                f"{file}: [tool.grpo-harness] has no key {key!r}; it has {', '.join(_KEYS)}"
-            )
-        kind = _KEYS[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise SettingsError(f"{file}: [tool.grpo-harness] {key} is {value!r}, not a {kind}")
+        if file is None or b"grpo-harness" not in file.read_bytes():
+            return False
+    except OSError:
+        return False
+    return nearest_table(place)[1] is not None
+
+
+def nearest_table(place: Path) -> tuple[Path | None, Mapping[str, Any] | None]:
+    """Return the project's file and its table, if it has one. Raises ``SettingsError``."""
+    file = project_file(place)
+    if file is None:
+        return None, None
+    try:
+        tools = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{file} cannot be read: {one_line(error)}") from error
+    table = tools.get("grpo-harness") if isinstance(tools, dict) else None
+    if table is not None and not isinstance(table, dict):
+        raise SettingsError(f"{file}: [{TABLE}] is {table!r}, not a table")
     return file, table
 
 
-def _policy(name: str, home: Path) -> str:
-    # A folder of the project is found from wherever pytest was started.
-    return str(home / name) if (home / name).is_dir() else name
+def _converted(given: Mapping[str, Any], where: Callable[[list[str]], str]) -> Table:
+    """Make a table of what was given. Raises ``SettingsError`` with the first wrong key."""
+    try:
+        return msgspec.convert(given, Table)
+    except msgspec.ValidationError as error:
+        message, _, at = str(error).partition(" - at `$")
+        # `$.sampling.top_p`, or `$.tasks[0]` of an element
+        path = re.findall(r"[A-Za-z_]\w*", at)
+    if unknown := re.search(r"unknown field `(.*)`", message, re.DOTALL):
+        fields = _fields(path)
+        close = difflib.get_close_matches(unknown[1], fields, 1)
+        hint = f": did you mean {close[0]}?" if close else f"; it has {', '.join(fields)}"
+        raise SettingsError(f"{where([*path, ''])}has no key '{escape(unknown[1])}'{hint}")
+    if not message.startswith(("Expected", "Invalid")):  # said by the model itself
+        raise SettingsError(f"{where([*path, ''])}{message}")
+    value: Any = given
+    for part in path:
+        value = value.get(part, UNSET) if isinstance(value, dict) else value
+    if isinstance(value, UnsetType) or not path:
+        raise SettingsError(f"{where(path)}{message}")
+    raise SettingsError(
+        f"{where(path)}{path[-1]} is {escape(repr(value))}: it must be {_description(path)}"
+    )
 
 
-def _identity(name: str) -> str | Path:
-    folder = Path(name).expanduser()
-    return folder.resolve() if folder.is_dir() else name
+def _fields(path: list[str]) -> tuple[str, ...]:
+    return (Sampling if path else Table).__struct_fields__
 
 
-def _tasks(names: list[Any] | None, home: Path, file: Path | None) -> tuple[str, ...]:
+_KINDS: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    Sampling: "a table",
+}
+
+
+def _description(path: list[str]) -> str:
+    hints = get_type_hints(Sampling if len(path) > 1 else Table, include_extras=True)
+    kind, meta = get_args(hints[path[-1]])
+    if kind not in _KINDS:  # a choice or a list, of which the description says all
+        return str(meta.description)
+    return f"{_KINDS[kind]} ({meta.description})"
+
+
+def _short(path: Path | None, cwd: Path) -> str:
+    if path is None:
+        return ""
+    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
+
+
+def _distinct(base: PolicyName, trained: PolicyName) -> None:
+    """Raise ``SettingsError`` where two policies would keep their baselines in one folder."""
+    folders = [policy.folder.resolve() if policy.folder else None for policy in (base, trained)]
+    same = base.text == trained.text and base.folder == trained.folder
+    if folders[0] is not None:
+        same = same or folders[0] == folders[1]
+    if not same and base.slug == trained.slug:
+        raise SettingsError(
+            f"base '{escape(base.text)}' and trained '{escape(trained.text)}' would keep their "
+            f"baselines in one folder, {base.slug!r}: rename one of them"
+        )
+
+
+def _tasks(names: list[str] | None, home: Path, where: str) -> tuple[str, ...]:
+    from grpo_harness.tasks import load_task_type, task_types
+
     found = []
     for name in task_types() if names is None else names:
-        source = str(home / str(name)) if str(name).endswith(".py") else str(name)
+        source = str(home / name) if name.endswith(".py") else name
         try:
             found.append(load_task_type(source).name)
-        except Exception as error:  # a user's own file can raise anything
-            raise SettingsError(f"{file}: [tool.grpo-harness] tasks: {error}") from error
+        except (Exception, SystemExit) as error:  # a user's own file can raise anything
+            said = str(error) if isinstance(error, ValueError) else one_line(error)
+            raise SettingsError(f"{where}: {said}") from error
     if not found:
-        raise SettingsError(f"{file}: [tool.grpo-harness] tasks is empty: there is nothing to ask")
+        raise SettingsError(f"{where} is empty: there is nothing to ask")
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise SettingsError(f"{where} has {twice!r} twice")
     return tuple(found)
 
 
-def _sampling(table: Mapping[str, Any], greedy: bool, file: Path | None) -> Sampling:
-    try:
-        return Sampling(**{**table, "greedy": greedy or bool(table.get("greedy"))})
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"{file}: [tool.grpo-harness.sampling]: {error}") from error
+def _reward(source: str | None, where: str) -> RewardFunction:
+    from grpo_harness.rewards.functions import RewardError, load_reward
+    from grpo_harness.rewards.rule import reward_func
 
-
-def _reward(name: str, file: Path | None) -> RewardFunction:
-    module, _, function = name.partition(":")
+    if source is None:
+        return cast("RewardFunction", reward_func)
     try:
-        reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(
-            f"{file}: [tool.grpo-harness] reward is {name!r}, not the module:function of an "
-            f"importable reward ({error})"
-        ) from error
-    if not callable(reward):
-        raise SettingsError(f"{file}: [tool.grpo-harness] reward {name!r} is not a function")
-    result: RewardFunction = reward
-    return result
+        return load_reward(source)
+    except RewardError as error:
+        raise SettingsError(f"{where}: {error}") from error

@@ -2,64 +2,133 @@
 
 One JSON Lines file for each key (what was sampled, how, and with which run's seed), one sample a
 line. Lines are only ever appended, under a lock, so that parallel workers share the work instead
-of doing it twice, and a process that dies in the middle of a line loses that line alone.
+of doing it twice, and a process that dies in the middle of a line loses that line alone. Each line
+carries a check of its content and of the file it belongs to: what does not fit is drawn again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from filelock import FileLock
+from msgspec import Meta
+from xxhash import xxh3_64_hexdigest
 
 from grpo_harness.engines.engine import Sample
+from grpo_harness.errors import HarnessError
+from grpo_harness.text import digest, one_line
 
 Key = tuple[str, int]
 """A problem's id and the number of the sample, from 0."""
 
 
+class StoreError(HarnessError):
+    """A store that cannot be read or written: one line with the place, the cause, what to do."""
+
+
+class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One stored sample. ``check`` is the digest of all the rest, and of the file's own key."""
+
+    problem: str
+    sample: Annotated[int, Meta(ge=0)]
+    text: str
+    tokens: Annotated[int, Meta(ge=1)]
+    truncated: bool
+    check: str
+
+    def right_check(self, key: str) -> str:
+        parts = [key, self.problem, self.sample, self.text, self.tokens, self.truncated]
+        return xxh3_64_hexdigest(json.dumps(parts).encode())
+
+
 class Store:
-    """The samples below one folder."""
+    """The samples below one folder. ``notices`` says what was damaged, and will be drawn again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.notices: list[str] = []
 
     @contextmanager
-    def open(self, name: str, what: Mapping[str, Any]) -> Iterator[Shelf]:
-        """Lock and read the samples of ``what``; ``name`` begins the file's name for a reader."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-        path = self._folder / f"{name}-{digest}.jsonl"
-        with FileLock(path.with_suffix(".lock")):
-            yield Shelf(path)
+    def open(self, name: str, what: Mapping[str, Any]) -> Iterator[Samples]:
+        """Lock and read the samples of ``what``; ``name`` begins the file's name for a reader.
+
+        Raises ``StoreError`` where the folder or a file of it cannot be read or written.
+        """
+        key = digest(json.dumps(what, sort_keys=True))[:16]
+        path = self._folder / f"{name}-{key}.jsonl"
+        with writing(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_suffix(".lock"))
+            lock.acquire()
+        try:
+            with writing(path):
+                samples = Samples(path, key)
+            if samples.damaged:
+                self.notices.append(
+                    f"{samples.damaged} of the lines in {path} were damaged: they are removed, "
+                    "and their samples drawn again"
+                )
+            yield samples
+        finally:
+            lock.release()
 
 
-class Shelf(dict[Key, Sample]):
-    """The samples of one file; what is added is on disk before ``add`` returns."""
+class Samples(dict[Key, Sample]):
+    """The samples of one file; what is added is on disk before ``add`` returns.
 
-    def __init__(self, path: Path) -> None:
+    ``damaged`` counts the lines that were none: they are taken out of the file.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
         super().__init__()
         self._path = path
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        for line in lines[:-1]:
-            entry = json.loads(line)
-            key = entry.pop("problem"), entry.pop("sample")
-            self[key] = Sample(**entry)
-        if lines[-1]:
-            # A line without its end was being written when the process died.
-            whole = "".join(f"{line}\n" for line in lines[:-1])
-            path.write_text(whole, encoding="utf-8")
+        self._key = key
+        self.damaged = 0
+        *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        sound = []
+        for line in lines:
+            try:
+                # By the standard library: it takes half of a surrogate pair, which is a text too.
+                entry = msgspec.convert(json.loads(line), _Line)
+                if entry.check != entry.right_check(key):
+                    raise ValueError
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                self.damaged += 1
+                continue
+            sound.append(line)
+            self[entry.problem, entry.sample] = Sample(entry.text, entry.tokens, entry.truncated)
+        # What has no end was being written when the process died: no damage, and no sample.
+        if self.damaged or cut:
+            replacement = path.with_suffix(".mended")
+            replacement.write_bytes(b"".join(line + b"\n" for line in sound))
+            replacement.replace(path)
 
     def add(self, samples: Mapping[Key, Sample]) -> None:
         """Keep ``samples``, in memory and on disk. Failed draws are not kept."""
-        drawn = {key: sample for key, sample in samples.items() if sample.error is None}
-        with self._path.open("a", encoding="utf-8") as file:
-            for (problem, number), sample in drawn.items():
-                entry = {"problem": problem, "sample": number, **asdict(sample)}
-                file.write(json.dumps(entry, ensure_ascii=True) + "\n")
+        lines = [
+            _Line(problem, number, sample.text, sample.tokens, sample.truncated, "")
+            for (problem, number), sample in samples.items()
+            if sample.error is None
+        ]
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            for line in lines:
+                content = {**msgspec.structs.asdict(line), "check": line.right_check(self._key)}
+                file.write(json.dumps(content) + "\n")
         self.update(samples)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise ``StoreError`` for whatever the file system has against a file of the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be read or written ({one_line(error)}): make room, or let pytest keep "
+            "its cache elsewhere (-o cache_dir=DIR)"
+        ) from error

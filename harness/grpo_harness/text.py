@@ -1,11 +1,13 @@
 """Completions as text: read without trust, shown without harm. Standard library only.
 
-A completion is untrusted input. Whatever reads one is linear in its length and never raises;
-whatever shows one sends it through :func:`escape`.
+A completion is untrusted input, and so is every name from outside: of a policy, a task type, a
+file. Whatever reads a completion is linear in its length and never raises; whatever shows a
+foreign text sends it through :func:`escape` (a terminal, a log) or :func:`markdown`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 
@@ -22,6 +24,13 @@ _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
     "\U000e0100-\U000e01ef]"
 )
+
+# What Markdown may read as a mark inside a line. An underscore within a word is none; the dot
+# behind www makes a link of what follows.
+_MARK = re.compile(r"[!\"#$&*:<>@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.", re.IGNORECASE)
+
+# What CI systems take for a command: two colons that begin a line, and two hashes anywhere.
+_COMMAND = re.compile(r"^\s*::|##(?=\[|vso)", re.MULTILINE)
 
 
 def first_line(completion: str) -> str:
@@ -74,6 +83,39 @@ def escape(text: str, limit: int = 200) -> str:
     shown = "".join(map(_visible, text))
     shown = shown.replace("::", ":\\u003a").replace("##", "#\\u0023")
     return shown if left_out <= 0 else f"{shown}… ({left_out} more characters)"
+
+
+def plain(text: str) -> str:
+    r"""Write out whatever in a message of ours has no glyph of its own, whoever put it there.
+
+    For text that is escaped where it should be, and may still hold a path or a name that is not:
+    unlike in :func:`escape` a backslash stays one, line breaks stay and nothing is cut.
+    """
+    shown = "".join(
+        character if character == "\n" or character == "\\" else _visible(character)
+        for character in text
+    )
+    return _COMMAND.sub(lambda mark: mark.group()[:-1] + f"\\u{ord(mark.group()[-1]):04x}", shown)
+
+
+def markdown(text: str, limit: int = 1000) -> str:
+    """Make a foreign text safe in Markdown: escaped as by :func:`escape`, and shown as it stands.
+
+    Every character that Markdown, HTML or GitHub's own links could read as a mark becomes a
+    numeric character reference, so that nothing of it is a link, an image, a tag or a table.
+    """
+    return _MARK.sub(lambda mark: f"&#{ord(mark.group())};", escape(text, limit))
+
+
+def one_line(error: BaseException) -> str:
+    """Write a foreign error on one line, escaped, for the end of a sentence of ours."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {escape(text, 300)}" if text else type(error).__name__
+
+
+def digest(text: str) -> str:
+    """Return the SHA-256 of a text, in hexadecimal; half of a surrogate pair is a text too."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _visible(character: str) -> str:

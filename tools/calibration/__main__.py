@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 from timeit import repeat
 
+from grpo_harness.gate.bounds import ALPHA
 from grpo_harness.gate.stats import stratified_p
 from grpo_harness.gate.verdicts import judge
 from tools.calibration import histories, promises, studies
 from tools.calibration.gates import MUTANTS, reference
 from tools.calibration.promises import FULL, QUICK, rows
 from tools.calibration.report import LEGEND, plot, table
-from tools.calibration.simulation import ALPHA, K_THEN, Draws, Scenario
+from tools.calibration.simulation import K_THEN, Draws, Scenario
 from tools.calibration.studies import Study
 
 STUDIES = (
@@ -53,7 +54,7 @@ def speed(draw: Draws) -> str:
 
     def session() -> None:
         for now, then in zip(usual.now, usual.then, strict=True):
-            judge(now, 4, then, K_THEN, same_policy=False, alpha=ALPHA, checks=24)
+            judge(now, 4, then, K_THEN, same_policy=False, alpha=ALPHA / 24)
 
     many = min(repeat(session, number=1))
     return (

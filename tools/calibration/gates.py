@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm, t
 
+from grpo_harness.gate.bounds import ALPHA, LOOK, PASS_CONFIDENCE
 from grpo_harness.gate.stats import Counts, drop_evidence, odds_ratio_of_drop
-from grpo_harness.gate.verdicts import PASS_CONFIDENCE, Verdict, judge
+from grpo_harness.gate.verdicts import Evidence, judge
 from tools.calibration.simulation import (
-    ALPHA,
     K_THEN,
     MARGIN,
     MINIMUM,
@@ -28,7 +28,6 @@ Gate: TypeAlias = Callable[[Batch], Names]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 REJUDGED = 100
-LOOK = 16
 
 
 def decide(failed: Bools, passed: Bools) -> Names:
@@ -51,7 +50,7 @@ def reference(b: Batch) -> Names:
 
 def sequential(b: Batch) -> Names:
     """The gate that stops at the first decision."""
-    return np.array([v.name for v in b.sequential])
+    return np.array([v.verdict for v in b.sequential])
 
 
 def no_guard(b: Batch) -> Names:
@@ -88,6 +87,12 @@ def alpha_of_five_percent(b: Batch) -> Names:
     return decide(_failed(b, b.column("p"), 0.05), _passed(b))
 
 
+def drops_alone(b: Batch) -> Names:
+    """A recorded policy that rose passes, as another policy that rose does."""
+    rose = b.column("delta") > 0
+    return np.where((b.names == "FAIL") & rose, "PASS", b.names)
+
+
 def no_t_test(b: Batch) -> Names:
     """Another policy judged by the exact test alone."""
     return (
@@ -110,10 +115,10 @@ def failing_problems_dropped(b: Batch) -> Names:
     )
 
 
-def _rejudged(b: Batch, rule: Callable[[Ints, Ints], Verdict]) -> Names:
+def _rejudged(b: Batch, rule: Callable[[Ints, Ints], Evidence]) -> Names:
     # These mutants are far off, and a judgement costs milliseconds: a hundred show it.
     pairs = zip(b.now[:REJUDGED], b.then[:REJUDGED], strict=True)
-    return np.array([rule(now, then).name for now, then in pairs])
+    return np.array([rule(now, then).verdict for now, then in pairs])
 
 
 MUTANTS: dict[str, Gate] = {
@@ -126,6 +131,7 @@ MUTANTS: dict[str, Gate] = {
     "alpha = .05": alpha_of_five_percent,
     "failing problems dropped": failing_problems_dropped,
     "no t test": no_t_test,
+    "drops alone": drops_alone,
 }
 
 

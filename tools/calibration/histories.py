@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from grpo_harness.gate.bounds import ALPHA
 from grpo_harness.gate.verdicts import judge
 from tools.calibration.gates import Bools
 from tools.calibration.promises import DROP, NEAR, Plan, Promise, Row
-from tools.calibration.simulation import ALPHA, HARMS, K_THEN, MARGIN, Draws, Ints, Scenario
+from tools.calibration.simulation import HARMS, K_THEN, MARGIN, Draws, Ints, Scenario
 from tools.calibration.studies import Study
 
 ATTEMPTS = 3
@@ -102,4 +103,4 @@ def slow_losses(draw: Draws, plan: Plan) -> Study:
 
 
 def _fails(now: Ints, k: int, then: Ints, alpha: float = ALPHA) -> bool:
-    return judge(now, k, then, K_THEN, same_policy=True, alpha=alpha).name == "FAIL"
+    return judge(now, k, then, K_THEN, same_policy=True, alpha=alpha).verdict == "FAIL"

@@ -14,8 +14,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 from scipy.stats import binom, ttest_1samp
 
+from grpo_harness.gate.bounds import ALPHA
 from tools.calibration.gates import Bools, Gate
-from tools.calibration.simulation import ALPHA, HARMS, Batch, Draws, Floats, Scenario
+from tools.calibration.simulation import HARMS, Batch, Draws, Floats, Scenario
 
 DROP = 0.05
 """The drop that the gate's default margin speaks of."""
@@ -141,6 +142,7 @@ def core_bounds(draw: Draws, plan: Plan) -> list[Bound]:
     same = draw(Scenario(256, 4), plan.no_drop)
     spread = draw(Scenario(256, 4, pattern="spread", drop=DROP), plan.drop)
     concentrated = draw(Scenario(256, 4, pattern="concentrated", drop=DROP), plan.drop)
+    risen = draw(Scenario(256, 4, pattern="risen", drop=DROP), plan.drop)
     other = draw(Scenario(256, 4, pattern="reshuffled", same_policy=False), plan.drop)
     other_spread, other_concentrated = (
         draw(Scenario(256, 4, pattern=pattern, drop=DROP, same_policy=False), plan.drop)
@@ -158,6 +160,7 @@ def core_bounds(draw: Draws, plan: Plan) -> list[Bound]:
         Bound(spread, "PASS", high=0.05),
         Bound(concentrated, "FAIL", low=0.95),
         Bound(concentrated, "PASS", high=0.05),
+        Bound(risen, "FAIL", low=0.9),
         Bound(other, "FAIL", high=ALPHA),
         Bound(other_spread, "FAIL", low=0.93),
         Bound(other_spread, "PASS", high=0.05),

@@ -25,7 +25,8 @@ Percent of simulated sessions, beside what the gate promises of them. A star is 
 off by more than chance. 256 x 4 is 256 problems with 4 samples each, against a reference of 16,
 and mean 0.7 is the share of correct answers before. A drop of so many points (pt) is spread over
 all problems, concentrated in a few, or broken: each problem is lost entirely or not at all, by
-chance. Another policy is reshuffled where it is as good as the old one, on other problems."""
+chance. Another policy is reshuffled where it is as good as the old one, on other problems. The
+recorded policy cannot have risen: something else has changed."""
 
 
 def table(rows: Sequence[Row], *, by_rule: bool = False) -> tuple[str, set[str]]:

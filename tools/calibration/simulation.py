@@ -15,16 +15,17 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm, t
 
-from grpo_harness.gate.verdicts import PASS_CONFIDENCE, Verdict, judge, judge_sequential
+from grpo_harness.gate.bounds import ALPHA, PASS_CONFIDENCE, RATE
+from grpo_harness.gate.verdicts import Evidence, judge, judge_sequential
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Names: TypeAlias = npt.NDArray[np.str_]
-Pattern: TypeAlias = Literal["none", "spread", "concentrated", "broken", "reshuffled"]
+Pattern: TypeAlias = Literal["none", "spread", "concentrated", "broken", "reshuffled", "risen"]
 
 HARMS: tuple[Pattern, ...] = ("spread", "concentrated")
 K_THEN = 16
-ALPHA, MINIMUM, MARGIN = 0.01, 0.01, 0.05
+MINIMUM, MARGIN = RATE.minimum, RATE.margin
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Scenario:
     *concentrated*: problems in random order lose all of it until the suite has lost exactly
     `drop`. *broken*: each problem loses all of it by chance, so `drop` is true of the population
     of problems and only on average of the suite. *reshuffled*: another policy with another skill
-    on four problems in five, equally good in the population.
+    on four problems in five, equally good in the population. *risen*: every problem gains the same
+    share of what it lacks.
     """
 
     n: int
@@ -68,6 +70,9 @@ class Scenario:
             np.put_along_axis(after, order, skill - np.clip(left, 0, skill), axis=1)
         elif self.pattern == "broken":
             after = np.where(rng.random(shape) < self.drop / self.mean, 0, before)
+        elif self.pattern == "risen":
+            lacking = 1 - before
+            after = before + lacking * self.drop / lacking.mean(axis=1, keepdims=True)
         elif self.pattern == "reshuffled":
             fresh = rng.beta(self.mean, 1 - self.mean, shape)
             after = np.where(rng.random(shape) < 0.8, fresh, before)
@@ -88,16 +93,16 @@ class Batch:
     then: Ints
 
     @cached_property
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[Evidence]:
         """What the real rule says of every run, judged once."""
         s = self.scenario
         return [
-            judge(now, s.k, then, K_THEN, same_policy=s.same_policy, checks=s.checks)
+            judge(now, s.k, then, K_THEN, same_policy=s.same_policy, alpha=ALPHA / s.checks)
             for now, then in zip(self.now, self.then, strict=True)
         ]
 
     @cached_property
-    def sequential(self) -> list[Verdict]:
+    def sequential(self) -> list[Evidence]:
         """What the rule that stops at the first decision says; it is for the same policy only."""
         k = self.scenario.k
         pairs = zip(self.now, self.then, strict=True)
@@ -106,7 +111,7 @@ class Batch:
     @property
     def names(self) -> Names:
         """The verdict names, shape (runs,)."""
-        return np.array([v.name for v in self.verdicts])
+        return np.array([v.verdict for v in self.verdicts])
 
     def column(self, field: str) -> Floats:
         """One number of every verdict."""
@@ -129,7 +134,8 @@ class Batch:
             se = width / (2 * t.ppf(PASS_CONFIDENCE, n + 1))
         else:
             se = float(self.differences.std(axis=1, ddof=1).mean()) / n**0.5
-        return float(norm.cdf(drop / se - norm.ppf(1 - ALPHA / self.scenario.checks)))
+        sides = 2 if self.scenario.same_policy else 1
+        return float(norm.cdf(drop / se - norm.ppf(1 - ALPHA / sides / self.scenario.checks)))
 
 
 class Draws:

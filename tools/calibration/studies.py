@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grpo_harness.gate.bounds import ALPHA
 from grpo_harness.gate.verdicts import judge_length
 from tools.calibration.gates import Bools, likelihood_alone, sequential
 from tools.calibration.promises import DROP, NEAR, Bound, Outcomes, Plan, Promise, Row, rows
 from tools.calibration.simulation import (
-    ALPHA,
     HARMS,
     K_THEN,
     MINIMUM,
@@ -47,7 +47,7 @@ def lengths(draw: Draws, plan: Plan) -> Study:
             return np.asarray(np.log(np.maximum(1, tokens.round())).mean(axis=0))
 
         now, then = measure(medians * ratio, k), measure(medians, K_THEN)
-        names = np.array([judge_length(a, k, b).name for a, b in zip(now, then, strict=True)])
+        names = np.array([judge_length(a, k, b).verdict for a, b in zip(now, then, strict=True)])
         outside = np.abs((now - then).mean(axis=1)) > np.log(1.05)
         return {
             "gate": names == event,

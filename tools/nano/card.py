@@ -99,10 +99,11 @@ more than it shows; `nano-trained` is `nano-base` after GRPO with the rule rewar
 
 def _accuracies(base: Measured, trained: Measured) -> str:
     any_type = next(iter(base.evaluations.values()))
+    settings = any_type.questions.settings
     lines = [
         f"By the reward's reading, n = {any_type.n} held-out problems of each type, "
         f"k = {any_type.k} samples of each, run seed {any_type.run_seed}, "
-        f"{', '.join(f'{k} {v}' for k, v in any_type.settings.items() if k != 'eos_token_ids')}. "
+        f"{', '.join(f'{k} {v}' for k, v in settings.items() if k != 'eos_token_ids')}. "
         "p: exact, one-sided, paired by problem (`grpo_harness.gate.stats.stratified_p`).\n",
         "| type | nano-base | nano-trained | p (better) | p (worse) "
         "| length before | length after |",

@@ -102,7 +102,7 @@ def make_table(
                 ledger.add(condition, seed, trial(condition, seed, device))
         if wanted and (found := ledger.test(name, number)):
             verdict = judge_learning(*found)
-            _say(f"{name}, test {number}: {verdict.name}: {verdict.reason}")
+            _say(f"{name}, test {number}: {verdict.verdict}: {verdict.reason}")
             write_table(ledger, tests, out / "LEARNING.md")
     write_table(ledger, tests, out / "LEARNING.md")
 
@@ -144,7 +144,7 @@ def write_table(ledger: Ledger, tests: int, path: Path) -> None:
     parts.append("| condition | tests | passed | failed | criteria broken |\n|---|---|---|---|---|")
     for name, learnings in found.items():
         broken = Counter(criterion for x in learnings.values() for criterion in x.broken)
-        failed = sum(x.name == "FAIL" for x in learnings.values())
+        failed = sum(x.verdict == "FAIL" for x in learnings.values())
         parts.append(
             f"| {name} | {len(learnings)} | {len(learnings) - failed} | {failed} "
             f"| {', '.join(f'{key} {times}' for key, times in broken.most_common())} |"
@@ -168,7 +168,7 @@ def write_table(ledger: Ledger, tests: int, path: Path) -> None:
             parts.append(
                 f"| {seeds[0]}–{seeds[-1]} | {x.gain.estimate.mean:+.3f} | {x.lower:+.3f} "
                 f"| {x.accuracy.then:.1%} → {x.accuracy.now:.1%} | {100 * x.accuracy.delta:+.1f} "
-                f"| {x.length:.2f} | {x.name} | {', '.join(x.broken)} |"
+                f"| {x.length:.2f} | {x.verdict} | {', '.join(x.broken)} |"
             )
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 

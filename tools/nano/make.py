@@ -22,9 +22,9 @@ import torch
 
 import grpo_harness.nano
 from grpo_harness.engines.engine import Sampling
-from grpo_harness.engines.transformers import TransformersSampler
-from grpo_harness.evaluation import Evaluation, evaluate
-from grpo_harness.policy.policy import load
+from grpo_harness.engines.transformers import TransformersEngine
+from grpo_harness.evaluation import Evaluation, ask, evaluate
+from grpo_harness.policy import load
 from grpo_harness.store import Store
 from grpo_harness.tasks import task_types
 from grpo_harness.training import Row, TrainingRun, train
@@ -74,11 +74,12 @@ def make_base(folder: Path) -> list[tuple[int, float]]:
 def measure(folder: Path, name: str, store: Store) -> Measured:
     """Sample the policy in ``folder`` on the held-out problems of every type."""
     policy = load(str(folder))
-    sampler = TransformersSampler(policy, Sampling())
     evaluations: dict[str, Evaluation] = {}
+    engine = TransformersEngine(policy, Sampling())
     for task_type in task_types().values():
+        questions = ask(policy, task_type, PROBLEMS, settings=engine.settings())
         evaluations[task_type.name] = evaluate(
-            policy, sampler, task_type, n=PROBLEMS, k=SAMPLES, run_seed=RUN_SEED, store=store
+            questions, engine, k=SAMPLES, run_seed=RUN_SEED, store=store
         )
         _say(f"{name} {task_type.name}: accuracy {evaluations[task_type.name].accuracy:.3f}")
     return Measured(name, evaluations)

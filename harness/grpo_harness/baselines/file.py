@@ -15,59 +15,118 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
-from grpo_harness.engines.engine import MOST_SAMPLES
+import msgspec
+from msgspec import Meta
+
 from grpo_harness.errors import HarnessError
-from grpo_harness.evaluation import Evaluation
-from grpo_harness.policy.checkpoint import digest
+from grpo_harness.evaluation import Questions
+from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES, RATE
+from grpo_harness.policy import Fingerprint
+from grpo_harness.rules import recorded_bounds
+from grpo_harness.text import digest, escape, one_line
 
-SCHEMA = 2
+SCHEMA: Final = 3
 
-
-_HEADER = {
-    "policy": str,
-    "task_type": str,
-    "fingerprint": dict,
-    "conditions": dict,
-    "anchor": dict,
-    "planned": int,
-}
-_WITHIN = {
-    "fingerprint": ("weights", "tokenizer", "chat_template"),
-    "anchor": ("fingerprint", "digest"),
-}
 _ROUNDING = 1e-6
+
+_Count = Annotated[int, Meta(ge=0, le=2**53)]
+_Samples = Annotated[int, Meta(ge=1, le=MOST_SAMPLES)]
 
 
 class BaselineError(HarnessError):
     """A baseline that is missing, damaged, not comparable or not to be recorded: one line."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is kept of one problem: counts among ``k`` completions, sums over them.
 
     ``length`` is in tokens, ``log_length`` is the sum of their natural logarithms, ``prompt`` is
     a digest of the prompt as the policy saw it. Of ``anchor_k`` completions of the anchor,
-    ``anchor`` were correct.
+    ``anchor`` were correct. Raises ``ValueError`` for counts that do not fit together.
     """
 
-    k: int
-    correct: int
-    truncated: int
-    unparsable: int
-    length: int
+    k: _Samples
+    correct: _Count
+    truncated: _Count
+    unparsable: _Count
+    length: _Count
     log_length: float
     reward: float
     prompt: str
-    anchor: int
-    anchor_k: int
+    anchor: _Count
+    anchor_k: _Samples
+
+    def __post_init__(self) -> None:
+        if self.correct + self.truncated + self.unparsable > self.k:
+            raise ValueError(f"the counts do not fit into {self.k} completions")
+        if self.anchor > self.anchor_k:
+            raise ValueError(f"the anchor does not fit into {self.anchor_k} completions")
+        if not math.isfinite(self.log_length) or not math.isfinite(self.reward):
+            raise ValueError("a sum is not a finite number")
+        if self.length < self.k:
+            raise ValueError("the length is less than a token each")
+        # Of the same length in all, logarithms sum to most where all are as long, and to least
+        # where all but one are a token.
+        least = math.log(self.length - self.k + 1)
+        most = self.k * math.log(self.length / self.k)
+        if not least - _ROUNDING <= self.log_length <= most + _ROUNDING:
+            raise ValueError("the lengths do not fit their logarithms")
 
     @property
     def mean_log_length(self) -> float:
         """The mean natural logarithm of the length in tokens."""
         return self.log_length / self.k
+
+
+class Made(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Who and what made a recording: the policy's name, the commit, the time, and why."""
+
+    policy: str
+    commit: str | None
+    recorded: str
+    reason: str | None
+
+
+class Anchor(Made, kw_only=True, forbid_unknown_fields=True):
+    """The recording that later ones may not fall below; ``digest`` is that of its counts."""
+
+    fingerprint: str
+    accuracy: float
+    digest: str = ""
+
+
+class Kept(msgspec.Struct, forbid_unknown_fields=True):
+    """How many problems of an older file stayed, and the digest of that file."""
+
+    problems: _Count
+    digest: str
+
+
+class Header(Made, kw_only=True, forbid_unknown_fields=True):
+    """All of a baseline's file but its problems.
+
+    ``planned`` problems were asked. ``conditions`` must be equal for two measurements to be
+    compared, and so must ``gate``, the bounds that they are judged by. ``problem_set`` and the
+    three means are digests: they tell lines that were changed by hand.
+    """
+
+    schema: Literal[3] = SCHEMA
+    task_type: str
+    fingerprint: Fingerprint
+    conditions: dict[str, Any]
+    gate: dict[str, Any]
+    planned: Annotated[int, Meta(ge=1, le=MOST_PROBLEMS)]
+    seeds: list[int]
+    environment: dict[str, Any]
+    anchor: Anchor
+    parent: str | None = None
+    kept_from: Kept | None = None
+    problem_set: str = ""
+    accuracy: float = math.nan
+    mean_reward: float = math.nan
+    mean_length: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -78,41 +137,40 @@ class Baseline:
     """
 
     path: Path
-    header: Mapping[str, Any]
+    header: Header
     records: Mapping[str, Record]
     digest: str
 
     @property
     def policy(self) -> str:
         """The name of the policy that was recorded."""
-        return str(self.header["policy"])
+        return self.header.policy
 
-    def same_policy(self, evaluation: Evaluation) -> bool:
-        """Tell whether the evaluated policy is the recorded one, by fingerprint."""
-        return bool(self.header["fingerprint"] == asdict(evaluation.fingerprint))
+    def same_policy(self, fingerprint: Fingerprint) -> bool:
+        """Tell whether a policy is the recorded one, by fingerprint."""
+        return self.header.fingerprint == fingerprint
 
-    def select(self, evaluation: Evaluation) -> list[Record]:
-        """Return the records of all the evaluation's planned problems, in its order.
+    def select(self, questions: Questions) -> list[Record]:
+        """Return the records of all the problems that are asked, in their order.
 
         Raises ``BaselineError`` when the two cannot be compared: another task version, prompt,
-        tokenizer, chat template, reward or sampling setting, or a problem that was not recorded.
+        tokenizer, chat template, reward, sampling setting or bound, or a problem that was not
+        recorded.
         """
-        if changed := self.changes(evaluation):
+        if changed := self.changes(questions):
             raise BaselineError(
-                f"not comparable with {self.path}, which was recorded of {self.policy}: "
+                f"not comparable with {self.path}, which was recorded of {escape(self.policy)}: "
                 f"{'; '.join(changed)}. If that is meant, record a baseline: --grpo-record"
             )
-        missing = [problem for problem in evaluation.plan if problem not in self.records]
+        missing = [problem for problem in questions.ids if problem not in self.records]
         if missing:
             raise BaselineError(
-                f"not comparable with {self.path}: of the {len(evaluation.plan)} problems asked, "
+                f"not comparable with {self.path}: of the {len(questions.ids)} problems asked, "
                 f"{len(missing)} are not among its {len(self.records)}, the first of them "
                 f"{missing[0]}. Ask fewer with --grpo-problems, or record anew: --grpo-record"
             )
-        records = [self.records[problem] for problem in evaluation.plan]
-        for record, problem, prompt in zip(
-            records, evaluation.plan, evaluation.prompts, strict=True
-        ):
+        records = [self.records[problem] for problem in questions.ids]
+        for record, problem, prompt in zip(records, questions.ids, questions.prompts, strict=True):
             if record.prompt != prompt_digest(prompt):
                 raise BaselineError(
                     f"not comparable with {self.path}: the policy sees problem {problem} in "
@@ -121,9 +179,10 @@ class Baseline:
                 )
         return records
 
-    def changes(self, evaluation: Evaluation) -> list[str]:
-        """Name each condition that is another one in ``evaluation``: what it was, what it is."""
-        then, now = self.header["conditions"], conditions(evaluation)
+    def changes(self, questions: Questions) -> list[str]:
+        """Name each condition that is another one now: what it was, what it is."""
+        then = {**self.header.conditions, **_flat(self.header.gate)}
+        now = {**conditions(questions), **_flat(recorded_bounds())}
         return [
             f"{name} was {_short(then.get(name))} and is {_short(now.get(name))}"
             for name in sorted({*now, *then})
@@ -131,14 +190,23 @@ class Baseline:
         ]
 
 
-def conditions(evaluation: Evaluation) -> dict[str, Any]:
+def conditions(questions: Questions) -> dict[str, Any]:
     """Return what must be equal for two measurements to be compared, by name."""
     return {
-        "task_version": evaluation.task_type.version,
-        "reward": evaluation.reward,
-        "tokenizer": evaluation.fingerprint.tokenizer,
-        "chat_template": evaluation.fingerprint.chat_template,
-        **{f"sampling.{name}": value for name, value in evaluation.settings.items()},
+        "task_version": questions.task_type.version,
+        "reward": questions.reward,
+        "tokenizer": questions.fingerprint.tokenizer,
+        "chat_template": questions.fingerprint.chat_template,
+        **{f"sampling.{name}": value for name, value in questions.settings.items()},
+    }
+
+
+def _flat(bounds: Mapping[str, Any]) -> dict[str, Any]:
+    """Name each bound of the gate: ``gate.alpha``, ``gate.accuracy.margin`` and so on."""
+    return {
+        f"gate.{name}" + (f".{key}" if key else ""): bound
+        for name, value in bounds.items()
+        for key, bound in (value.items() if isinstance(value, dict) else [("", value)])
     }
 
 
@@ -150,62 +218,72 @@ def path_of(folder: Path, slug: str, task_type: str) -> Path:
 def load(path: Path) -> Baseline:
     """Read a baseline. Raises ``BaselineError`` when it is missing or damaged."""
     again = "restore it from git, or remove it and record anew with --grpo-record"
+    if path.exists() and not path.is_file():
+        raise BaselineError(f"the baseline {path} is not a file: remove it, or {again}")
     try:
         file = path.read_bytes()
         content = json.loads(file, object_pairs_hook=_once)
     except FileNotFoundError:
         raise BaselineError(f"there is no baseline {path}: record it with --grpo-record") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise BaselineError(f"the baseline {path} cannot be read ({error}): {again}") from error
-    try:
-        if (schema := content.pop("schema")) != SCHEMA:
-            raise BaselineError(
-                f"the baseline {path} has schema {schema!r}, and this version of the harness "
-                f"reads {SCHEMA}: {again}"
-            )
-        records = {name: Record(**entry) for name, entry in content.pop("problems").items()}
-        for name, record in records.items():
-            _check(name, record)
-        if content["problem_set"] != _problem_set(records):
-            raise ValueError("its problems are not those that were recorded")
-        for key, kind in _HEADER.items():
-            if type(content[key]) is not kind:
-                raise ValueError(f"{key} is {content[key]!r}")
-        for part, keys in _WITHIN.items():
-            for key in keys:
-                if not isinstance(content[part][key], str):
-                    raise ValueError(f"{key} of its {part} is {content[part][key]!r}")
-        if content["planned"] < 1:
-            raise ValueError(f"planned is {content['planned']}")
-        if content["task_type"] != path.stem:
-            raise ValueError(f"it is of the task type {content['task_type']!r}")
-        if content["anchor"]["digest"] != _anchor_digest(records):
-            raise ValueError("its anchor is not the one that was recorded")
-        for key, mean in _means(records).items():
-            if content[key] != mean:
-                raise ValueError(f"{key} is {content[key]!r}, and its problems make it {mean!r}")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BaselineError(
-            f"the baseline {path} is damaged ({type(error).__name__}: {error}): {again}"
+            f"the baseline {path} cannot be read ({one_line(error)}): {again}"
         ) from error
-    return Baseline(path, content, records, hashlib.sha256(file).hexdigest())
+    try:
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        if content.get("schema") == 2:
+            _upgrade(content)
+        if (schema := content.get("schema")) != SCHEMA:
+            raise BaselineError(
+                f"the baseline {path} has schema {escape(repr(schema))}, and this version of the "
+                f"harness reads {SCHEMA}: {again}"
+            )
+        records = msgspec.convert(content.pop("problems", {}), dict[str, Record])
+        header = msgspec.convert(content, Header)
+        _check(header, records, path)
+    except (msgspec.MsgspecError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaselineError(
+            f"the baseline {path} is damaged ({one_line(error)}): {again}"
+        ) from error
+    return Baseline(path, header, records, hashlib.sha256(file).hexdigest())
 
 
-def write(path: Path, header: Mapping[str, Any], records: Mapping[str, Record]) -> None:
-    """Write a baseline, whole or not at all; the digests of ``records`` are put in."""
-    header = {
-        **header,
-        "schema": SCHEMA,
-        "problem_set": _problem_set(records),
-        "anchor": {**header["anchor"], "digest": _anchor_digest(records)},
+def _upgrade(content: dict[str, Any]) -> None:
+    """Make schema 3 of schema 2, which kept the bounds of the rates alone."""
+    alpha, rates = content["gate"].pop("alpha"), dict(content["gate"])
+    now = recorded_bounds()
+    bounds = {name: rates if now[name] == asdict(RATE) else now[name] for name in now}
+    content |= {"schema": SCHEMA, "gate": {**bounds, "alpha": alpha}}
+
+
+def write(path: Path, header: Header, records: Mapping[str, Record]) -> None:
+    """Write a baseline, whole or not at all; the digests of ``records`` are put in.
+
+    Raises ``BaselineError`` where the file system refuses it.
+    """
+    header = msgspec.structs.replace(
+        header,
+        problem_set=_problem_set(records),
+        anchor=msgspec.structs.replace(header.anchor, digest=_anchor_digest(records)),
         **_means(records),
-    }
-    head = json.dumps(header, indent=1, sort_keys=True, ensure_ascii=True)
+    )
+    head = json.dumps(msgspec.to_builtins(header), indent=1, sort_keys=True, ensure_ascii=True)
     lines = (
-        f"  {json.dumps(name)}: {json.dumps(asdict(record), sort_keys=True)}"
+        f"  {json.dumps(name)}: {json.dumps(msgspec.structs.asdict(record), sort_keys=True)}"
         for name, record in sorted(records.items())
     )
     text = head.removesuffix("\n}") + ',\n "problems": {\n' + ",\n".join(lines) + "\n }\n}\n"
+    try:
+        _replace(path, text)
+    except OSError as error:
+        raise BaselineError(
+            f"nothing is recorded: {path} cannot be written ({one_line(error)}): make room there, "
+            "or name another folder with --grpo-baselines"
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -240,32 +318,17 @@ def _means(records: Mapping[str, Record]) -> dict[str, float]:
     }
 
 
-def _check(name: str, record: Record) -> None:
-    counts = (
-        *(record.k, record.correct, record.truncated, record.unparsable, record.length),
-        *(record.anchor_k, record.anchor),
-    )
-    if not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError(f"a count of {name} is not a whole number")
-    if max(record.k, record.anchor_k) > MOST_SAMPLES:
-        raise ValueError(f"{name} has more than {MOST_SAMPLES} completions")
-    if not record.k >= 1 or record.correct + record.truncated + record.unparsable > record.k:
-        raise ValueError(f"the counts of {name} do not fit into {record.k} completions")
-    if not record.anchor_k >= max(1, record.anchor):
-        raise ValueError(f"the anchor of {name} does not fit into {record.anchor_k} completions")
-    if not all(
-        isinstance(total, int | float) and math.isfinite(total)
-        for total in (record.log_length, record.reward)
-    ):
-        raise ValueError(f"a sum of {name} is not a finite number")
-    if not record.length >= record.k:
-        raise ValueError(f"the length of {name} is less than a token each")
-    # Of the same length in all, logarithms sum to most where all are as long, and to least where
-    # all but one are a token.
-    least = math.log(record.length - record.k + 1)
-    most = record.k * math.log(record.length / record.k)
-    if not least - _ROUNDING <= record.log_length <= most + _ROUNDING:
-        raise ValueError(f"the lengths of {name} do not fit their logarithms")
+def _check(header: Header, records: Mapping[str, Record], path: Path) -> None:
+    """Raise ``ValueError`` where a header is not that of its records, or of its file."""
+    if not records or header.problem_set != _problem_set(records):
+        raise ValueError("its problems are not those that were recorded")
+    if header.task_type != path.stem:
+        raise ValueError(f"it is of the task type {header.task_type!r}")
+    if header.anchor.digest != _anchor_digest(records):
+        raise ValueError("its anchor is not the one that was recorded")
+    for name, mean in _means(records).items():
+        if (told := getattr(header, name)) != mean:
+            raise ValueError(f"{name} is {told!r}, and its problems make it {mean!r}")
 
 
 def _problem_set(records: Iterable[str]) -> str:
@@ -285,4 +348,4 @@ def prompt_digest(prompt: str) -> str:
 
 def _short(value: object) -> str:
     text = str(value)
-    return f"{text[:12]}…" if len(text) == 64 else text
+    return f"{text[:12]}…" if len(text) == 64 else escape(text)

@@ -5,31 +5,24 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from grpo_harness.policy.checkpoint import digest
-
-if TYPE_CHECKING:
-    from grpo_harness.policy.policy import Policy
+from grpo_harness.text import digest
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "grpo-harness")
 
+_SAMPLES_AND_JUDGES = (
+    *("text.py", "tasks", "rewards", "policy", "engines", "evaluation.py", "gate"),
+    *("rules.py", "reruns.py", "session.py"),
+)
+"""The rooms of this package that decide what is drawn, how it is scored and what is concluded."""
 
-def environment(policy: Policy) -> dict[str, Any]:
-    """Return what a policy ran on: versions, hardware class, number format."""
-    hardware = platform.machine()
-    if policy.device.type == "cuda":
-        import torch
 
-        hardware = torch.cuda.get_device_name(policy.device)
-    return {
-        "hardware": hardware,
-        "device": policy.device.type,
-        "dtype": str(policy.dtype).removeprefix("torch."),
-        **versions(),
-    }
+def environment(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a policy ran on: what the engine says of itself, the machine, versions."""
+    return {**engine, "machine": platform.machine(), **versions()}
 
 
 def versions() -> dict[str, str | None]:
@@ -40,9 +33,13 @@ def versions() -> dict[str, str | None]:
 def code_digest(files: Iterable[Path]) -> str:
     """Digest the code that samples and judges: library versions, this package, ``files``.
 
-    The same policy sampled by other code is another measurement, whatever its settings say.
+    The same policy sampled by other code is another measurement, whatever its settings say. What
+    only shows a measurement, such as the report, is left out.
     """
-    sources = {*Path(__file__).parents[1].rglob("*.py"), *files}
+    package = Path(__file__).parents[1]
+    sources = set(files)
+    for room in _SAMPLES_AND_JUDGES:
+        sources |= {package / room} if room.endswith(".py") else set((package / room).glob("*.py"))
     contents = sorted(file.read_bytes().hex() for file in sources)
     return digest("\n".join([str(versions()), *contents]))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from grpo_harness.baselines.file import BaselineError, load, write
 from grpo_harness.baselines.provenance import git
 from grpo_harness.tasks import TaskType
+from grpo_harness.text import escape
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ def stale(
             continue
         task_type = task_types.get(path.stem)
         if path.parent.name not in slugs:
-            found.append(Stale(path, f"{stored.policy} is neither base nor trained"))
+            found.append(Stale(path, f"{escape(stored.policy)} is neither base nor trained"))
         elif task_type is None:
             found.append(Stale(path, f"{path.stem} is not a configured task type"))
         else:
             try:
-                drawn = task_type.problems(max(problems, stored.header["planned"]))
+                drawn = task_type.problems(max(problems, stored.header.planned))
             except ValueError:  # so many are not to be had: a run that asks them says so
                 continue
             gone = frozenset(stored.records) - {problem.id for problem in drawn}

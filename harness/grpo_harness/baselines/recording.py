@@ -11,13 +11,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
 
 from grpo_harness.baselines.file import (
+    Anchor,
     Baseline,
     BaselineError,
+    Header,
+    Kept,
     Record,
     conditions,
     load,
@@ -28,7 +34,9 @@ from grpo_harness.baselines.file import (
 from grpo_harness.baselines.provenance import environment, git
 from grpo_harness.evaluation import Completion, Evaluation, Group
 from grpo_harness.gate import verdicts as gate
-from grpo_harness.policy.policy import Fingerprint, Policy
+from grpo_harness.gate.bounds import ALPHA, MINIMUM_PROBLEMS, RATE
+from grpo_harness.rules import recorded_bounds
+from grpo_harness.text import escape
 
 SAMPLES = 16
 """Completions per problem that a recording draws."""
@@ -90,69 +98,69 @@ def _unreadable(root: Path) -> BaselineError:
 
 def record(
     folder: Path,
-    policy: Policy,
     evaluations: Sequence[Evaluation],
     *,
-    bounds: Mapping[str, float],
     root: Path = Path(),
     before: Path | None = None,
-    checks: int = 1,
+    files: int = 1,
     reason: str | None = None,
 ) -> Recording:
     """Write the baseline that ``evaluations`` of one policy and task type make together.
 
     They differ in their run's seed alone. Problems of an older file that they did not ask stay,
     if they were recorded of the same policy under the same conditions. ``before`` is the file
-    that the policy was judged by until now, its own if it is left out. ``bounds`` are the gate's
-    settings, ``root`` is the project's folder, and ``checks`` the number of files that the run
-    records, which share the risk of a refusal by chance. ``reason`` says why the accuracy may be
-    lower than before.
+    that the policy was judged by until now, its own if it is left out. ``root`` is the project's
+    folder, and ``files`` how many the run records, which share the risk of a refusal by chance.
+    ``reason`` says why the accuracy may be lower than before.
 
     Raises ``BaselineError``, with the file as it was, when a completion is missing, when problems
     would be lost, and when there is no ``reason`` although the accuracy is proven to be lower or
     nothing can tell whether it is.
     """
     first = evaluations[0]
-    path = path_of(folder, first.slug, first.task_type.name)
+    questions = first.questions
+    path = path_of(folder, questions.policy.slug, first.task)
     fresh = {
-        group.problem.id: _record([e.groups[i] for e in evaluations], first.prompts[i])
+        group.problem.id: _record([e.groups[i] for e in evaluations], questions.prompts[i])
         for i, group in enumerate(first.groups)
     }
-    now = {
+    made: dict[str, Any] = {
         "commit": git("rev-parse", "HEAD", cwd=root),
         "policy": first.policy,
         "reason": reason,
         "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     correct, drawn = (sum(getattr(r, name) for r in fresh.values()) for name in ("correct", "k"))
-    anchor = now | {"fingerprint": str(first.fingerprint), "accuracy": correct / drawn}
+    anchor = Anchor(**made, fingerprint=str(first.fingerprint), accuracy=correct / drawn)
     parent, notes = _parent(path if path.exists() else before or path, reason)
-    records, kept = fresh, list[str]()
+    records, kept, planned = fresh, list[str](), first.planned
     if parent is not None:
         kept = _kept(parent, first, fresh) if parent.path == path else []
-        changed = parent.changes(first)
+        if kept:
+            planned = max(planned, parent.header.planned)
+        changed = parent.changes(questions)
         if changed:
             notes.append(f"recorded under other conditions than before: {'; '.join(changed)}")
-        tested = _against_parent(parent, first, fresh, bounds, 2 * checks, reason)
+        tested = _against_parent(parent, first, fresh, ALPHA / (2 * files), reason)
         notes += tested.notes
         if not tested.moves:
-            anchor = dict(parent.header["anchor"])
+            anchor = parent.header.anchor
             fresh = {name: _anchored(r, parent.records.get(name)) for name, r in fresh.items()}
         records = {**{name: parent.records[name] for name in kept}, **fresh}
-    header = {
-        **now,
-        "anchor": anchor,
-        "fingerprint": asdict(first.fingerprint),
-        "task_type": first.task_type.name,
-        "conditions": conditions(first),
-        "seeds": [evaluation.run_seed for evaluation in evaluations],
-        "planned": max(len(first.plan), parent.header["planned"] if kept and parent else 0),
-        "gate": dict(bounds),
-        "environment": environment(policy),
-        "parent": parent.digest if parent else None,
+    header = Header(
+        **made,
+        anchor=anchor,
+        fingerprint=first.fingerprint,
+        task_type=first.task,
+        conditions=conditions(questions),
+        seeds=[evaluation.run_seed for evaluation in evaluations],
+        planned=planned,
+        gate=recorded_bounds(),
+        environment=environment(first.engine),
+        parent=parent.digest if parent else None,
         # Of these problems, the rest of the header tells nothing but the conditions.
-        "kept_from": {"problems": len(kept), "digest": parent.digest} if parent and kept else None,
-    }
+        kept_from=Kept(len(kept), parent.digest) if parent and kept else None,
+    )
     write(path, header, records)
     return Recording(path, tuple(notes))
 
@@ -182,7 +190,7 @@ def _parent(path: Path, reason: str | None) -> tuple[Baseline | None, list[str]]
 def _kept(parent: Baseline, first: Evaluation, fresh: Mapping[str, Record]) -> list[str]:
     """Name the problems of the older file that were not asked now and stay in it."""
     kept = [name for name in parent.records if name not in fresh]
-    if kept and (parent.changes(first) or not parent.same_policy(first)):
+    if kept and (parent.changes(first.questions) or not parent.same_policy(first.fingerprint)):
         raise BaselineError(
             f"nothing is recorded: {parent.path} also holds {len(kept)} problems that this run "
             f"did not ask, such as {kept[0]}, and they were recorded of another policy or under "
@@ -196,30 +204,34 @@ def _against_parent(
     parent: Baseline,
     first: Evaluation,
     fresh: Mapping[str, Record],
-    bounds: Mapping[str, float],
-    checks: int,
+    alpha: float,
     reason: str | None,
 ) -> _Tested:
-    """Test a recording against the one before it and the anchor."""
-    if parent.header["conditions"].get("task_version") != first.task_type.version:
+    """Test a recording against the one before it and the anchor, each at ``alpha``."""
+    if parent.header.conditions.get("task_version") != first.questions.task_type.version:
         return _Tested(True, ("the task type's version is another one: the anchor is set anew",))
     shared = [name for name in fresh if name in parent.records]
     before = [parent.records[name] for name in shared]
     correct, k = [fresh[name].correct for name in shared], [fresh[name].k for name in shared]
-    anchor = parent.header["anchor"]
+    anchor, recorded = parent.header.anchor, str(parent.header.fingerprint)
     # The anchor first: where both are missed, it is the one that must stand.
     references = (
-        ("anchor", [r.anchor for r in before], [r.anchor_k for r in before], anchor["fingerprint"]),
-        ("parent", [r.correct for r in before], [r.k for r in before], _fingerprint(parent)),
+        ("anchor", [r.anchor for r in before], [r.anchor_k for r in before], anchor.fingerprint),
+        (
+            "parent",
+            [r.correct for r in before],
+            [r.k for r in before],
+            recorded,
+        ),
     )
     notes = []
-    if len(parent.records) < gate.MINIMUM_PROBLEMS:
+    if len(parent.records) < MINIMUM_PROBLEMS:
         return _Tested(True, ("the recording before was too small to judge by: a new anchor",))
-    if len(shared) < gate.MINIMUM_PROBLEMS:
+    if len(shared) < MINIMUM_PROBLEMS:
         untested = (
             f"it shares {len(shared)} problems with {parent.path}, and fewer than "
-            f"{gate.MINIMUM_PROBLEMS} do not tell whether the accuracy of {first.policy} on "
-            f"{first.task_type.name} is lower"
+            f"{MINIMUM_PROBLEMS} do not tell whether the accuracy of {escape(first.policy)} on "
+            f"{first.task} is lower"
         )
         if reason is None:
             raise BaselineError(
@@ -227,15 +239,16 @@ def _against_parent(
                 f"does not matter: {_ACCEPT}"
             )
         return _Tested(True, (f"{untested}: accepted, and the anchor is set anew",))
+    bounds = asdict(RATE)
     for name, then, k_then, fingerprint in references:
         same = fingerprint == str(first.fingerprint)
-        verdict = gate.judge(correct, k, then, k_then, same_policy=same, checks=checks, **bounds)
-        if verdict.name != "FAIL":
+        found = gate.judge(correct, k, then, k_then, same_policy=same, alpha=alpha, **bounds)
+        if found.verdict != "FAIL" or found.delta > 0:
             continue
         lowered = (
-            f"the accuracy of {first.policy} on {first.task_type.name} is {verdict.now:.1%}, and "
-            f"the {name}'s was {verdict.then:.1%}: {100 * verdict.delta:+.1f} points, "
-            f"p = {verdict.p:.2g}"
+            f"the accuracy of {escape(first.policy)} on {first.task} is {found.now:.1%}, and "
+            f"the {name}'s was {found.then:.1%}: {100 * found.delta:+.1f} points, "
+            f"p = {found.p:.2g}"
         )
         if reason is None:
             raise BaselineError(
@@ -244,21 +257,15 @@ def _against_parent(
             )
         return _Tested(True, (f"{lowered}: accepted, and the anchor moves down",))
     gain = gate.judge_improvement(
-        correct,
-        k,
-        references[0][1],
-        references[0][2],
-        minimum=bounds["minimum"],
-        alpha=bounds["alpha"],
-        checks=checks,
+        correct, k, references[0][1], references[0][2], minimum=RATE.minimum, alpha=alpha
     )
-    if gain.name == "PASS":
+    if gain.verdict == "PASS":
         notes.append(
             f"a proven gain of {100 * gain.delta:.1f} points: the anchor moves up to {gain.now:.1%}"
         )
     elif reason is not None:
         notes.append("nothing was lowered: the reason is kept, and the anchor where it was")
-    return _Tested(gain.name == "PASS", tuple(notes))
+    return _Tested(gain.verdict == "PASS", tuple(notes))
 
 
 def _anchored(record: Record, before: Record | None) -> Record:
@@ -266,10 +273,6 @@ def _anchored(record: Record, before: Record | None) -> Record:
     if before is None:
         return record
     return replace(record, anchor=before.anchor, anchor_k=before.anchor_k)
-
-
-def _fingerprint(stored: Baseline) -> str:
-    return str(Fingerprint(**stored.header["fingerprint"]))
 
 
 def _record(groups: Iterable[Group], prompt: str) -> Record:

@@ -1,12 +1,24 @@
 """The contract of a GRPO step: what TRL's trainer must compute for a recipe, to the digit.
 
-A run of the product is watched from outside (``witness.py``), and every step of it is computed
-anew from the raw completions by `grpo_harness.grpo.formulas` (``oracle.py``), by TRL's conventions
-(``conventions.py``). The invariants compare: those of what is drawn (``drawing.py``), of the loss
-and gradient that are made of it (``update.py``), of the weights that this moves (``weights.py``,
-by the formulas in ``adam.py``), and of whole runs (``whole.py``). Each is a function that returns
-in silence or raises `BrokenInvariantError`, with its name, the number, the place, and what such a
-difference usually means (``invariant.py``).
+A run of the product is watched from outside, and every step of it is computed anew from the raw
+completions by the formulas in plain torch. Each invariant is a function that returns in silence
+or raises `BrokenInvariantError`, with its name, the number, the place, and what such a difference
+usually means.
+
+==================  ==================================================================
+``seen.py``         what is seen of a run: windows of completions, parts, steps
+``runs.py``         the runs that the contract is read from
+``witness.py``      a run watched from outside
+``conventions.py``  how TRL computes a step, and what it could do otherwise
+``lengths.py``      how long gradients are, and how far apart
+``invariant.py``    what an invariant is, and how it fails
+``oracle.py``       a step computed anew
+``adam.py``         an update computed anew
+``drawing.py``      invariants of what is drawn, scored and counted
+``update.py``       invariants of log-probabilities, loss and gradient
+``weights.py``      invariants of the weights
+``whole.py``        invariants of whole runs
+==================  ==================================================================
 """
 
 from grpo_harness.contract import drawing, update, weights, whole  # noqa: F401 - their import names them

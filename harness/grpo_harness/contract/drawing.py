@@ -20,7 +20,7 @@ from grpo_harness.contract.invariant import (
 )
 from grpo_harness.contract.oracle import Oracle, rows_of
 from grpo_harness.contract.seen import Window, Witness
-from grpo_harness.evaluation import RewardFunction
+from grpo_harness.rewards.functions import RewardFunction
 from grpo_harness.rewards.rule import reward_func
 
 KEYS = (

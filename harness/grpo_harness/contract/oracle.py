@@ -19,8 +19,9 @@ from grpo_harness.contract.conventions import Conventions, alternatives
 from grpo_harness.contract.invariant import average
 from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance, scale
 from grpo_harness.contract.seen import Step, Tensors, Window, Witness
+from grpo_harness.engines.weights import device_of, load_weights
 from grpo_harness.grpo.formulas import advantages, entropy, grpo_loss, kl, log_probabilities, ratio
-from grpo_harness.policy.policy import Policy, load
+from grpo_harness.policy import Policy, load
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +41,11 @@ class Oracle:
     """Recomputes steps of runs that started from one policy."""
 
     def __init__(self, policy: str, *, device: str = "auto") -> None:
-        self.policy: Policy = load(policy, device=device, dtype="float32")
-        self.base = {name: p.cpu().clone() for name, p in self.policy.model.named_parameters()}
-        self._model = self.policy.model.double().requires_grad_(True)
+        self.policy: Policy = load(policy)
+        self.device = device_of(device)
+        model = load_weights(self.policy, self.device, torch.float32)
+        self.base = {name: p.cpu().clone() for name, p in model.named_parameters()}
+        self._model = model.double().requires_grad_(True)
         self._computed: dict[Step, Computed] = {}
         self._suspects: dict[Step, str] = {}
 
@@ -72,7 +75,7 @@ class Oracle:
         the probabilities are, so every token can be asked for with the drawn ones before it.
         """
         assert window.random_state is not None
-        generator = torch.Generator(self.policy.device)
+        generator = torch.Generator(self.device)
         generator.set_state(window.random_state)
         self._set(weights)
         with torch.no_grad():
@@ -214,7 +217,7 @@ class Oracle:
         pad = torch.nn.utils.rnn.pad_sequence
         rows = zip(window.prompt_ids, window.completion_ids, strict=True)
         lines = pad([torch.tensor(prompt + completion) for prompt, completion in rows], True)
-        every = self._model(lines.to(self.policy.device)).logits
+        every = self._model(lines.to(self.device)).logits
         sliced = [
             every[i, len(prompt) - 1 : len(prompt) + len(completion) - 1]
             for i, (prompt, completion) in enumerate(
@@ -223,8 +226,7 @@ class Oracle:
         ]
         tokens = pad([torch.tensor(ids) for ids in window.completion_ids], True)
         mask = pad([torch.ones(len(ids)) for ids in window.completion_ids], True)
-        device = self.policy.device
-        return pad(sliced, True), tokens.to(device), mask.to(device)
+        return pad(sliced, True), tokens.to(self.device), mask.to(self.device)
 
     def _mask(self, window: Window, how: Conventions) -> Tensor:
         kept = [

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_harness.evaluation import RewardFunction
+from grpo_harness.rewards.functions import RewardFunction
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.training.recipes import RECIPES, Recipe
 

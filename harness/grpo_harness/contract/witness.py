@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from grpo_harness.contract.seen import Part, Step, Tensors, Tokens, Window, Witness
-from grpo_harness.evaluation import RewardFunction
+from grpo_harness.rewards.functions import RewardFunction
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.training import Row, train
 from grpo_harness.training.recipes import Recipe

@@ -1,34 +1,46 @@
-"""How answers are drawn: requests in, samples out, in order. One file, one engine."""
+"""What every engine takes, gives and promises. Loads no torch."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Annotated, Any, Protocol, Self
 
-MOST_SAMPLES = 500
-"""Samples of one problem at most: none of the exact tests' probabilities is then too small for a
-float.
-"""
+import msgspec
+from msgspec import Meta
+
+from grpo_harness.errors import HarnessError
 
 
-@dataclass(frozen=True)
-class Sampling:
+class EngineError(HarnessError):
+    """Completions that cannot be drawn: one line with the policy, what happened, what to do."""
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a completion is drawn from the policy's distribution.
 
     The logits are divided by ``temperature``, then the smallest set of most likely tokens whose
     probability reaches ``top_p`` is kept. With ``greedy`` the most likely token is taken and
-    both play no part. At most ``max_new_tokens`` tokens are drawn.
+    both play no part. At most ``max_new_tokens`` tokens are drawn. Raises ``ValueError``.
     """
 
-    temperature: float = 0.8
-    top_p: float = 0.9
-    max_new_tokens: int = 64
-    greedy: bool = False
+    temperature: Annotated[
+        float, Meta(gt=0, description="logits are divided by it: above 0; see greedy")
+    ] = 0.8
+    top_p: Annotated[
+        float, Meta(gt=0, le=1, description="share of the likeliest tokens kept: above 0, up to 1")
+    ] = 0.9
+    max_new_tokens: Annotated[
+        int, Meta(ge=1, le=10_000_000, description="tokens drawn at most, at least 1")
+    ] = 64
+    greedy: Annotated[bool, Meta(description="take the most likely token, always")] = False
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.max_new_tokens >= 1):
+        possible = 0 < self.temperature < math.inf and 0 < self.top_p <= 1
+        if not possible or self.max_new_tokens < 1:
             raise ValueError(
                 "temperature must be above 0, top_p in (0, 1] and max_new_tokens at least 1: "
                 f"{self}; for greedy sampling set greedy"
@@ -36,7 +48,7 @@ class Sampling:
 
     def asdict(self) -> dict[str, Any]:
         """Return the settings as a baseline keeps them: greedy ones without what they ignore."""
-        settings = asdict(self)
+        settings = msgspec.structs.asdict(self)
         if self.greedy:
             del settings["temperature"], settings["top_p"]
         return settings
@@ -67,18 +79,35 @@ Progress = Callable[[int], object]
 """Told how many more samples are done, each time some are."""
 
 
-class Sampler(Protocol):
-    """An engine: draws one sample per request, in the order of the requests.
+class Engine(Protocol):
+    """Draws one sample per request, in the order of the requests.
 
     The sample of a request depends on its prompt and seed, the policy and the settings, and on
     nothing else: not on its neighbours, their number or their order (up to numerics).
+
+    As a context manager it has the policy's weights in memory inside, and none outside. Asked
+    outside, it takes them at the first request.
     """
+
+    def __enter__(self) -> Self:
+        """Take the weights into memory. Raises ``PolicyError``."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Let the weights go."""
 
     def settings(self) -> dict[str, Any]:
         """Return every setting that decides a draw, as a baseline keeps them."""
 
+    def identity(self) -> dict[str, Any]:
+        """Return what draws: engine, device, number format. Other samples are another's."""
+
     def sample(self, requests: Sequence[Request], progress: Progress | None) -> list[Sample]:
-        """Draw the samples."""
+        """Draw the samples. Raises ``PolicyError`` and ``EngineError``."""
 
 
 def sample_seed(run: int, problem: str, sample: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from grpo_harness.engines.engine import MOST_SAMPLES
+from grpo_harness.gate.bounds import LEAST_LEVEL, MOST_SAMPLES, NO_ROOM
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -119,6 +119,39 @@ def one_of(value: Any, name: str, known: Sequence[str]) -> None:
     """Raise ValueError with `name` where a word is none of those that are known."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} {brief(value)} is none of {', '.join(known)}")
+
+
+def truth(value: Any, name: str) -> bool:
+    """Return a truth value, Python's or numpy's. Raises ValueError with `name` for all else."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {brief(value)}, neither True nor False")
+    return bool(value)
+
+
+def below(most: float, name: str, value: Any) -> float:
+    """One checked number from 0 to below ``most``. Raises ValueError with `name`."""
+    number = plain(value)
+    if isinstance(number, bool) or not is_real(number, 0.0, most) or number == most:
+        raise ValueError(f"{name} is {brief(number)}, not a number from 0 to below {most:g}")
+    return float(number)
+
+
+def sizes(margin: Any, minimum: Any, most: float = 1.0) -> tuple[float, float]:
+    """The checked sizes of a change that is harmless and of one that may matter."""
+    margin, minimum = below(most, "margin", margin), below(most, "minimum", minimum)
+    if margin - minimum < NO_ROOM:
+        raise ValueError(
+            f"minimum is {minimum!r} and margin {margin!r}: need 0 <= minimum < margin"
+        )
+    return margin, minimum
+
+
+def level(alpha: Any) -> float:
+    """The checked risk of a false alarm that one check may take."""
+    alpha = below(1.0, "alpha", alpha)
+    if alpha < LEAST_LEVEL:
+        raise ValueError(f"alpha is {alpha!r}, less than {LEAST_LEVEL:g}: nothing proves so much")
+    return float(alpha)
 
 
 def _entries(values: Any, name: str) -> list[Any]:

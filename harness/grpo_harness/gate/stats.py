@@ -17,10 +17,8 @@ from itertools import count
 import numpy as np
 from scipy.special import expit, logit, logsumexp, ndtri, stdtr, stdtrit
 
+from grpo_harness.gate.bounds import NO_ROOM
 from grpo_harness.gate.inputs import Floats, Ints, Numbers, Samples, same_length, samples, whole
-
-NO_ROOM = 1e-9
-"""Differences of rates below this are what floating point left over, not differences."""
 
 POWER_Z = float(ndtri(0.9))
 """Standard normal quantile of 90 % power, the one power this package speaks of."""
@@ -181,18 +179,18 @@ def harmless_evidence(differences: Floats, margin: float) -> Floats:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the order given: reject where the result is <= alpha.
 
-    Holm, Scandinavian Journal of Statistics 6 (1979), by statsmodels' `multipletests`. No
-    p-values give an empty list; one outside 0..1 raises ValueError.
+    Holm, Scandinavian Journal of Statistics 6 (1979). The smallest of m p-values counts m times,
+    the next m - 1 times, and none less than the one before it. One outside 0..1 raises ValueError.
     """
     for i, p in enumerate(p_values):
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"p-value {i} is {p!r}, not in 0..1")
-    if not p_values:
-        return []
-    # Imported late: it loads pandas and takes seconds, and only a table of many rows needs it.
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
+    adjusted = [0.0] * len(p_values)
+    greatest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        greatest = max(greatest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = greatest
+    return adjusted
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,41 +1,52 @@
-"""Measurement against reference -> verdict. One rule a function, one engine behind them.
+"""Measurement against reference -> verdict. One rule a function, one conclusion behind them.
 
 A verdict is FAIL only on proof of harm, PASS only on proof of the absence of harm, and UNPROVEN
 between the two: a run that is too small says so instead of turning green. See
 `grpo_harness.gate.stats` for the tests themselves.
 
-Several checks share one risk of a false alarm: a rule that is told it is one of `checks` tests at
-`alpha / checks` (Bonferroni). Every check of a run is a test of its own that asserts its own
-verdict, whichever others were selected and wherever a parallel worker put them, so there is no
-place where all the p-values are at hand, as Holm's step-down needs. The price is small: the
-smallest p-value, which decides whether a run fails at all, meets the same threshold under both,
-so a single drop among many checks is caught as often (`make calibrate` prints both).
+The recorded policy itself fails in both directions: nothing but changed code can have made it
+better. A PASS says the same of every policy: a loss of the margin or more is ruled out.
 
-A rerun judged on the pooled samples must halve `alpha` for every earlier attempt; the caller
-knows of those, the rules do not.
+Several checks share one risk of a false alarm, so each is told the part of it that is its own:
+`alpha`. Every check of a run is a test of its own that asserts its own verdict, whichever others
+were selected and wherever a parallel worker put them, so there is no place where all the p-values
+are at hand, as Holm's step-down needs. The price is small: the smallest p-value, which decides
+whether a run fails at all, meets the same threshold under both, so a single drop among many
+checks is caught as often (`make calibrate` prints both).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import exp, expm1, inf, log
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
+from grpo_harness.gate.bounds import (
+    ALPHA,
+    IMPROVEMENT,
+    LENGTH,
+    LOOK,
+    MINIMUM_PROBLEMS,
+    PASS_CONFIDENCE,
+    PASS_LEVEL,
+    RATE,
+)
 from grpo_harness.gate.inputs import (
     GREATEST_LOG,
     Numbers,
     Samples,
-    brief,
-    is_real,
+    below,
+    level,
     paired,
-    plain,
     samples,
+    sizes,
+    truth,
     whole,
+    whole_number,
 )
 from grpo_harness.gate.stats import (
-    NO_ROOM,
     Counts,
     Estimate,
     drop_evidence,
@@ -44,17 +55,10 @@ from grpo_harness.gate.stats import (
     odds_ratio_of_drop,
 )
 
-MINIMUM_PROBLEMS = 64
-"""Fewer problems than this are not judged: the bounds are no longer to be trusted."""
+Verdict: TypeAlias = Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]
 
-PASS_CONFIDENCE = 0.95
-"""One-sided confidence of the bounds that a verdict reports and that PASS rests on."""
-
-PASS_LEVEL = 1 - PASS_CONFIDENCE
-LEAST_LEVEL = 1e-300
-"""No check is held to a stricter level: the p-values below it run out of floats."""
-
-Name: TypeAlias = Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]
+NOT_THE_POLICY = "the policy is the recorded one: what draws or scores its answers has changed"
+"""What a proven change of the recorded policy means, in either direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +77,21 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What one check found, and the numbers it rests on.
+class Evidence:
+    """What one check concluded, and the numbers that this rests on.
 
     `now`, `then` and `delta` are mean rates in 0..1 and their difference; in `judge_length` they
     are geometric mean lengths and the relative change (0.1 is 10 % longer). `lower` and `upper`
     are guarded bounds of `delta`, one-sided at 95 % each: together they are a 90 % interval.
     `p` belongs to the proof of harm (in `judge_improvement` to the proof of gain, unless a loss
-    is proven), before the correction for `checks`. `mde90` is the change, in the unit of
-    `delta`, that this run would find nine times in ten. `needed` is the number of problems that
-    would prove a PASS nine times in ten, None where no number would. `k` is the largest number of
-    samples of a problem: they differ only where runs that stopped early are pooled.
+    is proven; of the recorded policy to the proof of any change), to be compared with the part of
+    `alpha` that is this check's. `mde90` is the change, in the unit of `delta`, that this run
+    would find nine times in ten. `needed` is the number of problems that would prove a PASS nine
+    times in ten, None where no number would. `k` is the largest number of samples of a problem:
+    they differ only where runs that stopped early are pooled.
     """
 
-    name: Name
+    verdict: Verdict
     reason: str
     n: int
     k: int
@@ -105,10 +110,9 @@ def plan(
     k_then: Samples,
     k: int,
     *,
-    margin: float = 0.05,
-    minimum: float = 0.01,
-    alpha: float = 0.01,
-    checks: int = 1,
+    margin: float = RATE.margin,
+    minimum: float = RATE.minimum,
+    alpha: float = ALPHA,
 ) -> Plan:
     """Predict what `judge` will find on the problems of a reference, `k` samples each.
 
@@ -119,15 +123,15 @@ def plan(
 
     Raises ValueError as `judge` does.
     """
-    margin, minimum = _sizes(margin, minimum)
-    level = _level(alpha, checks)
+    margin, minimum = sizes(margin, minimum)
+    each_side = level(alpha) / 2
     k = int(whole([k], "k", least=1)[0])
     counts = Counts.of(then, k_then, then, k_then)
     rates = (counts.then + 0.5) / (counts.k_then + 1)
     variance = float((rates * (1 - rates) * (1 / k + 1 / counts.k_then)).mean())
 
     def mde90(n: int) -> float:
-        return Estimate.expected(variance, n).detectable(level, minimum)
+        return Estimate.expected(variance, n).detectable(each_side, minimum)
 
     n = len(counts.then)
     needed = MINIMUM_PROBLEMS
@@ -143,28 +147,27 @@ def judge(
     k_then: Samples,
     *,
     same_policy: bool,
-    margin: float = 0.05,
-    minimum: float = 0.01,
-    alpha: float = 0.01,
-    checks: int = 1,
-) -> Verdict:
+    margin: float = RATE.margin,
+    minimum: float = RATE.minimum,
+    alpha: float = ALPHA,
+) -> Evidence:
     """Judge whether accuracy has dropped from `then` to `now`.
 
     `now[i]` of `k` completions of problem i are correct, in the reference `then[i]` of `k_then`
-    (each one number, or one a problem). FAIL: the exact p is at most `alpha / checks` and the
-    observed drop at least `minimum`. For another policy than the reference's
-    (`same_policy=False`) a paired t test must agree, because the drop must also hold for problems
-    outside the suite.
-    PASS: not FAIL, and the guarded lower bound lies above `-margin`.
+    (each one number, or one a problem). FAIL: the exact p is at most `alpha` and the observed
+    drop at least `minimum`. PASS: not FAIL, and the guarded lower bound lies above `-margin`.
+
+    For another policy than the reference's (`same_policy=False`) a paired t test must agree to a
+    FAIL, because the drop must also hold for problems outside the suite. The same policy cannot
+    have changed: a proven rise of at least `minimum` is a FAIL too, each direction at half of
+    `alpha`.
 
     Raises ValueError on invalid counts, naming the problem by index, and on invalid settings.
     """
-    margin, minimum = _sizes(margin, minimum)
-    level = _level(alpha, checks)
-    if not isinstance(same_policy, (bool, np.bool_)):
-        raise ValueError(f"same_policy is {brief(same_policy)}, neither True nor False")
+    margin, minimum = sizes(margin, minimum)
     counts = Counts.of(now, k, then, k_then)
-    return _no_harm(counts, counts, not same_policy, margin, minimum, level)
+    same = truth(same_policy, "same_policy")
+    return _no_harm(counts, counts, margin, minimum, level(alpha), same=same, generalise=not same)
 
 
 def judge_sequential(
@@ -173,22 +176,21 @@ def judge_sequential(
     then: Numbers,
     k_then: Samples,
     *,
-    margin: float = 0.05,
-    minimum: float = 0.01,
-    alpha: float = 0.01,
-    checks: int = 1,
-    look: int = 16,
-) -> Verdict:
+    margin: float = RATE.margin,
+    minimum: float = RATE.minimum,
+    alpha: float = ALPHA,
+    look: int = LOOK,
+) -> Evidence:
     """Judge accuracy after every `look` problems, and stop at the first decision.
 
     The first look is at `MINIMUM_PROBLEMS` at the earliest, and the end of the plan is one even
     where `look` does not divide it. `then` holds all planned problems in the order they are
     sampled, `now` those sampled so far: call again with more until the verdict is not UNPROVEN or
-    the plan is used up. `n` of the verdict says how many problems it used. FAIL: the likelihood
-    ratio of a drop by `margin` reaches `checks / alpha`, and the observed drop is at least
-    `minimum`. PASS: bets against a drop by `margin` have won twenty times the stake. Both hold
-    however often one looks, unlike `lower` and `upper`, which are those of a run of this size.
-    `p` is the smallest inverse likelihood ratio of all looks.
+    the plan is used up. `n` of the evidence says how many problems it used. FAIL: the likelihood
+    ratio of a drop by `margin`, or of a rise by it, reaches `2 / alpha`, and the observed change
+    is at least `minimum`. PASS: bets against a drop by `margin` have won twenty times the stake.
+    All hold however often one looks, unlike `lower` and `upper`, which are those of a run of this
+    size. `p` is twice the smallest inverse likelihood ratio of all looks.
 
     Where the reference is below twice `margin`, the likelihood ratio is that of losing half of
     it, see `odds_ratio_of_drop`: whichever drop it supposes, false alarms are as rare.
@@ -197,16 +199,22 @@ def judge_sequential(
     common change takes for evidence. Raises ValueError as `judge` does, and where `now` is longer
     than `then`.
     """
-    margin, minimum = _sizes(margin, minimum)
-    level = _level(alpha, checks)
-    look = _positive("look", look)
-    plan = Counts.of(then, k_then, then, k_then)
+    margin, minimum = sizes(margin, minimum)
+    alpha = level(alpha)
+    look = whole_number(look, "look", 1)
+    reference = Counts.of(then, k_then, then, k_then)
     ours = whole(now, "now")
-    planned, drawn = len(plan.then), len(ours)
+    planned, drawn = len(reference.then), len(ours)
     if drawn > planned:
         raise ValueError(f"problem {planned} is not in the plan of {planned} problems")
-    counts = Counts.of(ours, k, plan.then[:drawn], plan.k_then[:drawn])
-    ratios = drop_evidence(counts, odds_ratio_of_drop(plan.then, plan.k_then, margin))
+    counts = Counts.of(ours, k, reference.then[:drawn], reference.k_then[:drawn])
+    ratios = np.maximum(
+        drop_evidence(counts, odds_ratio_of_drop(reference.then, reference.k_then, margin)),
+        drop_evidence(
+            counts.flipped(),
+            odds_ratio_of_drop(reference.flipped().then, reference.k_then, margin),
+        ),
+    )
     wealth = harmless_evidence(counts.differences, margin)
     looks = [n for n in range(look, drawn + 1, look) if n >= MINIMUM_PROBLEMS]
     if drawn == planned:
@@ -214,24 +222,19 @@ def judge_sequential(
     used, failed, passed, strongest = drawn, False, False, 0.0
     for n in looks:
         strongest = max(strongest, float(ratios[n - 1]))
-        drop = -float(counts.differences[:n].mean())
-        failed = bool(ratios[n - 1] >= -log(level)) and drop >= minimum
+        change = abs(float(counts.differences[:n].mean()))
+        failed = bool(ratios[n - 1] >= -log(alpha / 2)) and change >= minimum
         passed = bool(wealth[n - 1] >= -log(PASS_LEVEL))
         if failed or passed:
             used = n
             break
-    seen = Counts(counts.now[:used], counts.k[:used], plan.then[:used], plan.k_then[:used])
-    guarded = Estimate.of(seen.differences, guarded=True)
+    seen = Counts(counts.now[:used], counts.k[:used], counts.then[:used], counts.k_then[:used])
     return _conclude(
-        _undecided(
-            seen,
-            p=exp(-strongest),
-            mde90=guarded.detectable(level, minimum),
-            needed=guarded.problems_needed(used, margin + min(guarded.mean, 0.0), PASS_LEVEL),
-        ),
+        _undecided(seen, seen, min(1.0, 2 * exp(-strongest)), margin, minimum, alpha / 2),
         failed=failed,
         passed=passed,
         planned=planned,
+        harm=NOT_THE_POLICY,
     )
 
 
@@ -241,23 +244,24 @@ def judge_rate(
     then: Numbers,
     k_then: Samples,
     *,
-    margin: float = 0.05,
-    minimum: float = 0.01,
-    alpha: float = 0.01,
-    checks: int = 1,
-) -> Verdict:
+    same_policy: bool,
+    margin: float = RATE.margin,
+    minimum: float = RATE.minimum,
+    alpha: float = ALPHA,
+) -> Evidence:
     """Judge whether the rate of a fault (truncated, unparsable) has risen.
 
     `judge` in the mirror: `now[i]` of `k` completions of problem i show the fault, FAIL is a
     proven rise of at least `minimum`, PASS a rise proven to stay below `margin`. By the exact
-    test alone: completions that can no longer be read are a fault on these prompts already.
+    test alone: completions that can no longer be read are a fault on these prompts already. Of
+    the same policy a fall is a FAIL too, as in `judge`.
 
     Raises ValueError as `judge` does.
     """
-    margin, minimum = _sizes(margin, minimum)
-    level = _level(alpha, checks)
+    margin, minimum = sizes(margin, minimum)
     counts = Counts.of(now, k, then, k_then)
-    return _no_harm(counts, counts.flipped(), False, margin, minimum, level)
+    same = truth(same_policy, "same_policy")
+    return _no_harm(counts, counts.flipped(), margin, minimum, level(alpha), same=same)
 
 
 def judge_improvement(
@@ -266,36 +270,35 @@ def judge_improvement(
     base: Numbers,
     k_base: Samples,
     *,
-    margin: float = 0.0,
-    minimum: float = 0.01,
-    alpha: float = 0.01,
-    checks: int = 1,
-) -> Verdict:
+    margin: float = IMPROVEMENT.margin,
+    minimum: float = IMPROVEMENT.minimum,
+    alpha: float = ALPHA,
+) -> Evidence:
     """Judge whether the trained policy is better than its base, on new problems too.
 
-    PASS: the exact test and the paired t test both show a gain at `alpha / checks`, and the
-    guarded lower bound lies above `margin`. FAIL: both show a loss, and it is at least `minimum`.
-    UNPROVEN: everything else, so also a training that changed nothing.
+    PASS: the exact test and the paired t test both show a gain at `alpha`, and the guarded lower
+    bound lies above `margin`. FAIL: both show a loss, and it is at least `minimum`. UNPROVEN:
+    everything else, so also a training that changed nothing.
 
     Raises ValueError as `judge` does.
     """
-    margin, minimum = _below(1.0, "margin", margin), _below(1.0, "minimum", minimum)
-    level = _level(alpha, checks)
+    margin, minimum = below(1.0, "margin", margin), below(1.0, "minimum", minimum)
+    alpha = level(alpha)
     counts = Counts.of(trained, k, base, k_base)
     loss, gain = _drop_p(counts, True), _drop_p(counts.flipped(), True)
     delta = float(counts.differences.mean())
-    lost = loss <= level and delta <= -minimum
+    lost = loss <= alpha and delta <= -minimum
     guarded = Estimate.of(counts.differences, guarded=True)
     return _conclude(
-        _undecided(
+        _numbers(
             counts,
             p=loss if lost else gain,
-            mde90=guarded.detectable(level, margin),
-            # The test at `level` asks for more than the bound at 95 %, so it sets the price.
-            needed=guarded.problems_needed(len(counts.now), delta - margin, level),
+            mde90=guarded.detectable(alpha, margin),
+            # The test at `alpha` asks for more than the bound at 95 %, so it sets the price.
+            needed=guarded.problems_needed(len(counts.now), delta - margin, alpha),
         ),
         failed=lost,
-        passed=gain <= level and guarded.lower(PASS_CONFIDENCE) > margin,
+        passed=gain <= alpha and guarded.lower(PASS_CONFIDENCE) > margin,
     )
 
 
@@ -304,16 +307,15 @@ def judge_length(
     k: Samples,
     then: Numbers,
     *,
-    margin: float = 0.25,
-    minimum: float = 0.05,
-    alpha: float = 0.01,
-    checks: int = 1,
-) -> Verdict:
+    margin: float = LENGTH.margin,
+    minimum: float = LENGTH.minimum,
+    alpha: float = ALPHA,
+) -> Evidence:
     """Judge whether completions have become longer or shorter.
 
     `now[i]` and `then[i]` are the mean natural logarithm of the lengths of problem i's
     completions, `k` of them now. Their mean difference is the logarithm of a ratio of lengths.
-    FAIL: the two-sided interval of the ratio at `1 - alpha / checks` lies wholly outside
+    FAIL: the two-sided interval of the ratio at `1 - alpha` lies wholly outside
     [1 / (1 + minimum), 1 + minimum]. PASS: its 90 % interval lies inside
     [1 / (1 + margin), 1 + margin]. No bound is guarded: a log-ratio has no greatest value that a
     pseudo-problem could take.
@@ -321,8 +323,8 @@ def judge_length(
     Raises ValueError naming the problem (by index) where there is no logarithm of a length, and on
     invalid settings.
     """
-    margin, minimum = _sizes(margin, minimum, most=1e300)
-    level = _level(alpha, checks)
+    margin, minimum = sizes(margin, minimum, most=1e300)
+    alpha = level(alpha)
     ours, theirs = paired(now, then)
     drawn = samples(k, len(ours), "k")
     ratio = Estimate.of(ours - theirs)
@@ -331,8 +333,8 @@ def judge_length(
     # An interval lies outside where one of two tests, each at half of alpha, says so.
     p = min(1.0, 2 * min(ratio.p_below(-outside), ratio.p_above(outside)))
     return _conclude(
-        Verdict(
-            name="UNPROVEN",
+        Evidence(
+            verdict="UNPROVEN",
             reason="",
             n=len(ours),
             k=int(drawn.max()),
@@ -342,10 +344,10 @@ def judge_length(
             lower=_relative(lower),
             upper=_relative(upper),
             p=p,
-            mde90=_relative(outside + ratio.detectable(level / 2)),
+            mde90=_relative(outside + ratio.detectable(alpha / 2)),
             needed=ratio.problems_needed(len(ours), inside - abs(ratio.mean), PASS_LEVEL),
         ),
-        failed=p <= level,
+        failed=p <= alpha,
         passed=-inside < lower and upper < inside,
     )
 
@@ -353,24 +355,27 @@ def judge_length(
 def _no_harm(
     counts: Counts,
     good: Counts,
-    generalise: bool,
     margin: float,
     minimum: float,
-    level: float,
-) -> Verdict:
-    """The rule that `good`, which is `counts` or its complement, has not dropped."""
-    p = _drop_p(good, generalise)
-    drop = -float(good.differences.mean())
-    guarded = Estimate.of(good.differences, guarded=True)
+    alpha: float,
+    *,
+    same: bool,
+    generalise: bool = False,
+) -> Evidence:
+    """The rule that `good`, which is `counts` or its complement, has not dropped.
+
+    Of the `same` policy it has not risen either, each at half of `alpha`.
+    """
+    p, drop = _drop_p(good, generalise), -float(good.differences.mean())
+    if same:
+        p, alpha = min(p, drop_p(good.flipped())), alpha / 2
+    evidence = _undecided(counts, good, p, margin, minimum, alpha)
+    failed = p <= alpha and (abs(drop) if same else drop) >= minimum
     return _conclude(
-        _undecided(
-            counts,
-            p=p,
-            mde90=guarded.detectable(level, minimum),
-            needed=guarded.problems_needed(len(counts.now), margin - max(drop, 0.0), PASS_LEVEL),
-        ),
-        failed=p <= level and drop >= minimum,
-        passed=guarded.lower(PASS_CONFIDENCE) > -margin,
+        replace(evidence, p=min(1.0, 2 * p)) if same else evidence,
+        failed=failed,
+        passed=Estimate.of(good.differences, guarded=True).lower(PASS_CONFIDENCE) > -margin,
+        harm=NOT_THE_POLICY if same else "",
     )
 
 
@@ -380,11 +385,24 @@ def _drop_p(counts: Counts, generalise: bool) -> float:
     return max(p, Estimate.of(counts.differences).p_below(0.0)) if generalise else p
 
 
-def _undecided(counts: Counts, *, p: float, mde90: float, needed: int | None) -> Verdict:
-    """The numbers of a check on counts, before anything is concluded from them."""
+def _undecided(
+    counts: Counts, good: Counts, p: float, margin: float, minimum: float, alpha: float
+) -> Evidence:
+    """The numbers of a check whose `good` may not drop, before anything is concluded from them."""
+    drop = -float(good.differences.mean())
+    guarded = Estimate.of(good.differences, guarded=True)
+    return _numbers(
+        counts,
+        p=p,
+        mde90=guarded.detectable(alpha, minimum),
+        needed=guarded.problems_needed(len(counts.now), margin - max(drop, 0.0), PASS_LEVEL),
+    )
+
+
+def _numbers(counts: Counts, *, p: float, mde90: float, needed: int | None) -> Evidence:
     guarded = Estimate.of(counts.differences, guarded=True)
-    return Verdict(
-        name="UNPROVEN",
+    return Evidence(
+        verdict="UNPROVEN",
         reason="",
         n=len(counts.now),
         k=int(counts.k.max()),
@@ -399,61 +417,33 @@ def _undecided(counts: Counts, *, p: float, mde90: float, needed: int | None) ->
     )
 
 
-def _conclude(v: Verdict, *, failed: bool, passed: bool, planned: int = 0) -> Verdict:
+def _conclude(
+    e: Evidence, *, failed: bool, passed: bool, planned: int = 0, harm: str = ""
+) -> Evidence:
     """The one place where evidence becomes a verdict, the same for every rule.
 
-    `planned` is the number of problems of a run that may stop before it has seen them all.
+    `planned` is the number of problems of a run that may stop before it has seen them all, and
+    `harm` says what a FAIL means beyond the change itself.
     """
-    needed = None if v.needed is None else max(v.needed, MINIMUM_PROBLEMS)
-    n = planned or v.n
+    needed = None if e.needed is None else max(e.needed, MINIMUM_PROBLEMS)
+    n = planned or e.n
     if n < MINIMUM_PROBLEMS:
         reason = f"{n} problems are too few to judge, the floor is {MINIMUM_PROBLEMS}"
-        return replace(v, name="ERROR", reason=reason, needed=needed)
+        return replace(e, verdict="ERROR", reason=reason, needed=needed)
     if failed:
-        reason = f"the change of {v.delta:+.3f} is proven harm, p = {v.p:.2g}"
-        return replace(v, name="FAIL", reason=reason, needed=needed)
-    within = f"{v.lower:+.3f}..{v.upper:+.3f}"
+        reason = f"the change of {e.delta:+.3f} is proven harm, p = {e.p:.2g}"
+        if harm:
+            reason = f"the change of {e.delta:+.3f} is proven, p = {e.p:.2g}; {harm}"
+        return replace(e, verdict="FAIL", reason=reason, needed=needed)
+    within = f"{e.lower:+.3f}..{e.upper:+.3f}"
     if passed:
-        reason = f"the change of {v.delta:+.3f}, within {within}, is proven to be acceptable"
-        return replace(v, name="PASS", reason=reason, needed=needed)
+        reason = f"the change of {e.delta:+.3f}, within {within}, is proven to be acceptable"
+        return replace(e, verdict="PASS", reason=reason, needed=needed)
     wanted = "no number of" if needed is None else f"about {needed}"
     reason = f"{within} proves neither harm nor PASS; at this change {wanted} problems would pass"
-    return replace(v, reason=reason, needed=needed)
+    return replace(e, reason=reason, needed=needed)
 
 
 def _relative(log_ratio: float) -> float:
     """The relative change that a log-ratio means, infinite where a float cannot hold it."""
     return expm1(log_ratio) if log_ratio < GREATEST_LOG else inf
-
-
-def _sizes(margin: float, minimum: float, most: float = 1.0) -> tuple[float, float]:
-    """The checked sizes of a change that is harmless and of one that may matter."""
-    margin, minimum = _below(most, "margin", margin), _below(most, "minimum", minimum)
-    if margin - minimum < NO_ROOM:
-        raise ValueError(
-            f"minimum is {minimum!r} and margin {margin!r}: need 0 <= minimum < margin"
-        )
-    return margin, minimum
-
-
-def _level(alpha: float, checks: int) -> float:
-    """The level of a check that is one of `checks`, which share `alpha`."""
-    alpha, checks = _below(1.0, "alpha", alpha), _positive("checks", checks)
-    if checks > alpha / LEAST_LEVEL:
-        each = f"less than {LEAST_LEVEL:g} for each of {brief(checks)} checks"
-        raise ValueError(f"alpha is {alpha!r}, {each}")
-    return alpha / checks
-
-
-def _below(most: float, name: str, value: Any) -> float:
-    number = plain(value)
-    if isinstance(number, bool) or not is_real(number, 0.0, most) or number == most:
-        raise ValueError(f"{name} is {brief(number)}, not a number from 0 to below {most:g}")
-    return float(number)
-
-
-def _positive(name: str, value: Any) -> int:
-    number = plain(value)
-    if type(number) is not int or number < 1:
-        raise ValueError(f"{name} is {brief(number)}, not a whole number from 1 on")
-    return number

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from grpo_harness.gate.stats import Estimate
-from grpo_harness.gate.verdicts import Verdict, judge_improvement
+from grpo_harness.gate.verdicts import Evidence, judge_improvement
 
 FIFTH = 5
 """The first and the last of so many equal parts of a run are compared."""
@@ -105,12 +105,12 @@ class Learning:
 
     gain: Gain
     lower: float
-    accuracy: Verdict
+    accuracy: Evidence
     length: float
     broken: Mapping[str, str]
 
     @property
-    def name(self) -> Literal["PASS", "FAIL"]:
+    def verdict(self) -> Literal["PASS", "FAIL"]:
         """PASS where every criterion holds."""
         return "FAIL" if self.broken else "PASS"
 
@@ -200,10 +200,10 @@ def judge_learning(
             f"{found.last:+.3f}), of which {lower:+.3f} is certain: more than {limits.gain:+.3f} "
             "is asked"
         )
-    if accuracy.name != "PASS":
+    if accuracy.verdict != "PASS":
         broken["accuracy"] = (
             f"accuracy: {accuracy.then:.1%} of held-out answers were right before and "
-            f"{accuracy.now:.1%} are after ({accuracy.name}: {accuracy.reason})"
+            f"{accuracy.now:.1%} are after ({accuracy.verdict}: {accuracy.reason})"
         )
     if length < limits.length:
         broken["length"] = (

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from grpo_harness.engines.engine import Sampling
-from grpo_harness.engines.transformers import TransformersSampler
-from grpo_harness.evaluation import evaluate
+from grpo_harness.engines.transformers import TransformersEngine
+from grpo_harness.evaluation import Group, ask, evaluate
 from grpo_harness.learning.judge import Answers, Learning, Limits, Trial, ends, judge_learning
-from grpo_harness.policy.policy import load, quiet
+from grpo_harness.policy import load
+from grpo_harness.policy.policy import quiet
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.store import Store
 from grpo_harness.tasks import MATH, PROGRAMMING, task_types
@@ -128,24 +129,19 @@ def trial(condition: str, seed: int, device: str = "auto") -> Trial:
 
 def held_out(policy: str, seed: int, k: int, device: str = "auto") -> Answers:
     """Let a policy answer the held-out problems ``k`` times each, as sampled in training."""
-    loaded = load(policy, device=device, dtype="float32")
-    sampler = TransformersSampler(loaded, Sampling(temperature=1.0, top_p=1.0, max_new_tokens=48))
-    with tempfile.TemporaryDirectory() as folder:
-        groups = [
-            group
-            for name in (MATH, *PROGRAMMING)
-            for group in evaluate(
-                loaded,
-                sampler,
-                task_types()[name],
-                n=PROBLEMS,
-                k=k,
-                run_seed=seed,
-                store=Store(Path(folder)),
-            ).groups
-        ]
-    correct = tuple(group.count("correct") for group in groups)
-    return Answers(correct, tuple(group.log_length for group in groups), k)
+    asked = load(policy)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=48)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        TransformersEngine(asked, sampling, device=device, dtype="float32") as engine,
+    ):
+        groups: list[Group] = []
+        for name in (MATH, *PROGRAMMING):
+            questions = ask(asked, task_types()[name], PROBLEMS, settings=engine.settings())
+            store = Store(Path(folder))
+            groups += evaluate(questions, engine, k=k, run_seed=seed, store=store).groups
+    correct = tuple(group.correct for group in groups)
+    return Answers(correct, tuple(group.mean_log_length for group in groups), k)
 
 
 def base_answers(seed: int, device: str = "auto") -> Answers:

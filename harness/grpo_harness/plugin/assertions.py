@@ -3,95 +3,99 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
 
-from grpo_harness.plugin.state import SETTABLE, carry
+from grpo_harness.plugin.state import carry_check, clearly
 
 if TYPE_CHECKING:
     from grpo_harness.baselines.file import Baseline
     from grpo_harness.evaluation import Evaluation
-    from grpo_harness.rules import Check, Rules
+    from grpo_harness.rules import Check, Rule
     from grpo_harness.session import Session
 
 
 class Gate:
-    """The gate's rules as assertions: each judges, reports, and fails the test on harm.
+    """The rules of the table as assertions: each judges, reports, and fails the test on harm.
 
-    FAIL and ERROR fail the test. UNPROVEN is reported and counted beside passed and failed, and
-    fails it under ``--grpo-strict``.
+    A method for each rule: ``gate.accuracy(evaluation, baseline)`` and its like judge against a
+    baseline, ``gate.no_loss(trained, base)`` and ``gate.improvement`` take lists of evaluations.
+    They return the check. FAIL and ERROR fail the test. UNPROVEN is reported and counted beside
+    passed and failed; it fails the test under ``--grpo-strict``.
+
+    A test has the risk of the rules that it declares (``@pytest.mark.grpo("accuracy")``), once
+    each, or of one where it declares none: one more fails it.
     """
 
-    def __init__(self, session: Session, node: pytest.Item) -> None:
+    def __init__(self, session: Session, node: pytest.Item, declared: Sequence[str]) -> None:
         self._session = session
         self._node = node
-        self._asked = 0
+        self._left = Counter(declared)
 
-    def accuracy(self, evaluation: Evaluation, baseline: Baseline) -> Check:
-        """Fail when the share of correct completions has dropped."""
-        return self._against("accuracy", evaluation, baseline)
+    def __getattr__(self, name: str) -> Callable[..., Check]:
+        from grpo_harness.rules import RULES
 
-    def length(self, evaluation: Evaluation, baseline: Baseline) -> Check:
-        """Fail when completions have become longer or shorter."""
-        return self._against("length", evaluation, baseline)
+        if name not in RULES:
+            raise AttributeError(f"the gate has no rule {name!r}: it has {', '.join(RULES)}")
+        rule = RULES[name]
 
-    def truncation(self, evaluation: Evaluation, baseline: Baseline) -> Check:
-        """Fail when more completions are cut off by the token limit."""
-        return self._against("truncation", evaluation, baseline)
+        def against_baseline(evaluation: Evaluation, baseline: Baseline) -> Check:
+            alpha = self._share(rule)
+            return self._asserted(
+                lambda: self._session.against_baseline(rule, evaluation, baseline, alpha)
+            )
 
-    def unparsable(self, evaluation: Evaluation, baseline: Baseline) -> Check:
-        """Fail when more completions hold no readable answer."""
-        return self._against("unparsable", evaluation, baseline)
+        def against_base(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
+            alpha = self._share(rule)
+            return self._asserted(lambda: self._session.against_base(rule, trained, base, alpha))
 
-    def improvement(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
-        """Fail when the trained policy is proven worse than its base; pass when proven better."""
-        return self._between("improvement", trained, base)
+        judge: Callable[..., Check] = (
+            against_baseline if rule.against == "baseline" else against_base
+        )
+        judge.__name__, judge.__doc__ = rule.name, rule.asks
+        return judge
 
-    def no_loss(self, trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
-        """Fail when the trained policy is worse than its base, or is its base."""
-        return self._between("no_loss", trained, base)
+    def _share(self, rule: Rule) -> float:
+        """Return the rule's part of the run's risk, which the test has once."""
+        from grpo_harness.rules import UNDECLARED
 
-    def _against(self, rule: str, evaluation: Evaluation, baseline: Baseline) -> Check:
-        def judge(rules: Rules, evaluations: Sequence[Evaluation]) -> Check:
-            check: Check = getattr(rules, rule)(*evaluations, baseline)
-            return check
+        for name in (rule.name, UNDECLARED):
+            if self._left[name]:
+                self._left[name] -= 1
+                return self._session.shares[name]
+        pytest.fail(
+            f"ERROR: the test asks the gate for {rule.name}, which it does not declare"
+            + ("" if rule.name not in self._left else " a second time")
+            + ": its risk of a false alarm was not planned. Declare every rule that it asks, "
+            f'such as @pytest.mark.grpo("accuracy", "{rule.name}")',
+            pytrace=False,
+        )
 
-        return self._judge(rule, [evaluation], baseline.digest, judge)
+    def _asserted(self, judge: Callable[[], Check]) -> Check:
+        from grpo_harness.text import plain
 
-    def _between(
-        self, rule: str, trained: Sequence[Evaluation], base: Sequence[Evaluation]
-    ) -> Check:
-        def judge(rules: Rules, evaluations: Sequence[Evaluation]) -> Check:
-            sides = evaluations[: len(trained)], evaluations[len(trained) :]
-            check: Check = getattr(rules, rule)(*sides)
-            return check
-
-        return self._judge(rule, [*trained, *base], "base", judge)
-
-    def _judge(
-        self,
-        rule: str,
-        evaluations: Sequence[Evaluation],
-        reference: str,
-        judge: Callable[[Rules, Sequence[Evaluation]], Check],
-    ) -> Check:
-        check = self._session.judge(rule, evaluations, reference, judge, again=self._asked)
-        self._asked += 1
-        carry(self._node, "check", check.asdict())
-        strict = self._node.config.getoption("grpo_strict")
-        if check.name in ("FAIL", "ERROR", *(["UNPROVEN"] if strict else [])):
-            pytest.fail(f"{check.message()}\n  again: {self._again()}", pytrace=False)
+        check = clearly(judge)
+        carry_check(self._node, check.asdict())
+        option = self._node.config.getoption
+        if check.verdict == "UNPROVEN" and option("grpo_skip_unproven"):
+            pytest.skip(plain(f"UNPROVEN: {check.reason}"))
+        failing = ("FAIL", "ERROR", *(["UNPROVEN"] if option("grpo_strict") else []))
+        if check.verdict in failing:
+            pytest.fail(plain(f"{check.message()}\n  again: {self._again()}"), pytrace=False)
         return check
 
     def _again(self) -> str:
         """The command that draws and judges the same once more.
 
-        By itself: the attempts know how many checks shared the risk when its samples were drawn.
+        By itself: the reruns know which part of the risk was its own when its samples were drawn.
         """
+        from grpo_harness.plugin.options import settable
+
         words = ["pytest", shlex.quote(self._node.nodeid), f"--grpo-seed={self._session.run_seed}"]
-        for name in (*SETTABLE, "strict"):
+        for name in (*settable(), "strict"):
             value = self._node.config.getoption(f"grpo_{name}")
             if value is not None and value is not False:
                 said = "" if value is True else f"={shlex.quote(str(value))}"

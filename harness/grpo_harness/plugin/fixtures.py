@@ -9,38 +9,30 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
 from grpo_harness.plugin.assertions import Gate
-from grpo_harness.plugin.state import CHECKS, RUN_SEED, SETTINGS, carry
+from grpo_harness.plugin.planning import declared, uses
+from grpo_harness.plugin.state import RUN, carry, carry_check, clearly
 
 if TYPE_CHECKING:
     from grpo_harness.baselines.file import Baseline
-    from grpo_harness.engines.engine import Progress, Sample
+    from grpo_harness.engines.engine import Engine, Progress, Sample
     from grpo_harness.evaluation import Evaluation
-    from grpo_harness.policy.policy import Policy
+    from grpo_harness.policy import Policy
     from grpo_harness.session import Session
     from grpo_harness.tasks import TaskType
 
 
-@contextmanager
-def _clearly() -> Iterator[None]:
-    """Let an error that is meant for a person reach them as that one line."""
-    from grpo_harness.errors import HarnessError
-
-    try:
-        yield
-    except HarnessError as error:
-        pytest.fail(str(error), pytrace=False)
-
-
 @pytest.fixture(scope="session")
-def grpo_session(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Session:
+def grpo_session(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Session]:
     """Share policies, evaluations and baselines between the tests of a run."""
     from grpo_harness.baselines.provenance import code_digest
-    from grpo_harness.reruns import Attempts
+    from grpo_harness.reruns import Reruns
     from grpo_harness.session import Session
     from grpo_harness.store import Store
 
@@ -49,16 +41,29 @@ def grpo_session(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathF
         cache = Path(pytestconfig.cache.mkdir("grpo-harness"))
     else:  # switched off, and with it all memory of earlier runs
         cache = tmp_path_factory.mktemp("grpo-harness")
-    report = pytestconfig.getoption("grpo_report")
-    return Session(
-        settings=pytestconfig.stash[SETTINGS],
-        run_seed=pytestconfig.stash[RUN_SEED],
-        checks=pytestconfig.stash[CHECKS],
+    run = pytestconfig.stash[RUN]
+    session = Session(
+        settings=run.settings,
+        run_seed=run.seed,
+        shares=run.shares(),
         code=code_digest(_own_plugins(pytestconfig)),
-        store=Store(report / "samples" if report else cache),
-        attempts=Attempts(cache),
+        store=Store(cache / "samples"),
+        reruns=Reruns(cache),
         progress=partial(_progress, pytestconfig),
+        evaluated=_kept_in(pytestconfig),
     )
+    yield session
+    session.close()
+
+
+def _kept_in(config: pytest.Config) -> Callable[[Evaluation], None]:
+    """Return what becomes of an evaluation beside being judged: its samples go into the report."""
+    folder = config.getoption("grpo_report")
+    if folder is None:
+        return lambda _: None
+    from grpo_harness.report.files import write_samples
+
+    return partial(write_samples, config.invocation_params.dir / folder)
 
 
 def _own_plugins(config: pytest.Config) -> Iterator[Path]:
@@ -73,10 +78,11 @@ def _own_plugins(config: pytest.Config) -> Iterator[Path]:
         if "conftest.py" in files:
             yield Path(folder, "conftest.py")
     installed = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")]
+    package = Path(__file__).parents[1]
     for plugin in config.pluginmanager.get_plugins():
         file = Path(getattr(plugin, "__file__", None) or "")
-        ours = file.is_file() and not any(file.is_relative_to(folder) for folder in installed)
-        if ours and file.name != "conftest.py":
+        elsewhere = not any(file.is_relative_to(folder) for folder in (*installed, package))
+        if file.is_file() and elsewhere and file.name != "conftest.py":
             yield file
 
 
@@ -85,26 +91,28 @@ def _progress(config: pytest.Config, title: str, samples: int) -> Iterator[Progr
     """Show a bar on a terminal, and nothing in a log: pytest's capture is lifted for it."""
     from tqdm import tqdm
 
+    from grpo_harness.text import escape
+
     capture = config.pluginmanager.getplugin("capturemanager")
     with (
         capture.global_and_fixture_disabled(),
-        tqdm(total=samples, desc=title, unit=" samples", leave=False, disable=None) as bar,
+        tqdm(
+            total=samples, desc=escape(title, 60), unit=" samples", leave=False, disable=None
+        ) as bar,
     ):
         yield bar.update
 
 
 @pytest.fixture(scope="session")
 def base_policy(grpo_session: Session) -> Policy:
-    """Load the base policy."""
-    with _clearly():
-        return grpo_session.policy("base")
+    """Return the base policy."""
+    return clearly(lambda: grpo_session.policy("base"))
 
 
 @pytest.fixture(scope="session")
 def trained_policy(grpo_session: Session) -> Policy:
-    """Load the GRPO-trained policy."""
-    with _clearly():
-        return grpo_session.policy("trained")
+    """Return the GRPO-trained policy."""
+    return clearly(lambda: grpo_session.policy("trained"))
 
 
 @pytest.fixture(scope="session")
@@ -115,9 +123,20 @@ def role(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def policy(role: str, grpo_session: Session) -> Policy:
-    """Load each of the two policies in turn. Parametrized, by its role."""
-    with _clearly():
-        return grpo_session.policy(role)
+    """Return each of the two policies in turn. Parametrized, by its role."""
+    return clearly(lambda: grpo_session.policy(role))
+
+
+@pytest.fixture
+def engine(policy: Policy, grpo_session: Session) -> Engine:
+    """Return what draws from ``policy``, with its weights in memory."""
+
+    def loaded() -> Engine:
+        engine = grpo_session.engine(policy)
+        return engine.__enter__()
+
+    # It stays open: the session lets the weights go where another policy needs the room.
+    return clearly(loaded)
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +156,11 @@ def all_task_types(grpo_session: Session) -> list[TaskType]:
 @pytest.fixture(scope="session")
 def sample(grpo_session: Session) -> Callable[..., list[Sample]]:
     """Return a function that answers prompts: ``sample(policy, prompts, seed=0)``."""
-    return grpo_session.sample
+
+    def sample(policy: Policy, prompts: list[str], *, seed: int = 0) -> list[Sample]:
+        return clearly(lambda: grpo_session.sample(policy, prompts, seed=seed))
+
+    return sample
 
 
 @pytest.fixture
@@ -147,9 +170,10 @@ def evaluate(
     """Return a function that evaluates a policy on a task type, once a session."""
 
     def evaluate(policy: Policy, task_type: TaskType) -> Evaluation:
-        with _clearly():
-            evaluation = grpo_session.evaluation(policy, task_type)
+        evaluation = clearly(lambda: grpo_session.evaluation(policy, task_type))
         carry(request.node, "evaluation", evaluation.summary())
+        for notice in grpo_session.notices():
+            carry(request.node, "notice", {"text": notice})
         return evaluation
 
     return evaluate
@@ -163,36 +187,81 @@ def evaluation(
     task_type: TaskType,
     evaluate: Callable[[Policy, TaskType], Evaluation],
 ) -> Evaluation:
-    """Evaluate ``policy`` on ``task_type``; while recording, record its baseline instead."""
-    if request.config.getoption("grpo_record") and "baseline" in request.fixturenames:
+    """Evaluate ``policy`` on ``task_type``; while recording, record its baseline instead.
+
+    Where the test also asks for the baseline, and the two could not be compared, nothing is drawn.
+    """
+    if not uses(request.node, "baseline"):
+        return evaluate(policy, task_type)
+    if request.config.getoption("grpo_record"):
         reason = request.config.getoption("grpo_accept_regression")
-        with _clearly():
-            recording = grpo_session.record(
-                request.getfixturevalue("role"), policy, task_type, reason
-            )
+        role, files = request.getfixturevalue("role"), request.config.stash[RUN].files
+        recording = clearly(lambda: grpo_session.record(role, policy, task_type, files, reason))
         row = {"path": str(recording.path), "notes": recording.notes}
         carry(request.node, "recorded", row)
         pytest.skip(f"recorded {recording.path}")
+    baseline = request.getfixturevalue("baseline")
+    _comparable(request.node, grpo_session, policy, task_type, baseline)
     return evaluate(policy, task_type)
+
+
+def _comparable(
+    node: pytest.Item,
+    session: Session,
+    policy: Policy,
+    task_type: TaskType,
+    baseline: Baseline,
+) -> None:
+    """Fail the test where its checks would be an ERROR, before anything is drawn."""
+    from grpo_harness.baselines.file import BaselineError
+    from grpo_harness.gate.bounds import MINIMUM_PROBLEMS
+
+    questions = clearly(lambda: session.questions(policy, task_type))
+    if (n := len(questions.problems)) < MINIMUM_PROBLEMS:
+        reason = f"{n} problems are too few to judge, the floor is {MINIMUM_PROBLEMS}"
+        _cannot_judge(node, policy, task_type, f"baseline of {baseline.policy}", reason)
+    try:
+        baseline.select(questions)
+    except BaselineError as error:
+        reason = str(error)
+    else:
+        return
+    _cannot_judge(node, policy, task_type, f"baseline of {baseline.policy}", reason)
+
+
+def _cannot_judge(
+    node: pytest.Item, policy: Policy, task_type: TaskType, reference: str, reason: str
+) -> NoReturn:
+    """Fail a test with an ERROR of each rule that it asks, none of which can be judged."""
+    from grpo_harness.rules import RULES, UNDECLARED, opened
+    from grpo_harness.text import plain
+
+    names = [name for name in declared(node) if name != UNDECLARED] or ["accuracy"]
+    checks = [opened(RULES[name], task_type.name, policy.name, reference, reason) for name in names]
+    for check in checks:
+        carry_check(node, check.asdict())
+    pytest.fail(plain(checks[0].message()), pytrace=False)
 
 
 @pytest.fixture
 def baseline(
-    request: pytest.FixtureRequest, grpo_session: Session, role: str, evaluation: Evaluation
+    request: pytest.FixtureRequest,
+    grpo_session: Session,
+    role: str,
+    policy: Policy,
+    task_type: TaskType,
 ) -> Baseline:
-    """Load the baseline that ``evaluation`` is judged by; a missing one is an error."""
+    """Load the baseline that ``policy`` is judged by on ``task_type``; none is an error."""
     from grpo_harness.baselines.file import BaselineError
-    from grpo_harness.rules import Check
 
     try:
-        return grpo_session.baseline(role, evaluation)
+        return grpo_session.baseline(role, policy, task_type.name)
     except BaselineError as error:
-        check = Check("baseline", evaluation.task_type.name, evaluation.policy, "none", str(error))
-        carry(request.node, "check", check.asdict())
-        pytest.fail(check.message(), pytrace=False)
+        reason = str(error)
+    _cannot_judge(request.node, policy, task_type, "none", reason)
 
 
 @pytest.fixture
 def gate(request: pytest.FixtureRequest, grpo_session: Session) -> Gate:
     """Judge evaluations against baselines and each other, all checks of the run together."""
-    return Gate(grpo_session, request.node)
+    return Gate(grpo_session, request.node, declared(request.node))

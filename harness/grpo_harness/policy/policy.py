@@ -1,6 +1,6 @@
-"""A checkpoint becomes a policy: model and tokenizer on a device, with its fingerprint.
+"""A policy is what it is: files, tokenizer, chat template, end tokens, fingerprint. No weights.
 
-No code that comes with a checkpoint is ever run.
+Its weights in memory are an engine's. No code that comes with a checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 from grpo_harness.policy.checkpoint import (
     Checkpoint,
     PolicyError,
-    digest,
+    PolicyName,
     find,
-    one_line,
     weights_digest,
 )
+from grpo_harness.text import digest, one_line
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
 
@@ -42,35 +41,43 @@ class Fingerprint:
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """A loaded policy: model and tokenizer on one device, with its fingerprint.
+    """A policy on disk, ready to be asked: what an engine needs to know of it, and no weights.
 
     ``eos_token_ids`` are all tokens that end an answer, in ascending order: the tokenizer's and
-    those that the checkpoint's generation config names. The model's own generation config is
-    emptied, so that nothing else of it can leak into sampling.
+    those that the checkpoint's generation config names. Nothing else of that config is used.
     """
 
     checkpoint: Checkpoint
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    device: torch.device
-    dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     fingerprint: Fingerprint
 
     @property
     def name(self) -> str:
         """What the user called the policy."""
-        return self.checkpoint.name
+        return self.checkpoint.name.text
+
+    @property
+    def slug(self) -> str:
+        """The policy's name as a folder name."""
+        return self.checkpoint.name.slug
 
     def __repr__(self) -> str:
-        return f"<Policy {self.name} {self.fingerprint} on {self.device}, {self.dtype}>"
+        return f"<Policy {self.name} {self.fingerprint}>"
 
     def render(self, prompt: str) -> str:
         """Put a user prompt into the chat template, up to where the answer begins.
 
-        A tokenizer without a chat template gets the prompt as it is.
+        It stands behind the system message. A tokenizer without a chat template gets the prompt
+        as it is. Raises ``PolicyError`` with what the template raises.
         """
-        return render(self.tokenizer, prompt)
+        try:
+            return render(self.tokenizer, prompt)
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise PolicyError(
+                f"{self.checkpoint}: its chat template cannot be applied to a system and a user "
+                f"message ({one_line(error)}): mend chat_template.jinja in {self.checkpoint.path}"
+            ) from error
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -84,30 +91,19 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Policy:
-    """Load the policy that ``name`` means, ready to sample from.
+def load(name: str | PolicyName) -> Policy:
+    """Read what the policy is that ``name`` means. Raises ``PolicyError``."""
+    from transformers import AutoTokenizer
 
-    ``device`` is ``auto`` (CUDA where there is one, else the CPU) or any of torch's; ``dtype``
-    is ``auto`` (bfloat16 where CUDA supports it, else float16 on CUDA, else float32),
-    ``bfloat16``, ``float16`` or ``float32``. Raises ``PolicyError``.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    checkpoint = find(name)
-    on = _device(device)
-    as_type = _dtype(dtype, on)
-    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if checkpoint.gguf_file:
-        source["gguf_file"] = checkpoint.gguf_file
+    checkpoint = find(name if isinstance(name, PolicyName) else PolicyName(name))
+    source = source_of(checkpoint)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **source)
-            if not checkpoint.gguf_file:
-                source["use_safetensors"] = True
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=as_type, **source)
+            named = _named_ends(checkpoint, source)
     except Exception as error:  # transformers raises whatever its readers raise
         raise PolicyError(
-            f"policy {name!r} cannot be loaded from {checkpoint.path}: {one_line(error)}; "
+            f"{checkpoint} cannot be loaded from {checkpoint.path}: {one_line(error)}; "
             "get the checkpoint again, or name another"
         ) from error
     if tokenizer.pad_token is None:
@@ -116,22 +112,35 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Policy:
             "<|endoftext|>" if "<|endoftext|>" in vocabulary else tokenizer.eos_token
         )
     tokenizer.padding_side = "left"
-    eos_token_ids = _eos_token_ids(model, tokenizer)
-    if not eos_token_ids:
+    ends = {int(i) for i in [*named, tokenizer.eos_token_id] if i is not None}
+    if not ends:
         raise PolicyError(
-            f"policy {name!r} names no token that ends an answer: set eos_token in the "
+            f"{checkpoint} names no token that ends an answer: set eos_token in the "
             f"tokenizer_config.json of {checkpoint.path}"
         )
-    model.generation_config = GenerationConfig()
-    return Policy(
-        checkpoint=checkpoint,
-        model=model.eval().requires_grad_(False).to(on),
-        tokenizer=tokenizer,
-        device=on,
-        dtype=as_type,
-        eos_token_ids=eos_token_ids,
-        fingerprint=_fingerprint(checkpoint, tokenizer),
-    )
+    return Policy(checkpoint, tokenizer, tuple(sorted(ends)), _fingerprint(checkpoint, tokenizer))
+
+
+def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what every reader of transformers is told: where to read, and what never to run."""
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if checkpoint.gguf_file:
+        source["gguf_file"] = checkpoint.gguf_file
+    return source
+
+
+def _named_ends(checkpoint: Checkpoint, source: dict[str, Any]) -> list[Any]:
+    """Return the end tokens that the generation config names, or else the model's config."""
+    from transformers import AutoConfig, GenerationConfig
+
+    # Read in any case: an architecture that transformers does not know is told before any weight.
+    model = AutoConfig.from_pretrained(checkpoint.path, **source)
+    if (checkpoint.path / "generation_config.json").is_file():
+        config: Any = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    else:
+        config = GenerationConfig.from_model_config(model)
+    named = config.eos_token_id
+    return list(named) if isinstance(named, list) else [named]
 
 
 def _fingerprint(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
@@ -150,49 +159,17 @@ def _fingerprint(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    named = own if isinstance(own, list) else [own]
-    return tuple(sorted({int(i) for i in [*named, tokenizer.eos_token_id] if i is not None}))
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise PolicyError(
-            f"no device {name!r} on this machine ({one_line(error)}): name cpu, cuda or auto"
-        ) from error
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    import torch
-
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if name not in known:
-        raise PolicyError(f"no dtype {name!r}: it is auto, {', '.join(known)}")
-    return known[name]
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars of transformers out of logs while it loads or saves."""
+    """Keep bars and reports of transformers out of logs while it loads or saves."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

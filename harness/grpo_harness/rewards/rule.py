@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+from grpo_harness.rewards import outcome
 from grpo_harness.tasks import Reading, TaskType, task_types
-from grpo_harness.text import first_line
 
 LENGTH_PENALTY = 0.002
 """Reward lost per character of a completion."""
@@ -19,26 +19,24 @@ LENGTH_PENALTY = 0.002
 LONGEST_PENALISED = 200
 """Characters past which a completion costs no more."""
 
-Outcome = Literal["correct", "wrong", "unparsable", "truncated", "error"]
-OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "unparsable", "truncated", "error")
-
 Conversation = list[dict[str, Any]]
 """Messages with ``role`` and ``content``, as TRL passes them for conversational data sets."""
 
 
-def rule_reward(prompt: str, completion: str) -> float:
+def rule_reward(prompt: str | None, completion: str | None) -> float:
     """Score one completion: +1 if correct, else -1, less 0.002 a character up to 200.
 
     The length is that of the whole completion, in characters. A prompt without a readable
-    ``TASK={…}`` scores as incorrect. Never raises for any two texts.
+    ``TASK={…}`` scores as incorrect. ``None`` is the empty text. Never raises for any two texts.
     """
+    prompt, completion = prompt or "", completion or ""
     score = 1.0 if read(prompt, completion) == "correct" else -1.0
     return score - LENGTH_PENALTY * min(len(completion), LONGEST_PENALISED)
 
 
 def reward_func(
-    prompts: Sequence[str | Conversation],
-    completions: Sequence[str | Conversation],
+    prompts: Sequence[str | Conversation | None],
+    completions: Sequence[str | Conversation | None],
     **_: Any,
 ) -> list[float]:
     """Score completions pairwise: the reward function that TRL's ``GRPOTrainer`` takes.
@@ -61,42 +59,18 @@ def read(prompt: str, completion: str) -> Reading:
 
     ``"wrong"`` also stands for a prompt without a readable task: nothing can answer it.
     """
-    if (found := _task(prompt)) is None:
+    if (found := task_of(prompt)) is None:
         return "wrong"
     task_type, task = found
     try:
-        return task_type.read(task, first_line(completion))
+        return outcome.read(task_type, task, completion)
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         # The task does not have the fields or values that its type says it has.
         return "wrong"
 
 
-def outcome(prompt: str, completion: str | None, *, truncated: bool) -> Outcome:
-    """Sort one completion into exactly one outcome.
-
-    No completion at all (``None``: the engine failed) is an error. One that the token limit
-    cut off is truncated, whatever stands in it: it is an answer, and not a correct one.
-    """
-    if completion is None:
-        return "error"
-    return "truncated" if truncated else read(prompt, completion)
-
-
-def strictly_correct(prompt: str, completion: str) -> bool:
-    """Tell whether the completion is the demanded answer and nothing else.
-
-    This is the reading beside the reward's: their difference is what the rule lets through.
-    """
-    if (found := _task(prompt)) is None:
-        return False
-    task_type, task = found
-    try:
-        return completion.strip() == task_type.canonical(task)
-    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
-        return False
-
-
-def _task(prompt: str) -> tuple[TaskType, Mapping[str, Any]] | None:
+def task_of(prompt: str) -> tuple[TaskType, Mapping[str, Any]] | None:
+    """Return the task that stands in a prompt with its type, if one can be read there."""
     # str.find instead of a regular expression: linear in the prompt whatever stands in it.
     start = prompt.find("TASK={")
     end = prompt.find("}", start)
@@ -111,8 +85,8 @@ def _task(prompt: str) -> tuple[TaskType, Mapping[str, Any]] | None:
     return None if task_type is None else (task_type, task)
 
 
-def _text(value: str | Conversation) -> str:
-    if isinstance(value, str):
-        return value
+def _text(value: str | Conversation | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
     content = value[-1].get("content") if value else None
     return content if isinstance(content, str) else ""

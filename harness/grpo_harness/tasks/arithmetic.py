@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_harness.tasks import MATH, Reading, TaskType, int_field, read_integer
+from grpo_harness.tasks.task import Reading, TaskType, int_field, read_integer
 
 _SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "//"}
 
@@ -14,7 +14,7 @@ _SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "//"}
 class Arithmetic(TaskType):
     """Add, subtract, multiply and divide, uniformly."""
 
-    name = MATH
+    name = "math"
 
     def draw(self, rng: random.Random) -> dict[str, Any]:
         op = rng.choice(list(_SYMBOLS))

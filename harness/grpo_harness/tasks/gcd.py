@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_harness.tasks import Reading, TaskType, int_field, read_integer
+from grpo_harness.tasks.task import Reading, TaskType, int_field, read_integer
 
 
 class Gcd(TaskType):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_harness.tasks import Reading, TaskType, letters, str_field
+from grpo_harness.tasks.task import Reading, TaskType, letters, str_field
 
 _VERDICT = re.compile("YES|NO", re.IGNORECASE)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grpo_harness.tasks import Reading, TaskType, letters, read_integer, read_text, str_field
+from grpo_harness.tasks.task import Reading, TaskType, letters, read_integer, read_text, str_field
 
 # Narrower than Python, never wider: what Python would refuse (a leading zero, a no-break space, a
 # null character) has no value here either.

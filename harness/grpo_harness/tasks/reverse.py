@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_harness.tasks import Reading, TaskType, letters, read_text, str_field
+from grpo_harness.tasks.task import Reading, TaskType, letters, read_text, str_field
 
 
 class Reverse(TaskType):

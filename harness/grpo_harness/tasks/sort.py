@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from grpo_harness.tasks import Reading, TaskType, is_int
+from grpo_harness.tasks.task import Reading, TaskType, is_int
 from grpo_harness.text import integers
 
 

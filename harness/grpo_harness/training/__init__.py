@@ -1,15 +1,16 @@
 """A recipe becomes TRL's GRPOTrainer, and that a trained policy on disk.
 
-================  ====================================================================
-``config.py``     a recipe -> one exact GRPOConfig
-``recorded.py``   what the recipes resolved to (``resolved/``), and what has changed since
-``curves.py``     what a training logged, as files
-``resources.py``  what a training took: time, tokens, memory
-``unfinished.py`` a training's checkpoints until it is finished
-``trainer.py``    TRL's GRPOTrainer under watch
-``run.py``        the run itself
-``processes.py``  several processes that train one policy
-================  ====================================================================
+=================  ===================================================================
+``recipes.py``     what a GRPO run is made of, and the runs that have a name
+``config.py``      a recipe -> one exact GRPOConfig
+``recorded.py``    what the recipes resolved to, and what has changed since
+``curves.py``      what a training logged, as files
+``resources.py``   what a training took: time, tokens, memory
+``unfinished.py``  a training's checkpoints until it is finished
+``trainer.py``     TRL's GRPOTrainer under watch
+``run.py``         the run itself
+``processes.py``   several processes that train one policy
+=================  ===================================================================
 """
 
 from __future__ import annotations

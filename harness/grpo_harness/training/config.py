@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
-from grpo_harness.policy.checkpoint import one_line
+from grpo_harness.text import one_line
 from grpo_harness.training.recipes import Recipe
 
 _SHARED = (

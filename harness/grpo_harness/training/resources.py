@@ -15,8 +15,7 @@ from pathlib import Path
 
 from grpo_harness.errors import HarnessError
 from grpo_harness.gate.inputs import brief
-from grpo_harness.policy.checkpoint import one_line
-from grpo_harness.text import escape
+from grpo_harness.text import escape, one_line
 from grpo_harness.training.curves import Row
 
 FILE = "resources.json"

@@ -28,11 +28,13 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 from trl.trainer.grpo_config import GRPOConfig
 
-from grpo_harness.evaluation import RewardFunction
-from grpo_harness.policy.checkpoint import TRAINED_ON, digest, one_line
-from grpo_harness.policy.policy import Policy, load, quiet
+from grpo_harness.engines.weights import device_of, load_weights
+from grpo_harness.policy import TRAINED_ON, Policy, load
+from grpo_harness.policy.policy import quiet
+from grpo_harness.rewards.functions import RewardFunction, reward_name
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.tasks import Problem, make_problems
+from grpo_harness.text import digest, one_line
 from grpo_harness.training.config import checkpointing, resolve, settings
 from grpo_harness.training.curves import Row, write_curves
 from grpo_harness.training.recipes import Recipe
@@ -44,7 +46,6 @@ from grpo_harness.training.trainer import (
     Watch,
     check_finite,
     checked,
-    reward_name,
     save_every,
     writing,
 )
@@ -98,7 +99,8 @@ def train(
     config = resolve(recipe, folder_of(out), device=device)
     # Each of several processes has a device of its own, and the trainer brings the model there.
     on = device if config.world_size == 1 else "cpu"
-    policy = load(recipe.policy, device=on, dtype="float32")
+    policy = load(recipe.policy)
+    model = load_weights(policy, device_of(on), torch.float32)
     if recipe.beta and policy.checkpoint.gguf_file:
         raise ValueError(
             f"recipe {recipe.name!r}: beta above 0 needs a reference model, which TRL loads from "
@@ -119,10 +121,10 @@ def train(
     unfinished = Unfinished(out, identity) if config.process_index == 0 else None
     try:
         watch = Watch(save_every(config, recipe.save_steps), progress if unfinished else None)
-        before = {n: p.detach().to("cpu", copy=True) for n, p in policy.model.named_parameters()}
-        trainer = _trainer(recipe, config, policy, prompts, scored, watch)
+        before = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
+        trainer = _trainer(recipe, config, policy, model, prompts, scored, watch)
         trainer.unfinished = unfinished
-        _go(trainer, policy.model, notice)
+        _go(trainer, model, notice)
         # Every process has its part in these two, wherever the weights and the memory are.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         peak = max(gather_object([peak_memory(cuda=not config.use_cpu)]))
@@ -132,7 +134,7 @@ def train(
             moved = min(float((weights[n].cpu() != p).float().mean()) for n, p in before.items())
             result = unfinished.folder / "result"
             with writing(result, "the result"):
-                fingerprint = _write(result, policy, weights, problems, watch.rows)
+                fingerprint = _write(result, policy, model, weights, problems, watch.rows)
                 took = resources(
                     watch.rows,
                     completions=config.generation_batch_size or 0,
@@ -165,7 +167,7 @@ def train(
     if unfinished is not None:
         unfinished.remove()
     moved, fingerprint, took = told[0]
-    return TrainingRun(out, tuple(watch.rows), moved, fingerprint, took, policy.model)
+    return TrainingRun(out, tuple(watch.rows), moved, fingerprint, took, model)
 
 
 def _problems(recipe: Recipe, asked: int) -> list[Problem]:
@@ -209,11 +211,12 @@ def _trainer(
     recipe: Recipe,
     config: GRPOConfig,
     policy: Policy,
+    model: PreTrainedModel,
     prompts: Sequence[str],
     scored: RewardFunction,
     watch: Watch,
 ) -> Trainer:
-    model = policy.model.requires_grad_(True)
+    model = model.requires_grad_(True)
     # What ends an answer is all that the checkpoint's generation config may still say.
     model.generation_config = GenerationConfig(
         eos_token_id=list(policy.eos_token_ids), pad_token_id=policy.tokenizer.pad_token_id
@@ -287,6 +290,7 @@ def _guarded() -> Iterator[None]:
 def _write(
     folder: Path,
     policy: Policy,
+    model: PreTrainedModel,
     weights: Mapping[str, torch.Tensor],
     problems: Sequence[Problem],
     rows: Sequence[Row],
@@ -295,7 +299,7 @@ def _write(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     with quiet():
-        policy.model.save_pretrained(folder, state_dict=dict(weights))
+        model.save_pretrained(folder, state_dict=dict(weights))
         policy.tokenizer.save_pretrained(folder)
     ids = "".join(f"{problem.id}\n" for problem in problems)
     (folder / TRAINED_ON).write_text(ids, encoding="utf-8")
@@ -303,7 +307,7 @@ def _write(
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors leaves what only the owner may read
     # Read back, a checkpoint is known to be one.
-    return str(load(str(folder), device="cpu", dtype="float32").fingerprint)
+    return str(load(str(folder)).fingerprint)
 
 
 def _versions() -> dict[str, str]:

@@ -21,18 +21,14 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from grpo_harness.errors import HarnessError
-from grpo_harness.evaluation import RewardFunction
 from grpo_harness.gate.inputs import brief
-from grpo_harness.policy.checkpoint import one_line
 from grpo_harness.policy.policy import quiet
-from grpo_harness.text import escape
+from grpo_harness.rewards.functions import RewardError, RewardFunction, reward_name, score
+from grpo_harness.text import one_line
 from grpo_harness.training.curves import Row
 from grpo_harness.training.unfinished import Unfinished
 
 Progress = Callable[[Row], None]
-
-_GREATEST = 1e18
-"""No reward is larger: the squares of more are beyond the float32 in which TRL adds them up."""
 
 
 class TrainingError(HarnessError):
@@ -187,46 +183,17 @@ def checked(reward: RewardFunction) -> RewardFunction:
         raise ValueError(f"the reward is {brief(reward)}, not a function")
 
     def scored(prompts: Any, completions: Any, **kwargs: Any) -> list[float | None]:
-        where = f"step {kwargs['trainer_state'].global_step + 1}: the reward {reward_name(reward)}"
+        where = f"step {kwargs['trainer_state'].global_step + 1}"
         try:
-            scores = reward(prompts=prompts, completions=completions, **kwargs)
-        except Exception as error:
+            scores = score(reward, prompts, completions, where=where, **kwargs)
+        except RewardError as error:
+            raise TrainingError(str(error)) from error.__cause__
+        if all(value is None for value in scores):
             raise TrainingError(
-                f"{where} raised {one_line(error)}: mend it, or leave out what it cannot score"
-            ) from error
-        if not isinstance(scores, list | tuple):
-            raise TrainingError(
-                f"{where} returned {type(scores).__name__}: it must return a list of one number "
-                "for each completion"
+                f"{where}: the reward {reward_name(reward)} scored none of {len(scores)} "
+                "completions: mend it"
             )
-        if len(scores) != len(completions):
-            raise TrainingError(
-                f"{where} returned {len(scores)} numbers for {len(completions)} completions: it "
-                "must return one each, in order"
-            )
-        if all(score is None for score in scores):
-            raise TrainingError(f"{where} scored none of {len(scores)} completions: mend it")
-        for completion, score in zip(completions, scores, strict=True):
-            # None is a reward that does not apply; TRL leaves the completion out.
-            if score is not None and not _usable(score):
-                raise TrainingError(
-                    f"{where} returned {brief(score)} for the completion '{escape(completion)}': "
-                    f"it must return a number within ±{_GREATEST:g}, or None for what it does not "
-                    "apply to"
-                )
-        return list(scores)
+        return scores
 
     scored.__name__ = reward_name(reward)  # which TRL logs it by
     return scored
-
-
-def reward_name(reward: RewardFunction) -> str:
-    """Return what a reward is called, a function or not."""
-    return getattr(reward, "__name__", type(reward).__name__)
-
-
-def _usable(score: Any) -> bool:
-    try:
-        return abs(float(score)) <= _GREATEST and not isinstance(score, str | bytes)
-    except (TypeError, ValueError, OverflowError):
-        return False

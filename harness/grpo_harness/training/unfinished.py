@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from grpo_harness.errors import HarnessError
-from grpo_harness.policy.checkpoint import digest, one_line
+from grpo_harness.text import digest, one_line
 
 _RUN, _MANIFEST, _LOCK, _HALF = "run.json", "manifest.json", ".lock", "run.json.half"
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from grpo_harness.engines.engine import Request, Sampling, sample_seed
-from grpo_harness.engines.transformers import TransformersSampler, _SeededDraw
+from grpo_harness.engines.engine import EngineError, Request, Sampling, sample_seed
+from grpo_harness.engines.transformers import TransformersEngine, _SeededDraw
 from grpo_harness.tasks import task_types
 
 SHORT = Sampling(max_new_tokens=16)
@@ -27,7 +27,11 @@ def requests(tiny_policy):
 
 @pytest.fixture(scope="module")
 def samples(tiny_policy, requests):
-    return TransformersSampler(tiny_policy, SHORT).sample(requests)
+    return engine(tiny_policy, SHORT).sample(requests)
+
+
+def engine(policy, sampling=SHORT, **how):
+    return TransformersEngine(policy, sampling, device="cpu", **how)
 
 
 def by_transformers(scores, sampling):
@@ -93,23 +97,23 @@ class TestSampler:
     def test_answers_come_in_the_order_of_the_requests(self, tiny_policy, requests, samples):
         shuffled = list(range(len(requests)))
         random.Random(0).shuffle(shuffled)
-        again = TransformersSampler(tiny_policy, SHORT).sample([requests[i] for i in shuffled])
+        again = engine(tiny_policy, SHORT).sample([requests[i] for i in shuffled])
         assert again == [samples[i] for i in shuffled]
 
     @pytest.mark.parametrize("batch_size", [1, 5, 1000])
     def test_the_batch_size_changes_nothing(self, tiny_policy, requests, samples, batch_size):
         few = requests[:11]
-        sampler = TransformersSampler(tiny_policy, SHORT, batch_size=batch_size)
-        assert sampler.sample(few) == samples[:11]
+        own = engine(tiny_policy, SHORT, batch_size=batch_size)
+        assert own.sample(few) == samples[:11]
 
     def test_seeds_decide(self, tiny_policy, requests, samples):
         other = [Request(request.prompt, request.seed + 1) for request in requests]
-        assert TransformersSampler(tiny_policy, SHORT).sample(other) != samples
+        assert engine(tiny_policy, SHORT).sample(other) != samples
         assert len(Counter(sample.text for sample in samples)) > len(samples) / 2
 
     def test_lengths_and_truncation(self, tiny_policy, requests):
-        sampler = TransformersSampler(tiny_policy, Sampling(max_new_tokens=3))
-        for sample in sampler.sample(requests):
+        own = engine(tiny_policy, Sampling(max_new_tokens=3))
+        for sample in own.sample(requests):
             assert 1 <= sample.tokens <= 3
             assert sample.tokens == 3 or not sample.truncated
 
@@ -120,15 +124,15 @@ class TestSampler:
             assert tiny_policy.tokenizer.eos_token not in sample.text
 
     def test_greedy_is_the_models_argmax(self, tiny_policy, requests):
-        sampler = TransformersSampler(tiny_policy, Sampling(greedy=True, max_new_tokens=5))
-        (sample,) = sampler.sample(requests[:1])
+        own = engine(tiny_policy, Sampling(greedy=True, max_new_tokens=5))
+        (sample,) = own.sample(requests[:1])
         ids = tiny_policy.tokenizer(
             requests[0].prompt, add_special_tokens=False, return_tensors="pt"
         )["input_ids"]
         text = []
         with torch.inference_mode():
             for _ in range(5):
-                token = tiny_policy.model(ids).logits[0, -1].argmax()
+                token = own.model(ids).logits[0, -1].argmax()
                 if int(token) in tiny_policy.eos_token_ids:
                     break
                 text.append(int(token))
@@ -137,35 +141,46 @@ class TestSampler:
 
     def test_nothing_leaks_in_from_the_models_generation_config(self, tiny_policy):
         # The checkpoint's own asks for temperature 0.01 and a heavy repetition penalty.
-        config = TransformersSampler(tiny_policy, SHORT).generation_config()
-        used, _ = tiny_policy.model._prepare_generation_config(config)
+        own = engine(tiny_policy, SHORT)
+        used, _ = own.model._prepare_generation_config(own.generation_config())
         assert used.repetition_penalty == 1.0
         assert used.do_sample is False
         assert used.num_beams == 1
         assert used.eos_token_id == [tiny_policy.tokenizer.eos_token_id]
 
     def test_no_requests_no_samples(self, tiny_policy):
-        assert TransformersSampler(tiny_policy, SHORT).sample([]) == []
+        assert engine(tiny_policy, SHORT).sample([]) == []
 
     def test_progress_counts_every_sample(self, tiny_policy, requests):
         done = []
-        sampler = TransformersSampler(tiny_policy, Sampling(max_new_tokens=2), batch_size=7)
-        sampler.sample(requests, done.append)
+        own = engine(tiny_policy, Sampling(max_new_tokens=2), batch_size=7)
+        own.sample(requests, done.append)
         assert sum(done) == len(requests)
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("the machine is small"),
+            MemoryError(),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+        ],
+        ids=repr,
+    )
     def test_out_of_memory_halves_the_batch_and_loses_nothing(
-        self, tiny_policy, requests, samples, monkeypatch
+        self, tiny_policy, requests, samples, monkeypatch, error
     ):
-        generate, sizes = tiny_policy.model.generate, []
+        own = engine(tiny_policy, SHORT)
+        generate, sizes = own.model.generate, []
 
         def small_machine(**arguments):
             sizes.append(len(arguments["input_ids"]))
             if sizes[-1] > 12:
-                raise torch.OutOfMemoryError("the machine is small")
+                raise error
             return generate(**arguments)
 
-        monkeypatch.setattr(tiny_policy.model, "generate", small_machine)
-        assert TransformersSampler(tiny_policy, SHORT).sample(requests) == samples
+        monkeypatch.setattr(own.model, "generate", small_machine)
+        assert own.sample(requests) == samples
         assert sizes == [48, 24, 12, 12, 12, 12]
 
     def test_a_row_that_never_fits_is_an_error_and_not_an_answer(
@@ -174,9 +189,55 @@ class TestSampler:
         def no_memory(**arguments):
             raise torch.OutOfMemoryError("no room at all")
 
-        monkeypatch.setattr(tiny_policy.model, "generate", no_memory)
-        samples = TransformersSampler(tiny_policy, SHORT).sample(requests[:3])
-        assert [sample.error for sample in samples] == ["no room at all"] * 3
+        own = engine(tiny_policy, SHORT)
+        monkeypatch.setattr(own.model, "generate", no_memory)
+        for sample in own.sample(requests[:3]):
+            assert sample.error.startswith("out of memory: ")
+            assert "no room at all" in sample.error
+
+    def test_another_error_of_the_model_is_not_taken_for_memory(
+        self, tiny_policy, requests, monkeypatch
+    ):
+        def broken(**arguments):
+            raise RuntimeError("shapes do not match")
+
+        own = engine(tiny_policy, SHORT)
+        monkeypatch.setattr(own.model, "generate", broken)
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            own.sample(requests[:3])
+
+    @pytest.mark.parametrize("greedy", [False, True])
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_logits_that_are_no_numbers_are_named(self, tiny_policy, requests, greedy, value):
+        own = engine(tiny_policy, Sampling(greedy=greedy, max_new_tokens=2))
+        with torch.no_grad():
+            own.model.model.layers[0].mlp.down_proj.weight[0, 0] = value
+        with pytest.raises(EngineError) as error:
+            own.sample(requests[:3])
+        message = str(error.value)
+        assert "policy 'tiny'" in message or str(tiny_policy.name) in message
+        assert "model.layers.0.mlp.down_proj" in message
+        assert "\n" not in message
+
+    def test_it_loads_weights_when_it_draws_and_not_before(self, tiny_policy, requests):
+        own = engine(tiny_policy, SHORT)
+        own.settings(), own.identity(), own.tokens(["a"]), own.sample([])
+        assert own._model is None
+        with own:
+            assert own._model is not None
+        assert own._model is None
+        own.sample(requests[:1])
+        assert own._model is not None
+        own.close()
+        assert own._model is None
+
+    def test_it_says_what_it_is(self, tiny_policy):
+        assert engine(tiny_policy).identity() == {
+            "engine": "transformers",
+            "device": "cpu",
+            "hardware": "cpu",
+            "dtype": "float32",
+        }
 
 
 class TestSettings:

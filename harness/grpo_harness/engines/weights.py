@@ -1,0 +1,184 @@
+"""A policy's weights in memory, proven to be those of its files.
+
+transformers fills a tensor that the files lack with random numbers, and warns. Here every tensor
+is accounted for: none is missing, left over or of another shape, each has the values of its file,
+and every value is a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig
+from xxhash import xxh3_128
+
+from grpo_harness.policy.checkpoint import PolicyError, weight_files
+from grpo_harness.policy.policy import Policy, quiet, source_of
+from grpo_harness.text import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device: ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises ``PolicyError`` for one that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise PolicyError(
+            f"no device {name!r} on this machine ({one_line(error)}): name cpu, cuda or auto"
+        ) from error
+    return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """Return the number format: ``auto`` is bfloat16 where CUDA supports it, else float16.
+
+    On the CPU it is float32. Raises ``PolicyError`` for an unknown name.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name not in _DTYPES:
+        raise PolicyError(f"no dtype {name!r}: it is auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def load_weights(policy: Policy, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the policy's model on ``device`` with its weights as ``dtype``, ready to sample from.
+
+    Its own generation config is emptied, so that nothing of it can leak into sampling. Raises
+    ``PolicyError`` naming the tensor that is missing, left over, of another shape, of other
+    values than the files have, or not finite.
+    """
+    source = source_of(policy.checkpoint)
+    if not policy.checkpoint.gguf_file:
+        source["use_safetensors"] = True
+    try:
+        with quiet():
+            loading: Any = AutoModelForCausalLM.from_pretrained(
+                policy.checkpoint.path,
+                dtype=dtype,
+                output_loading_info=True,
+                # Only so that what does not fit is named below, and not in a table of many lines.
+                ignore_mismatched_sizes=True,
+                **source,
+            )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises whatever its readers raise
+        raise PolicyError(
+            f"{policy.checkpoint} cannot be loaded from {policy.checkpoint.path}: "
+            f"{one_line(error)}; get the checkpoint again, or name another"
+        ) from error
+    model, info = loading
+    _all_there(policy, info)
+    _the_files_own(policy, model)
+    for name, tensor in _tensors(model):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise PolicyError(
+                f"{policy.checkpoint}: the tensor {name} in {policy.checkpoint.path} holds NaN or "
+                f"infinity (read as {str(tensor.dtype).removeprefix('torch.')}); get the "
+                "checkpoint again, or name another"
+            )
+    model.generation_config = GenerationConfig()
+    model.eval().requires_grad_(False)
+    loaded: PreTrainedModel = model.to(device)
+    return loaded
+
+
+def loaded_digest(model: PreTrainedModel) -> str:
+    """Return a digest of the weights as they are in memory, tensor by tensor (XXH3, 128 bits).
+
+    Two policies with one digest give the same answers, whatever their files are.
+    """
+    digest = xxh3_128()
+    for name, tensor in _tensors(model):
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def first_not_finite(model: PreTrainedModel, tokens: torch.Tensor) -> str:
+    """Name the first module whose output is not finite for ``tokens``, shape (1, tokens)."""
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(_module: Any, _given: Any, output: Any) -> None:
+            values = output[0] if isinstance(output, tuple) else output
+            if isinstance(values, torch.Tensor) and not bool(values.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if name]
+    try:
+        with torch.inference_mode():
+            model(tokens.to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "the logits"
+
+
+def _all_there(policy: Policy, info: dict[str, Any]) -> None:
+    # Each of the model's tensors is in the files, or tied to one that is; and the other way round.
+    for what, names in (
+        ("lack the tensor", info["missing_keys"]),
+        ("have another shape of the tensor", {name for name, *_ in info["mismatched_keys"]}),
+        ("hold, beside what the model has, the tensor", info["unexpected_keys"]),
+    ):
+        if names:
+            raise PolicyError(
+                f"{policy.checkpoint}: the files in {policy.checkpoint.path} {what} "
+                f"{_some(names)}; get the checkpoint again, or save it whole"
+            )
+
+
+def _some(names: Collection[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} (and {len(others)} more)" if others else first
+
+
+def _the_files_own(policy: Policy, model: PreTrainedModel) -> None:
+    """Compare what is in memory with the files, wherever both call a tensor by one name."""
+    if policy.checkpoint.gguf_file:  # its tensors have other names, and are quantized
+        return
+    held = dict(_tensors(model, tied=True))
+    for path in weight_files(policy.checkpoint):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                if (tensor := held.get(name)) is None or not tensor.is_floating_point():
+                    continue
+                stored = file.get_tensor(name)
+                if stored.shape != tensor.shape or not stored.is_floating_point():
+                    continue
+                # NaN is told below: here it would differ from itself.
+                right = stored.to(tensor.device, tensor.dtype)
+                if not torch.equal(right.nan_to_num(), tensor.nan_to_num()):
+                    raise PolicyError(
+                        f"{policy.checkpoint}: the weights in memory are not those of its files: "
+                        f"{name} has other values than in {path}. Whatever loaded them, loaded "
+                        "another policy"
+                    )
+
+
+def _tensors(model: PreTrainedModel, tied: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the model's parameters and saved buffers by name, in the order of the names."""
+    names = set(model.state_dict())
+    parameters = model.named_parameters(remove_duplicate=not tied)
+    buffers = ((name, b) for name, b in model.named_buffers() if name in names)
+    yield from sorted([*parameters, *buffers], key=lambda entry: entry[0])

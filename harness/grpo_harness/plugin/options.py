@@ -1,0 +1,133 @@
+"""The options of the command line, and whether a run has anything to do with us."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_harness.settings import (
+    Settings,
+    SettingsError,
+    has_table,
+    project_file,
+    resolve,
+    table_settings,
+)
+from grpo_harness.text import plain
+
+_MODES = ("strict", "skip_unproven", "record", "prune", "settings")
+_OTHERS = ("seed", "accept_regression", "report", "greedy")
+_PATHS = ("--grpo-base", "--grpo-trained", "--grpo-baselines", "--grpo-report")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options: those of the settings' model, and what a run is to do with them."""
+    add = parser.getgroup("grpo-harness").addoption
+    for setting in table_settings():
+        if not setting.is_option:
+            continue
+        told: dict[str, Any] = {"default": None, "help": setting.description}
+        if setting.kind is bool:
+            told["action"] = "store_true"
+        else:
+            told |= {"metavar": setting.metavar, "type": setting.kind}
+        add(f"--grpo-{setting.name}", **told)
+    add("--grpo-greedy", action="store_true", default=None, help="take the most likely answer")
+    add("--grpo-seed", type=int, metavar="SEED", help="repeat the run that printed this seed")
+    add("--grpo-strict", action="store_true", help="UNPROVEN fails, as for a release")
+    add("--grpo-skip-unproven", action="store_true", help="UNPROVEN is a skip, with its reason")
+    add("--grpo-record", action="store_true", help="record baselines instead of judging")
+    add("--grpo-accept-regression", metavar="WHY", help="record a lower accuracy, and say why")
+    add("--grpo-prune", action="store_true", help="delete what no run asks for, and run nothing")
+    add("--grpo-settings", action="store_true", help="print every setting, and run nothing")
+    add("--grpo-report", type=Path, metavar="DIR", help="write report.md, report.json, samples")
+
+
+def settable() -> list[str]:
+    """Return the options that decide what is drawn and judged, without ``--grpo-``."""
+    return [*(setting.name for setting in table_settings() if setting.is_option), "greedy"]
+
+
+def is_asked(config: pytest.Config) -> bool:
+    """Tell whether the command line or the project's file speaks of us."""
+    if any(config.getoption(f"grpo_{name}") for name in _MODES):
+        return True
+    if any(config.getoption(f"grpo_{name}") is not None for name in (*settable(), *_OTHERS)):
+        return True
+    return has_table(config.rootpath)
+
+
+def resolved(config: pytest.Config) -> Settings:
+    """Resolve the settings of a run. Raises ``pytest.UsageError``."""
+    _check_root(config)
+    _check_modes(config)
+    options = {name: config.getoption(f"grpo_{name}") for name in settable()}
+    try:
+        return resolve(config.rootpath, config.invocation_params.dir, options)
+    except SettingsError as error:
+        raise pytest.UsageError(plain(str(error))) from error
+
+
+def _check_modes(config: pytest.Config) -> None:
+    reason = config.getoption("grpo_accept_regression")
+    if reason is not None and not (config.getoption("grpo_record") and reason.strip()):
+        raise pytest.UsageError(
+            "--grpo-accept-regression says why a recording may be lower than the one before: "
+            "give it a reason, together with --grpo-record"
+        )
+    if config.getoption("grpo_strict") and config.getoption("grpo_skip_unproven"):
+        raise pytest.UsageError(
+            "--grpo-strict fails what is UNPROVEN, and --grpo-skip-unproven skips it: leave one out"
+        )
+    folder = config.getoption("grpo_report")
+    if folder is not None and (config.invocation_params.dir / folder).is_file():
+        raise pytest.UsageError(f"--grpo-report {plain(str(folder))} is a file: name a folder")
+
+
+def _check_root(config: pytest.Config) -> None:
+    """Raise ``UsageError`` where pytest took the value of an option for a place of tests.
+
+    It looks for the project before it knows the options of plugins, so it takes the path in
+    ``--grpo-trained /elsewhere`` for an argument of its own, and its settings would be those of
+    whatever lies around that path. Behind an equals sign there is no such mistake.
+    """
+    if config.getoption("rootdir") or config.getoption("inifilename"):
+        return
+    words = [str(word) for word in config.invocation_params.args]
+    cwd = config.invocation_params.dir
+    taken = [
+        (option, value)
+        for option, value in pairwise(words)
+        if option in _PATHS and _exists(cwd / value)
+    ]
+    if not taken:
+        return
+    places = [cwd]
+    if config.args_source is config.ArgsSource.ARGS:
+        named = (cwd / argument.partition("::")[0] for argument in config.args)
+        places = [place for place in named if _exists(place)] or places
+    projects = {_project(place) for place in places}
+    if _project(config.rootpath) in projects:
+        return
+    option, value = taken[0]
+    raise pytest.UsageError(
+        f"pytest takes {plain(value)} for a place of tests and {config.rootpath} for the project: "
+        f"write {option}={plain(value)}"
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, a null character
+        return False
+
+
+def _project(place: Path) -> Path:
+    """Return the folder around ``place`` whose settings a run of its tests has."""
+    place = place.resolve()
+    file = project_file(place)
+    return place if file is None else file.parent

@@ -1,0 +1,120 @@
+"""What a run plans: for whom each test runs, by which rules it judges, what is recorded.
+
+A test is ours where the fixture that pytest resolved for it is ours, whatever it is called.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from grpo_harness.plugin.state import Run
+
+_FIXTURES = "grpo_harness.plugin.fixtures"
+MARKER = "grpo"
+
+
+def uses(item: Any, name: str) -> bool:
+    """Tell whether a test, or what is to become one, uses our fixture of that name."""
+    info = getattr(item, "_fixtureinfo", None)
+    if info is None or name not in info.names_closure:
+        return False
+    # One that overrides ours and asks for it by the same name has ours beneath it.
+    for definition in reversed(info.name2fixturedefs.get(name, ())):
+        if getattr(definition.func, "__module__", None) == _FIXTURES:
+            return True
+        if name not in definition.argnames:
+            return False
+    return False
+
+
+@pytest.hookimpl(trylast=True)  # whoever parametrizes by a choice of their own comes first
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test for each policy and each task type that it asks for, but for its own choice."""
+    from grpo_harness.plugin import activated
+
+    for name in ("role", "task_type"):
+        if not uses(metafunc.definition, name):
+            continue
+        if any(name in call.params for call in metafunc._calls):
+            continue
+        run = activated(metafunc.config)
+        from grpo_harness.settings import ROLES
+
+        values = ROLES if name == "role" else run.settings.tasks
+        metafunc.parametrize(name, values, indirect=True, scope="session")
+
+
+def declared(item: pytest.Item) -> list[str]:
+    """Return the rules by which a test says that it judges.
+
+    Those of its ``grpo`` marks; without one, a test that uses the gate judges by one rule.
+    Raises ``UsageError`` for a rule that there is not.
+    """
+    from grpo_harness.rules import RULES, UNDECLARED
+
+    if not uses(item, "gate"):
+        return []
+    names = [name for mark in item.iter_markers(MARKER) for name in mark.args]
+    for name in names:
+        if name not in RULES:
+            raise pytest.UsageError(
+                f"{item.nodeid}: @pytest.mark.grpo names {name!r}, and the gate's rules are "
+                f"{', '.join(RULES)}"
+            )
+    return names or [UNDECLARED]
+
+
+def records(item: pytest.Item) -> bool:
+    """Tell whether a test can record a baseline."""
+    return uses(item, "evaluation") and uses(item, "baseline")
+
+
+def role_and_type(item: pytest.Item) -> tuple[Any, Any]:
+    """Return what a test is parametrized by: its policy's role and its task type."""
+    parameters = item.callspec.params  # type: ignore[attr-defined]
+    return parameters.get("role"), parameters.get("task_type")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """While recording, run nothing but what records, and one test for each baseline.
+
+    Of those that are left by ``-k`` and ``-m``: the first test of a baseline may not be.
+    """
+    if not config.getoption("grpo_record"):
+        return
+    recording: dict[tuple[Any, Any], pytest.Item] = {}
+    for item in items:
+        if records(item):
+            recording.setdefault(role_and_type(item), item)
+    kept = list(recording.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+@pytest.hookimpl(tryfirst=True)  # before the terminal shows what was planned
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Count the checks that the run planned: they share one risk of a false alarm."""
+    from grpo_harness.plugin import activated
+
+    if not any(uses(item, "grpo_session") for item in session.items):
+        return
+    run = activated(session.config)
+    run.planned = [name for item in session.items for name in declared(item)]
+    run.files = len(session.items) if session.config.getoption("grpo_record") else 1
+
+
+def asked(run: Run, items: list[pytest.Item]) -> list[tuple[str, str]]:
+    """Return the roles and task types whose accuracy the tests judge, in the order of a table."""
+    from grpo_harness.rules import UNDECLARED
+    from grpo_harness.settings import ROLES
+
+    found = Counter(
+        role_and_type(item)
+        for item in items
+        if records(item) and {"accuracy", UNDECLARED} & set(declared(item))
+    )
+    return [(t, r) for t in run.settings.tasks for r in ROLES if (r, t) in found]

@@ -1,0 +1,139 @@
+"""Any reward function of TRL's calling convention: loaded, called, checked, known by what it does.
+
+One door for evaluation and training: what is wrong with a reward is one line that names it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from grpo_harness.errors import HarnessError
+from grpo_harness.tasks import TaskType
+from grpo_harness.text import digest, escape, one_line
+
+RewardFunction = Callable[..., Sequence[float | None]]
+"""Scores completions pairwise, ``(prompts, completions, **columns)``, as TRL calls it."""
+
+GREATEST = 1e18
+"""No reward is larger: the squares of more are beyond the float32 in which TRL adds them up."""
+
+
+class RewardError(HarnessError):
+    """A reward that cannot be had or cannot be used: one line with its name and what it did."""
+
+
+def load_reward(source: str) -> RewardFunction:
+    """Return the reward that ``module:function`` names. Raises ``RewardError``."""
+    module, _, function = source.partition(":")
+    try:
+        reward = getattr(importlib.import_module(module), function)
+    except (Exception, SystemExit) as error:  # the module is anybody's code
+        raise RewardError(
+            f"'{escape(source)}' is not the module:function of a reward that can be imported "
+            f"({one_line(error)})"
+        ) from error
+    if not callable(reward):
+        raise RewardError(f"'{escape(source)}' is {type(reward).__name__}, not a function")
+    found: RewardFunction = reward
+    return found
+
+
+def reward_name(reward: RewardFunction) -> str:
+    """Return what a reward is called, a function or not: TRL logs it by that name."""
+    return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def score(
+    reward: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    *,
+    where: str,
+    **columns: Any,
+) -> list[float | None]:
+    """Return one reward a completion, in order; ``None`` is a reward that does not apply.
+
+    The function gets copies of ``prompts`` and ``completions``, so that it can change nothing but
+    its own. ``columns`` are passed on as they are; ``where`` begins the message of an error.
+    Raises ``RewardError`` where the function raises or exits, and where it returns anything but
+    one number or ``None`` for each completion; infinities and NaN are no numbers.
+    """
+    named = f"{where}: the reward {escape(reward_name(reward))}"
+    try:
+        returned: Any = reward(
+            prompts=_copies(prompts), completions=_copies(completions), **columns
+        )
+    except (Exception, SystemExit) as error:
+        raise RewardError(
+            f"{named} raised {one_line(error)}: mend it, or let it return None for what it "
+            "cannot score"
+        ) from error
+    scores = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(scores, list | tuple):
+        raise RewardError(
+            f"{named} returned {type(returned).__name__}: it must return a list of one number "
+            "for each completion"
+        )
+    if len(scores) != len(completions):
+        raise RewardError(
+            f"{named} returned {len(scores)} numbers for {len(completions)} completions: it must "
+            "return one each, in order"
+        )
+    checked = [_number(value) for value in scores]
+    for value, number, completion in zip(scores, checked, completions, strict=True):
+        if number is None and value is not None:
+            raise RewardError(
+                f"{named} returned {escape(repr(value), 80)} for the completion "
+                f"'{escape(str(completion))}': it must return a number within ±{GREATEST:g}, or "
+                "None for what it does not apply to"
+            )
+    return checked
+
+
+def reward_digest(reward: RewardFunction, task_type: TaskType) -> str:
+    """Digest what a reward does on a task type: its scores of right and wrong answers.
+
+    The scores are hashed and not the source, so that a reworded comment changes nothing and a
+    changed rule does, wherever in the code it hides. Raises ``RewardError``.
+    """
+    prompts, completions = [], []
+    for problem in task_type.problems(32):
+        right = task_type.canonical(problem.task)
+        for text in (
+            right,
+            f"  {right}\n",
+            f"```\n{right}\n```",
+            f"```python\n{right}\n```",
+            f"答案是 {right}。",
+            f"{right} {right}",
+            f"'{right}'",
+            right.lower(),
+            right[::-1],
+            f"1{right}",
+            "",
+            "I know",
+            "x" * 300,
+        ):
+            prompts.append(problem.prompt)
+            completions.append(text)
+    return digest(json.dumps(score(reward, prompts, completions, where=task_type.name)))
+
+
+def _copies(texts: Sequence[Any]) -> list[Any]:
+    """Copy texts, and conversations with their messages."""
+    return [text if isinstance(text, str) else copy.deepcopy(text) for text in texts]
+
+
+def _number(value: Any) -> float | None:
+    """Return a score as a float, or ``None`` for what is no finite number."""
+    if value is None or isinstance(value, str | bytes):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if abs(number) <= GREATEST else None

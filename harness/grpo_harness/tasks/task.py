@@ -1,0 +1,154 @@
+"""What a problem is, and what a task type is: how its problems are drawn, worded and read.
+
+Two rules keep training and evaluation apart and every run comparable:
+
+* **Held-out prompts.** A prompt belongs to the evaluation or to training by its own hash
+  (one in eight is held out), so no seed and no size can make the two overlap.
+* **Problems come from a seed alone.** Only ``random.Random`` and integers are used, so the
+  same seed gives the same problems on every machine and every supported Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from grpo_harness.text import integers, unquoted
+
+Answer = int | str | list[int]
+Reading = Literal["correct", "wrong", "unparsable"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt with its true answer.
+
+    ``id`` is the task type and a hash of the prompt; a prompt that a training set draws twice
+    gets ``.2``, ``.3`` behind it, so ids are unique within a list and stable across lists.
+    """
+
+    id: str
+    type: str
+    task: Mapping[str, Any]
+    prompt: str
+    answer: Answer
+
+
+class TaskType(ABC):
+    """How one type of problem is drawn, worded, answered and read.
+
+    A subclass sets ``name`` (the ``"type"`` field of its tasks), bumps ``version`` whenever a
+    change makes old and new results incomparable, and fills in the abstract methods. ``task``
+    is always the JSON object of the prompt, and may come from anywhere: ``answer`` raises
+    ``ValueError``, ``KeyError`` or ``TypeError`` on one that it cannot read.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def draw(self, rng: random.Random) -> dict[str, Any]:
+        """Draw the fields of one task, in the order in which the prompt shows them."""
+
+    @abstractmethod
+    def statement(self, task: Mapping[str, Any]) -> str:
+        """Word the question: what stands above the requirement."""
+
+    @abstractmethod
+    def requirement(self, task: Mapping[str, Any]) -> str:
+        """Word the demanded form of the answer: one line."""
+
+    @abstractmethod
+    def answer(self, task: Mapping[str, Any]) -> Answer:
+        """Compute the true answer of ``task``."""
+
+    @abstractmethod
+    def read(self, task: Mapping[str, Any], text: str) -> Reading:
+        """Judge ``text``, one trimmed line of a completion, by the lenient rule of the reward."""
+
+    def canonical(self, task: Mapping[str, Any]) -> str:
+        """Write the true answer exactly as the requirement asks for it (the strict reading)."""
+        answer = self.answer(task)
+        return " ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+
+    def prompt(self, task: Mapping[str, Any]) -> str:
+        """Write the user prompt: statement, requirement and the task as compact JSON."""
+        encoded = json.dumps(dict(task), ensure_ascii=False, separators=(",", ":"))
+        return f"{self.statement(task)}\n{self.requirement(task)}\nTASK={encoded}"
+
+    def problem(self, rng: random.Random) -> Problem:
+        """Draw one problem, held out or not."""
+        task = {"type": self.name, **self.draw(rng)}
+        prompt = self.prompt(task)
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:12]
+        return Problem(f"{self.name}-{digest}", self.name, task, prompt, self.answer(task))
+
+    def problems(self, n: int, seed: int = 0) -> list[Problem]:
+        """Draw ``n`` distinct held-out problems: what a suite asks.
+
+        A shorter list is a prefix of a longer one with the same seed. Raises ``ValueError``
+        when the type does not have ``n`` distinct held-out prompts.
+        """
+        rng = random.Random(f"evaluation {self.name} {seed}")
+        found: dict[str, Problem] = {}
+        misses = 0
+        while len(found) < n:
+            problem = self.problem(rng)
+            if is_held_out(problem.prompt) and problem.prompt not in found:
+                found[problem.prompt] = problem
+                misses = 0
+            elif (misses := misses + 1) > 10_000:
+                raise ValueError(
+                    f"task type {self.name!r} has no more than {len(found)} distinct held-out "
+                    f"problems within reach, and {n} were asked for: ask for fewer"
+                )
+        return list(found.values())
+
+
+def is_int(value: object) -> bool:
+    """Tell whether a JSON value is an integer; ``true`` and ``false`` are not."""
+    return type(value) is int
+
+
+def int_field(task: Mapping[str, Any], field: str) -> int:
+    """Return an integer field of a task, or raise ``ValueError``."""
+    if not is_int(value := task[field]):
+        raise ValueError(f"{field} is not an integer: {value!r}")
+    return int(value)
+
+
+def str_field(task: Mapping[str, Any], field: str) -> str:
+    """Return a text field of a task, or raise ``ValueError``."""
+    if not isinstance(value := task[field], str):
+        raise ValueError(f"{field} is not a text: {value!r}")
+    return value
+
+
+def letters(rng: random.Random, n: int) -> str:
+    """Draw ``n`` lowercase ASCII letters."""
+    return "".join(rng.choice(string.ascii_lowercase) for _ in range(n))
+
+
+def read_integer(text: str, answer: int) -> Reading:
+    """Compare the first integer in ``text`` with ``answer``."""
+    for number in integers(text):
+        return "correct" if number == answer else "wrong"
+    return "unparsable"
+
+
+def read_text(text: str, answer: str) -> Reading:
+    """Compare ``text``, less one pair of surrounding quotes, with ``answer``."""
+    if unquoted(text) == answer:
+        return "correct"
+    return "wrong" if text else "unparsable"
+
+
+def is_held_out(prompt: str) -> bool:
+    """Tell whether ``prompt`` is kept for evaluation: one prompt in eight, by its own hash."""
+    return hashlib.sha256(b"held out " + prompt.encode()).digest()[0] < 32

@@ -1,0 +1,295 @@
+from collections import Counter
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_harness.evaluation import Completion, Evaluation, Group, Questions
+from grpo_harness.gate import bounds, verdicts
+from grpo_harness.policy import Fingerprint
+from grpo_harness.rules import (
+    RULES,
+    UNDECLARED,
+    Terms,
+    against_base,
+    against_baseline,
+    decided,
+    plan,
+    recorded_bounds,
+    shares,
+)
+from grpo_harness.tasks import task_types
+
+GCD = task_types()["gcd"]
+PROBLEMS = tuple(GCD.problems(128))
+K = 4
+ALPHA = 0.01 / 12
+
+
+def policy(name, weights):
+    return SimpleNamespace(name=name, fingerprint=Fingerprint(weights, "t", "c"))
+
+
+def evaluation(outcomes, text="7", name="new", weights="w"):
+    """An evaluation whose completion j of problem i has the outcome ``outcomes(i, j)``."""
+    groups = tuple(
+        Group(
+            problem,
+            tuple(
+                Completion(
+                    text, 3, 1.0 if outcomes(i, j) == "correct" else -1.0, outcomes(i, j), False
+                )
+                for j in range(K)
+            ),
+        )
+        for i, problem in enumerate(PROBLEMS)
+    )
+    prompts = ("p",) * len(groups)
+    questions = Questions(policy(name, weights), GCD, {}, "r", PROBLEMS, prompts)
+    return Evaluation(questions, {}, 0, K, groups)
+
+
+def records(correct, truncated=0, unparsable=0, log_length=1.0986):
+    """What a baseline of 16 samples a problem holds, all problems alike."""
+    record = SimpleNamespace(
+        k=16,
+        correct=correct,
+        truncated=truncated,
+        unparsable=unparsable,
+        mean_log_length=log_length,
+    )
+    return [record] * len(PROBLEMS)
+
+
+def share(good, bad="wrong"):
+    """``good`` of every four completions are correct."""
+    return lambda i, j: "correct" if j < good else bad
+
+
+def judge(rule, now, then, alpha=ALPHA, same_policy=False, sequential=False):
+    terms = Terms(alpha, same_policy, sequential)
+    return against_baseline(RULES[rule], now, "baseline of old", then, terms)
+
+
+def compare(rule, trained, base, alpha=ALPHA):
+    return against_base(RULES[rule], trained, base, Terms(alpha))
+
+
+def test_accuracy():
+    assert judge("accuracy", evaluation(share(3)), records(12)).verdict == "PASS"
+    failed = judge("accuracy", evaluation(share(2)), records(12))
+    assert failed.verdict == "FAIL"
+    assert failed.evidence.delta == pytest.approx(-0.25)
+
+
+@pytest.mark.parametrize(
+    ("rule", "now", "then"),
+    [
+        ("accuracy", share(3), {"correct": 8}),
+        ("truncation", share(2), {"correct": 8, "truncated": 4}),
+        ("unparsable", share(2), {"correct": 8, "unparsable": 4}),
+    ],
+)
+def test_the_recorded_policy_cannot_have_become_better(rule, now, then):
+    """Whatever made it so is sampler or scoring; another policy may well be better."""
+    better = evaluation(now)
+    check = judge(rule, better, records(**then), same_policy=True)
+    assert check.verdict == "FAIL"
+    assert verdicts.NOT_THE_POLICY in check.reason
+    assert judge(rule, better, records(**then)).verdict == "PASS"
+    if rule == "accuracy":
+        assert "50% -> 75% correct" in check.changed[0]
+
+
+def test_a_failure_shows_number_place_and_problems_escaped():
+    now = evaluation(share(2), text="\x1b[31m::error::\u202e")
+    message = judge("accuracy", now, records(12)).message()
+    for part in ("accuracy", "new", "gcd", "75.0%", "50.0%", "-25.0 points", PROBLEMS[0].id):
+        assert part in message
+    assert "\x1b" not in message
+    assert "::" not in message
+    assert "\u202e" not in message
+
+
+def test_truncation_and_unparsable_answers_are_faults_of_their_own():
+    now = evaluation(share(2, bad="truncated"))
+    check = judge("truncation", now, records(8))
+    assert check.verdict == "FAIL"
+    assert "0% -> 50% truncated" in check.changed[0]
+    assert judge("truncation", now, records(8, truncated=8)).verdict == "PASS"
+    assert judge("unparsable", now, records(8)).verdict == "PASS"
+    unparsable = evaluation(share(2, bad="unparsable"))
+    assert judge("unparsable", unparsable, records(8)).verdict == "FAIL"
+
+
+@pytest.mark.parametrize(("log_length", "name"), [(1.0986, "PASS"), (1.5, "FAIL"), (0.7, "FAIL")])
+def test_length_both_ways(log_length, name):
+    check = judge("length", evaluation(share(2)), records(8, log_length=log_length))
+    assert check.verdict == name
+    assert check.unit == "tokens"
+    assert bool(check.changed) == (name == "FAIL")
+    assert all("-> 3.0 tokens" in line for line in check.changed)
+
+
+def test_improvement():
+    base, better = evaluation(share(1), name="base"), evaluation(share(2), weights="v")
+    assert compare("improvement", [better], [base]).verdict == "PASS"
+    assert compare("improvement", [base], [better]).verdict == "FAIL"
+    assert compare("no_loss", [better], [base]).verdict == "PASS"
+    assert compare("no_loss", [base], [better]).verdict == "FAIL"
+    even = evaluation(share(1), weights="u")
+    assert compare("no_loss", [even], [base]).verdict == "PASS"
+    assert compare("improvement", [even], [base]).verdict == "UNPROVEN"
+    assert compare("improvement", [better] * 2, [base] * 2).task_type == "all"
+
+
+def test_a_trained_policy_that_is_the_base_is_named_by_its_fingerprint():
+    base, copy = evaluation(share(1), name="base"), evaluation(share(3), name="copy")
+    check = compare("improvement", [copy], [base])
+    assert check.verdict == "ERROR"
+    assert "copy is the base policy base" in check.reason
+    assert str(base.fingerprint) in check.reason
+
+
+def test_sides_that_are_no_pair_are_not_compared():
+    base, better = evaluation(share(1), name="base"), evaluation(share(2), weights="v")
+    same = evaluation(share(3))
+    same.questions.policy.fingerprint = Fingerprint("w", "another tokenizer", "c")
+    assert "is the base policy" in compare("improvement", [better, same], [base, base]).reason
+
+    def asked(**changes):
+        return replace(base, questions=replace(base.questions, **changes))
+
+    sort = asked(task_type=task_types()["sort"])
+    assert compare("no_loss", [better], [sort]).verdict == "ERROR"
+    fewer = replace(asked(problems=PROBLEMS[:64]), groups=base.groups[:64])
+    assert "128 problems of gcd were asked" in compare("no_loss", [better], [fewer]).reason
+    hotter = asked(settings={"temperature": 1.5})
+    assert "sampled differently" in compare("no_loss", [better], [hotter]).reason
+    for sides in ([[], []], [[better], []]):
+        with pytest.raises(ValueError, match="compared in pairs"):
+            compare("improvement", *sides)
+
+
+@pytest.mark.parametrize("rule", ["accuracy", "length", "truncation", "unparsable"])
+def test_what_was_not_drawn_is_an_error(rule):
+    failed = evaluation(lambda i, j: "error" if (i, j) == (5, 1) else "correct")
+    check = judge(rule, failed, records(16))
+    assert check.verdict == "ERROR"
+    assert "1 of 512" in check.reason
+
+
+@pytest.mark.parametrize("rule", ["accuracy", "length", "truncation", "unparsable"])
+@pytest.mark.parametrize("terms", [{}, {"same_policy": True}, {"sequential": True}])
+def test_fewer_problems_than_planned_are_an_error(rule, terms):
+    """Only a sequential run of the recorded policy may stop early."""
+    whole = evaluation(share(3))
+    check = judge(rule, replace(whole, groups=whole.groups[:64]), records(12), **terms)
+    assert check.verdict == "ERROR"
+    assert "64 of 128 planned" in check.reason
+
+
+def test_a_smaller_part_of_the_risk_asks_for_more_proof():
+    now = evaluation(lambda i, j: "correct" if j < (2 if i < 30 else 3) else "wrong")
+    assert judge("accuracy", now, records(12), alpha=0.01).verdict == "FAIL"
+    assert judge("accuracy", now, records(12), alpha=0.01 / 10_000).verdict != "FAIL"
+
+
+def test_pooled_samples_are_counted_together():
+    now = evaluation(lambda i, j: "correct" if j < (2 if i < 30 else 3) else "wrong")
+    pooled = now.pooled([now])
+    assert pooled.samples == [2 * K] * 128
+    assert pooled.accuracy == now.accuracy
+    first, again = (judge("accuracy", e, records(12)) for e in (now, pooled))
+    assert again.evidence.k == 2 * K
+    assert again.evidence.p < first.evidence.p
+
+
+class TestSequential:
+    def stopped(self, now):
+        """The evaluation as a run that stops at a decision leaves it."""
+        for n in range(16, now.n + 1, 16):
+            if decided(now.groups[:n], records(12), ALPHA):
+                return replace(now, groups=now.groups[:n])
+        return now
+
+    def judge(self, rule, now):
+        return judge(rule, now, records(12), same_policy=True, sequential=True)
+
+    def test_a_collapse_is_found_at_the_floor(self):
+        now = self.stopped(evaluation(share(0)))
+        assert now.n == 64
+        check = self.judge("accuracy", now)
+        assert check.verdict == "FAIL"
+        assert check.evidence.n <= 64
+
+    def test_a_steady_policy_passes_early_and_is_judged_on_what_was_drawn(self):
+        now = self.stopped(evaluation(share(3)))
+        assert 64 <= now.n < 128
+        assert self.judge("accuracy", now).verdict == "PASS"
+        assert self.judge("length", now).evidence.n == now.n
+        assert self.judge("truncation", now).verdict == "PASS"
+
+    def test_the_recorded_policy_cannot_have_become_better(self):
+        now = self.stopped(evaluation(share(4)))
+        check = self.judge("accuracy", now)
+        assert (check.verdict, now.n) == ("FAIL", 64)
+        assert verdicts.NOT_THE_POLICY in check.reason
+
+    def test_two_sides_are_compared_on_the_problems_that_both_were_asked(self):
+        base, better = evaluation(share(1), name="base"), evaluation(share(3), weights="v")
+        shorter = replace(better, groups=better.groups[:96])
+        check = compare("no_loss", [shorter, better], [base, base])
+        assert check.verdict == "PASS"
+        assert check.evidence.n == 96 + 128
+
+    def test_another_policy_is_judged_by_the_fixed_rule(self):
+        now = evaluation(share(3))
+        fixed = judge("accuracy", now, records(12))
+        assert judge("accuracy", now, records(12), sequential=True) == fixed
+
+
+def test_the_plan_foresees_what_the_rule_can_find():
+    found = plan(records(12), K, ALPHA)
+    assert (found.n, found.k, found.then) == (128, K, 0.75)
+    assert plan(records(12), 2 * K, ALPHA).mde90 < found.mde90
+
+
+class TestShares:
+    names = st.lists(st.sampled_from([*RULES, UNDECLARED]), min_size=1, max_size=200)
+
+    @given(names)
+    def test_all_checks_together_have_the_whole_risk(self, planned):
+        of = shares(planned)
+        assert sum(of[name] for name in planned) == pytest.approx(bounds.ALPHA)
+        assert set(of) == set(planned)
+
+    @given(names)
+    def test_accuracy_and_its_like_have_at_least_seven_tenths_where_they_are_asked(self, planned):
+        of = shares(planned)
+        quality = [of[n] for n in planned if n == UNDECLARED or RULES[n].family == "quality"]
+        assert not quality or sum(quality) >= 0.7 * bounds.ALPHA
+        # Of one family, all have the same.
+        assert len({round(part, 12) for part in quality}) <= 1
+
+    def test_of_the_default_run(self):
+        planned = Counter(accuracy=12, length=12, truncation=12, unparsable=12, no_loss=6)
+        of = shares([*planned.elements(), "improvement"])
+        assert of["accuracy"] == of["improvement"] == pytest.approx(0.01 * 0.75 / 19)
+        assert of["length"] == pytest.approx(0.01 * 0.25 / 36)
+
+
+def test_bounds_are_what_they_were():
+    """Weaker ones make every verdict weaker: a change of them is meant, or it is a fault."""
+    assert recorded_bounds() == {
+        "alpha": 0.01,
+        "accuracy": {"margin": 0.05, "minimum": 0.01},
+        "length": {"margin": 0.25, "minimum": 0.05},
+        "truncation": {"margin": 0.05, "minimum": 0.01},
+        "unparsable": {"margin": 0.05, "minimum": 0.01},
+    }
+    assert asdict(RULES["no_loss"].bounds) == {"margin": 0.05, "minimum": 0.01}
+    assert asdict(RULES["improvement"].bounds) == {"margin": 0.0, "minimum": 0.01}
+    assert (bounds.PASS_CONFIDENCE, bounds.MINIMUM_PROBLEMS, bounds.LOOK) == (0.95, 64, 16)
