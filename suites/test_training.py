@@ -10,10 +10,12 @@ test, or its PASS would say nothing. How often each passes and fails:
 `grpo_harness/nano/LEARNING.md`.
 """
 
+import functools
 import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -35,6 +37,9 @@ EVERY = [
     "grpo",
     "bnpo",
     "dr-grpo",
+    "long",
+    "large",
+    "two-ended",
 ]
 """The runs that must be right in every figure; what each varies is in `grpo_harness.contract`."""
 
@@ -51,9 +56,15 @@ def contract():
 
 
 @pytest.fixture(scope="module")
-def oracle(contract):
-    """The base policy and the formulas."""
-    return contract.Oracle("nano-base")
+def oracles(contract):
+    """The formulas, and the policy that a run starts from, by its name."""
+    return functools.cache(contract.Oracle)
+
+
+@pytest.fixture
+def oracle(run, oracles):
+    """The formulas, and the policy that ``run`` starts from."""
+    return oracles(run.recipe.policy)
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +87,7 @@ def watched(contract, tmp_path_factory):
 
     def watched(name):
         if name not in seen:
-            run = contract.RUNS[name]
-            out = tmp_path_factory.mktemp("contract") / name
-            seen[name] = contract.watch(
-                run.recipe,
-                out,
-                reward=run.reward,
-                nan_at=run.nan_at,
-                interrupted_in=run.interrupted_in,
-            )
+            seen[name] = contract.make(contract.RUNS[name], tmp_path_factory.mktemp(name))
         return seen[name]
 
     return watched
@@ -127,6 +130,11 @@ def test_problems(run, oracle, holds):
     holds("every_problem_has_its_turn", run, oracle)
 
 
+def test_prompts(run, oracle, holds):
+    """Each prompt's tokens are those of the chat template, to which nothing is added."""
+    holds("prompts_are_the_templates", run, oracle)
+
+
 def test_completions(run, oracle, holds):
     """The completions that the model drew are those that were scored and those that were used."""
     holds("what_is_drawn_is_scored_and_trained_on", run, oracle)
@@ -151,6 +159,11 @@ def test_advantages(run, oracle, holds):
 def test_counts(run, oracle, holds):
     """Lengths, the share cut off and the tokens seen are those of the raw completions."""
     holds("counts_are_those_of_the_completions", run, oracle)
+
+
+def test_mask(run, oracle, holds):
+    """The loss is told of every token of a completion, and of none beyond its end."""
+    holds("the_mask_is_the_completions", run, oracle)
 
 
 def test_log_probabilities(run, oracle, holds):
@@ -204,9 +217,34 @@ def test_saved(run, holds):
     holds("what_is_saved_is_what_was_trained", run)
 
 
-def test_clipping(watched, oracle, holds):
+@pytest.mark.parametrize("name", ["plain", "two-ended"])
+def test_checkpoint_is_whole(name, watched, oracles, holds):
+    """What is on disk asks, reads and ends as its base does, and lists what it was trained on."""
+    run = watched(name)
+    holds("the_checkpoint_is_whole", run, oracles(run.recipe.policy))
+
+
+def test_training_set():
+    """Every task type has its share of what is trained on, and no evaluation asks any of it."""
+    from grpo_harness.tasks import MATH, PROGRAMMING, make_problems, task_types
+
+    trained = make_problems(200, 1000, seed=11)
+    counts = Counter(problem.type for problem in trained)
+    assert counts[MATH] == 200, f"{counts[MATH]} of 200 problems are of the type {MATH}"
+    for name in PROGRAMMING:  # of 1000, each is drawn with chance 1/5: 200 ± 6 standard deviations
+        assert 124 <= counts[name] <= 276, f"of 1000 programming problems {counts[name]} are {name}"
+    assert counts.total() == 1200
+    prompts = {problem.prompt for problem in trained}
+    asked = {p.prompt for name in (MATH, *PROGRAMMING) for p in task_types()[name].problems(256)}
+    assert not prompts & asked, f"{len(prompts & asked)} problems are both trained on and evaluated"
+    assert len({tuple(p.id for p in make_problems(9, 9, seed)) for seed in range(4)}) == 4, (
+        "the seed does not decide which problems are drawn"
+    )
+
+
+def test_clipping(watched, oracles, holds):
     """On used completions, at a large rate, tokens are clipped at 1 ± ε, and not all of them."""
-    holds("clipping_acts_off_policy", watched("clipped"), oracle)
+    holds("clipping_acts_off_policy", watched("clipped"), oracles("nano-base"))
 
 
 def test_accumulation(watched, holds):
@@ -249,8 +287,9 @@ def test_nan(watched, holds):
     holds("a_nan_is_seen", watched("poisoned"))
 
 
-def test_controls(watched, oracle):
+def test_controls(watched, oracles):
     """The runs are not trivial: rewards differ, a row is cut off, and the policy moves away."""
+    oracle = oracles("nano-base")
     plain = watched("plain")
     for step in plain.steps:
         cut = [oracle.truncated(ids) for ids in step.window.completion_ids]
@@ -262,6 +301,13 @@ def test_controls(watched, oracle):
     dr_grpo = watched("dr-grpo")
     longest = max(len(ids) for step in dr_grpo.steps for ids in step.window.completion_ids)
     assert longest < dr_grpo.recipe.max_completion_length, "dr_grpo's limit is a length drawn"
+    lengths = [len(ids) for ids in watched("long").steps[0].window.completion_ids]
+    assert max(n for n in lengths if n < 96) > 64, f"no row of {lengths} ends beyond 64 tokens"
+    largest = max(float(part.advantages.abs().max()) for part in watched("large").steps[0].parts)
+    assert largest > 10, f"no advantage is larger than {largest}"
+    two_ended = watched("two-ended")
+    ends = Counter(ids[-1] for ids in two_ended.steps[0].window.completion_ids)
+    assert len(ends.keys() & oracles(two_ended.recipe.policy).policy.eos_token_ids) == 2, ends
     assert watched("anchored").rows[-1]["kl"] > 1e-3, "the KL term is too small to be seen"
     tuned = watched("tuned")
     for row, step in zip(tuned.rows, tuned.steps, strict=True):

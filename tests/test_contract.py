@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from grpo_harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, watch
+from grpo_harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, make, watch
 from grpo_harness.contract.adam import rate
 from grpo_harness.contract.conventions import Conventions
 from grpo_harness.contract.seen import Step
@@ -39,6 +39,9 @@ ALONE = (
 WITH_ORACLE = (
     "training_starts_from_the_base",
     "every_problem_has_its_turn",
+    "prompts_are_the_templates",
+    "the_mask_is_the_completions",
+    "the_checkpoint_is_whole",
     "what_is_drawn_is_scored_and_trained_on",
     "rollouts_are_the_current_policys",
     "rewards_are_the_completions",
@@ -73,20 +76,16 @@ def text(invariant, *seen):
 def watched(name, folder, steps):
     """Watch a run of the contract for at most so many steps."""
     run = RUNS[name]
-    return watch(
-        dataclasses.replace(run.recipe, steps=min(run.recipe.steps, steps)),
-        folder / name,
-        device="cpu",
-        reward=run.reward,
-        nan_at=run.nan_at,
-        interrupted_in=run.interrupted_in,
-    )
+    recipe = dataclasses.replace(run.recipe, steps=min(run.recipe.steps, steps))
+    return make(dataclasses.replace(run, recipe=recipe), folder / name, device="cpu")
 
 
 def broken(name, oracle, folder):
     """The invariants that a run of the contract breaks, with what they say."""
     # Whatever can be seen is seen within two steps.
     seen = watched(name, folder, 2)
+    if RUNS[name].policy is not None:
+        oracle = Oracle(seen.recipe.policy, device="cpu")
     if name == "poisoned":
         said = {"a_nan_is_seen": text("a_nan_is_seen", seen)}
     else:
@@ -245,6 +244,22 @@ CAUGHT = {
         "draws other random numbers",
     ),
     "bf16_weights_saved": ("plain", "what_is_saved_is_what_was_trained", "on disk: "),
+    "advantages_clamped": ("large", "advantages_are_group_relative", "is right"),
+    "mask_cut_after_32": ("long", "the_mask_is_the_completions", "has mask 0, and 1 is right"),
+    "loss_cut_after_32": ("long", "gradient_equals_the_oracles", "away from the oracle"),
+    "second_end_ignored": (
+        "two-ended",
+        "counts_are_those_of_the_completions",
+        "is right",
+    ),
+    "beginning_twice": ("two-ended", "prompts_are_the_templates", "; without the first they are"),
+    "template_not_saved": ("plain", "the_checkpoint_is_whole", "its chat template is"),
+    "generation_config_not_saved": (
+        "two-ended",
+        "the_checkpoint_is_whole",
+        "its set of end tokens is",
+    ),
+    "problems_not_listed": ("plain", "the_checkpoint_is_whole", "problems.txt lists 0 problems"),
 }
 
 
@@ -271,6 +286,16 @@ ONLY = {
     "weight_decay_dropped": set(),
     "weights_averaged_between_steps": set(),
     "bf16_weights_saved": set(),
+    "advantages_clamped": {"loss_equals_the_oracles", "gradient_equals_the_oracles"},
+    "loss_cut_after_32": {
+        "log_probabilities_are_the_policys",
+        "loss_equals_the_oracles",
+        "figures_of_the_policy_are_the_oracles",
+    },
+    "beginning_twice": {"every_problem_has_its_turn"},
+    "template_not_saved": set(),
+    "generation_config_not_saved": set(),
+    "problems_not_listed": set(),
 }
 """What else a patch breaks, for those that are told from every other by it."""
 
@@ -298,6 +323,14 @@ SHORT = (
     "adam_second_step_reset",
     "resume_loses_optimizer",
     "bf16_weights_saved",
+    "advantages_clamped",
+    "mask_cut_after_32",
+    "loss_cut_after_32",
+    "second_end_ignored",
+    "beginning_twice",
+    "template_not_saved",
+    "generation_config_not_saved",
+    "problems_not_listed",
 )
 """One patch of each kind; `make contract` takes all of them, and the whole suite for each."""
 

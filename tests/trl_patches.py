@@ -8,6 +8,7 @@ import inspect
 import os
 import random
 import textwrap
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -448,6 +449,74 @@ def bf16_weights_saved(monkeypatch):
         return original(self, folder, *args, **kwargs, state_dict=rounded)
 
     wrap(monkeypatch, "save_pretrained", around, transformers.PreTrainedModel)
+
+
+def advantages_clamped(monkeypatch):
+    def around(original, self, inputs):
+        output = original(self, inputs)
+        return {**output, "advantages": output["advantages"].clamp(-5, 5)}
+
+    wrap(monkeypatch, "_generate_and_score_completions", around)
+
+
+def mask_cut_after_32(monkeypatch):
+    def around(original, self, inputs):
+        output = original(self, inputs)
+        output["completion_mask"][:, 32:] = 0
+        return output
+
+    wrap(monkeypatch, "_generate_and_score_completions", around)
+
+
+def loss_cut_after_32(monkeypatch):
+    def around(original, self, model, inputs):
+        mask = inputs["completion_mask"].clone()
+        mask[:, 32:] = 0
+        return original(self, model, {**inputs, "completion_mask": mask})
+
+    wrap(monkeypatch, "_compute_loss", around)
+
+
+def second_end_ignored(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.eos_token_ids = [self._tokenizer.eos_token_id]
+
+    wrap(monkeypatch, "__init__", around)
+
+
+def beginning_twice(monkeypatch):
+    monkeypatch.setattr("grpo_harness.training.run._once_special", lambda tokenizer, text: text)
+
+
+def template_not_saved(monkeypatch):
+    def around(original, self, *args, **kwargs):
+        template, self.chat_template = self.chat_template, None
+        saved = original(self, *args, **kwargs)
+        self.chat_template = template
+        return saved
+
+    wrap(monkeypatch, "save_pretrained", around, transformers.PreTrainedTokenizerBase)
+
+
+def generation_config_not_saved(monkeypatch):
+    def around(original, self, folder, *args, **kwargs):
+        original(self, folder, *args, **kwargs)
+        (Path(folder) / "generation_config.json").unlink(missing_ok=True)
+
+    wrap(monkeypatch, "save_pretrained", around, transformers.PreTrainedModel)
+
+
+def problems_not_listed(monkeypatch):
+    from grpo_harness.training import run
+
+    original = run.write_curves
+
+    def around(rows, folder):
+        original(rows, folder)
+        (folder / "problems.txt").write_text("")
+
+    monkeypatch.setattr(run, "write_curves", around)
 
 
 def pytest_configure(config):

@@ -7,6 +7,7 @@ usually means.
 
 ==================  ==================================================================
 ``seen.py``         what is seen of a run: windows of completions, parts, steps
+``policies.py``     policies that real ones are like and the embedded pair is not
 ``runs.py``         the runs that the contract is read from
 ``witness.py``      a run watched from outside
 ``conventions.py``  how TRL computes a step, and what it could do otherwise
@@ -26,6 +27,6 @@ from grpo_harness.contract.invariant import INVARIANTS, BrokenInvariantError
 from grpo_harness.contract.oracle import Oracle
 from grpo_harness.contract.runs import RUNS
 from grpo_harness.contract.seen import Witness
-from grpo_harness.contract.witness import watch
+from grpo_harness.contract.witness import make, watch
 
-__all__ = ["INVARIANTS", "RUNS", "BrokenInvariantError", "Oracle", "Witness", "watch"]
+__all__ = ["INVARIANTS", "RUNS", "BrokenInvariantError", "Oracle", "Witness", "make", "watch"]

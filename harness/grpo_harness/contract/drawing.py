@@ -19,9 +19,10 @@ from grpo_harness.contract.invariant import (
     where,
 )
 from grpo_harness.contract.oracle import Oracle, rows_of
-from grpo_harness.contract.seen import Window, Witness
+from grpo_harness.contract.seen import Tokens, Window, Witness
 from grpo_harness.rewards.functions import RewardFunction
 from grpo_harness.rewards.rule import reward_func
+from grpo_harness.tasks import make_problems
 
 KEYS = (
     "loss",
@@ -163,6 +164,21 @@ def what_is_drawn_is_scored_and_trained_on(run: Witness, oracle: Oracle) -> None
         )
 
 
+@invariant("special tokens added to a prompt that the chat template has completed")
+def prompts_are_the_templates(run: Witness, oracle: Oracle) -> None:
+    """Each prompt's tokens are those of the chat template, to which nothing is added."""
+    right = set(recipe_prompts(run, oracle))
+    for window in _windows(run):
+        for i, ids in enumerate(window.prompt_ids):
+            place = where(window, i, run.recipe.num_generations)
+            require(
+                ids in right,
+                f"{place}: the {len(ids)} tokens of its prompt, which begin with "
+                f"{list(ids[:3])}, are those of none of the recipe's problems"
+                + ("; without the first they are" if ids[1:] in right else ""),
+            )
+
+
 @invariant("a stale or second copy of the model draws: rollouts from the base (unsloth#8701)")
 def rollouts_are_the_current_policys(run: Witness, oracle: Oracle) -> None:
     """Every completion is what the weights of its step draw from that random state."""
@@ -290,6 +306,15 @@ def counts_are_those_of_the_completions(run: Witness, oracle: Oracle) -> None:
             right = average([figure[name] for figure in figures])
             equal(f"step {row['step']}: {name}", row[name], right)
         equal(f"step {row['step']}: num_tokens", row["num_tokens"], tokens)
+
+
+def recipe_prompts(run: Witness, oracle: Oracle) -> list[Tokens]:
+    """Return the tokens of the recipe's problems as the chat template words them, in order."""
+    recipe = run.recipe
+    problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
+    texts = [oracle.policy.render(problem.prompt) for problem in problems]
+    ids = oracle.policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [tuple(row) for row in ids]
 
 
 def _in_order(

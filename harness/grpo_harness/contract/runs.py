@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from grpo_harness.contract.policies import two_ended
 from grpo_harness.rewards.functions import RewardFunction
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.training.recipes import RECIPES, Recipe
@@ -16,12 +18,14 @@ from grpo_harness.training.recipes import RECIPES, Recipe
 class Run:
     """A recipe with a reward, and the step (from 1) in which something befalls the run, if so.
 
-    In ``nan_at`` a NaN is planted; in ``interrupted_in`` the run is interrupted, to go on from
-    its last checkpoint.
+    ``policy`` makes the policy that it starts from in a folder, where the recipe's own is too
+    plain. In ``nan_at`` a NaN is planted; in ``interrupted_in`` the run is interrupted, to go on
+    from its last checkpoint.
     """
 
     recipe: Recipe
     reward: RewardFunction = reward_func
+    policy: Callable[[Path], str] | None = None
     nan_at: int | None = None
     interrupted_in: int | None = None
 
@@ -44,6 +48,11 @@ def partly_none(**arguments: Any) -> list[float | None]:
     """
     rewards: list[float | None] = list(reward_func(**arguments))
     return [None if i % 16 in {0, 1, 8, 9, 10} else rewards[i] for i in range(len(rewards))]
+
+
+def twentyfold(**arguments: Any) -> list[float]:
+    """Score twenty times as high, so that advantages that are not divided by σ are large."""
+    return [20 * reward for reward in reward_func(**arguments)]
 
 
 _PLAIN = dataclasses.replace(
@@ -69,7 +78,7 @@ _PLAIN = dataclasses.replace(
 
 
 def _run(name: str, /, config: Mapping[str, Any] | None = None, **changes: Any) -> Run:
-    own = ("reward", "nan_at", "interrupted_in")
+    own = ("reward", "policy", "nan_at", "interrupted_in")
     run = {key: changes.pop(key) for key in own if key in changes}
     settings = {**_PLAIN.config, **(config or {})}
     return Run(dataclasses.replace(_PLAIN, name=name, config=settings, **changes), **run)
@@ -128,6 +137,10 @@ RUNS: Mapping[str, Run] = {
             max_completion_length=64,
             steps=1,
         ),
+        # Hot, so that some rows are longer than a policy of short answers ever writes.
+        _run("long", temperature=3.0, max_completion_length=96, steps=1),
+        _run("large", reward=twentyfold, scale_rewards="none", steps=1),
+        _run("two-ended", policy=two_ended, steps=1),
         _TUNED,
         dataclasses.replace(
             _TUNED,

@@ -43,11 +43,12 @@ class Window:
 class Part:
     """What one call of the loss was given: a micro-batch, and the model's answer to it.
 
-    ``rows`` are (prompt, completion) without padding. ``old`` and ``log_probabilities`` have
-    shape (completions, tokens), or are None where the trainer has none or does not show them.
+    ``rows`` are (prompt, completion) without padding. ``mask``, ``old`` and ``log_probabilities``
+    have shape (completions, tokens), or are None where the trainer has none or shows none.
     """
 
     rows: tuple[tuple[Tokens, Tokens], ...]
+    mask: Tensor | None
     advantages: Tensor
     old: Tensor | None
     log_probabilities: Tensor | None

@@ -47,6 +47,26 @@ def log_probabilities_are_the_policys(run: Witness, oracle: Oracle) -> None:
                     )
 
 
+@invariant("a mask cut short, shifted or of another row: tokens that count for nothing, or twice")
+def the_mask_is_the_completions(run: Witness, oracle: Oracle) -> None:
+    """The loss is told of every token of a completion, and of none beyond its end."""
+    masked = Conventions.of(run.recipe).mask_truncated
+    for step in run.steps:
+        for rows, part in zip(rows_of(step), step.parts, strict=True):
+            if part.mask is None:
+                continue  # an older TRL gives it another name: the gradient tells
+            for place, row in zip(rows, part.mask.long(), strict=False):
+                ids = step.window.completion_ids[place]
+                counted = 0 if masked and oracle.truncated(ids) else len(ids)
+                right = (torch.arange(len(row)) < counted).long()
+                for token in (row != right).nonzero().flatten()[:1].tolist():
+                    raise BrokenInvariantError(
+                        f"{where(step.window, place, run.recipe.num_generations)}: token {token} "
+                        f"of {len(ids)} has mask {int(row[token])}, and {int(right[token])} is "
+                        f"right (the mask counts {int(row.sum())} tokens)"
+                    )
+
+
 @invariant("another loss_type or normaliser under accumulation (trl#6024, #5619, #6369), KL, ε")
 def loss_equals_the_oracles(run: Witness, oracle: Oracle) -> None:
     """Each step's loss is the formula's on the raw completions, and it is what is logged."""

@@ -7,10 +7,12 @@ from collections import Counter
 
 import torch
 
+from grpo_harness.contract.drawing import recipe_prompts
 from grpo_harness.contract.invariant import BrokenInvariantError, equal, invariant, require
 from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance
 from grpo_harness.contract.oracle import Oracle
-from grpo_harness.contract.seen import Step, Tensors, Witness
+from grpo_harness.contract.seen import Step, Tensors, Tokens, Witness
+from grpo_harness.policy import TRAINED_ON, load
 from grpo_harness.tasks import make_problems
 
 
@@ -79,14 +81,13 @@ def another_seed_gives_another_run(run: Witness, other: Witness) -> None:
 def every_problem_has_its_turn(run: Witness, oracle: Oracle) -> None:
     """The recipe's problems are asked in rounds: each once a round, each round in another order."""
     recipe, g = run.recipe, run.recipe.num_generations
-    problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
-    prompts = [oracle.policy.render(problem.prompt) for problem in problems]
+    prompts = recipe_prompts(run, oracle)
     windows = list(dict.fromkeys(step.window for step in run.steps))
     # A step asks a full number of problems, so what is left of a round is not asked.
-    a_round = len(prompts) // (len(windows[0].prompts) // g)
-    rounds: list[list[str]] = []
+    a_round = len(prompts) // (len(windows[0].prompt_ids) // g)
+    rounds: list[list[Tokens]] = []
     for n, window in enumerate(windows):
-        asked = list(window.prompts[::g])
+        asked = list(window.prompt_ids[::g])
         if n % a_round == 0:
             rounds.append([])
         rounds[-1] += asked
@@ -127,6 +128,30 @@ def resumed_equals_uninterrupted(run: Witness, other: Witness) -> None:
         _same_weights(f"{place} {lost}", step.after, right.after)
     _same_weights("the end has other weights", run.after, other.after)
     _same_rows(run, other)
+
+
+@invariant("a tokenizer, template or generation config that is not saved, or another one")
+def the_checkpoint_is_whole(run: Witness, oracle: Oracle) -> None:
+    """What is on disk asks, reads and ends as its base does, and lists what it was trained on."""
+    require(run.run is not None, f"the run left none: {run.error}")
+    assert run.run is not None
+    saved, base = load(str(run.run.path)), oracle.policy
+    for what, seen, right in (
+        ("tokenizer", saved.fingerprint.tokenizer, base.fingerprint.tokenizer),
+        ("chat template", saved.fingerprint.chat_template, base.fingerprint.chat_template),
+        ("set of end tokens", saved.eos_token_ids, base.eos_token_ids),
+        ("pad token", saved.tokenizer.pad_token_id, base.tokenizer.pad_token_id),
+    ):
+        require(seen == right, f"its {what} is {seen}, and the base has {right}")
+    for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
+        require((run.run.path / name).is_file(), f"there is no {name} in {run.run.path}")
+    recipe, path = run.recipe, run.run.path / TRAINED_ON
+    problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
+    listed = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    require(
+        listed == [problem.id for problem in problems],
+        f"{TRAINED_ON} lists {len(listed)} problems, and not the {len(problems)} of the recipe",
+    )
 
 
 @invariant("weights in half precision: steps of such rates are rounded away")

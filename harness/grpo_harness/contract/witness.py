@@ -8,6 +8,7 @@ what the loss is given, the callbacks around the optimizer, and the logs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from grpo_harness.contract.runs import Run
 from grpo_harness.contract.seen import Part, Step, Tensors, Tokens, Window, Witness
 from grpo_harness.rewards.functions import RewardFunction
 from grpo_harness.rewards.rule import reward_func
@@ -61,6 +63,21 @@ def watch(
     }
     after = _copy(seen.trainer.model)
     return Witness(recipe, seen.trainer, seen.steps, rows, tables, after, run, error, nan_at)
+
+
+def make(run: Run, folder: Path, *, device: str = "auto") -> Witness:
+    """Make one of the contract's runs in ``folder``, watched."""
+    recipe = run.recipe
+    if run.policy is not None:
+        recipe = dataclasses.replace(recipe, policy=run.policy(folder / "policy"))
+    return watch(
+        recipe,
+        folder / "run",
+        device=device,
+        reward=run.reward,
+        nan_at=run.nan_at,
+        interrupted_in=run.interrupted_in,
+    )
 
 
 def _interrupt(
@@ -197,13 +214,14 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         completions = [_strip(row, pad) for row in inputs["completion_ids"].tolist()]
         width = inputs["completion_ids"].shape[1]
         shown = getattr(self._output, "log_probs", None)
-        old = inputs.get("old_per_token_logps")
+        old, mask = inputs.get("old_per_token_logps"), inputs.get("completion_mask")
         if not self.steps or self.steps[-1].taken:
             number = self.trainer.state.global_step + 1
             self.steps.append(Step(number, self._window, self._before))
         self.steps[-1].parts.append(
             Part(
                 rows=tuple(zip(prompts, completions, strict=True)),
+                mask=None if mask is None else mask.detach().cpu().clone(),
                 advantages=inputs["advantages"].detach().cpu().clone(),
                 old=None if old is None else old.detach().cpu().clone(),
                 log_probabilities=None if shown is None else shown[:, -width:].detach().cpu(),
