@@ -95,7 +95,8 @@ def broken(name, oracle, folder):
         if name == "clipped":
             with_oracle.append("clipping_acts_off_policy")
         said = {invariant: text(invariant, seen) for invariant in alone}
-        said |= {invariant: text(invariant, seen, oracle) for invariant in with_oracle}
+        more = {"rewards_are_the_completions": [RUNS[name].reward]}
+        said |= {i: text(i, seen, oracle, *more.get(i, [])) for i in with_oracle}
     return {invariant: words for invariant, words in said.items() if words}
 
 
@@ -244,7 +245,7 @@ CAUGHT = {
         "draws other random numbers",
     ),
     "bf16_weights_saved": ("plain", "what_is_saved_is_what_was_trained", "on disk: "),
-    "advantages_clamped": ("large", "advantages_are_group_relative", "is right"),
+    "advantages_clamped": ("large", "advantages_are_group_relative", "5.000000, and "),
     "mask_cut_after_32": ("long", "the_mask_is_the_completions", "has mask 0, and 1 is right"),
     "loss_cut_after_32": ("long", "gradient_equals_the_oracles", "away from the oracle"),
     "second_end_ignored": (
