@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_harness.grpo.formulas import (
+from grpo_harness.grpo import (
     advantages,
     clipped_surrogate,
     entropy,
@@ -21,7 +21,7 @@ from grpo_harness.grpo.formulas import (
     kl,
     log_probabilities,
 )
-from grpo_harness.grpo.formulas import ratio as importance
+from grpo_harness.grpo import ratio as importance
 
 NUMBERS = st.floats(-50, 50, allow_subnormal=False)
 GROUPS = st.integers(2, 5).flatmap(

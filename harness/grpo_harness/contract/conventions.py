@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_harness.contract.seen import Witness
-from grpo_harness.grpo.formulas import Estimator, LossType, Scale
+from grpo_harness.grpo import Estimator, LossType, Scale
 from grpo_harness.training.recipes import Recipe
 
 

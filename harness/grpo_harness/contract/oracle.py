@@ -20,7 +20,7 @@ from grpo_harness.contract.invariant import average
 from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance, scale
 from grpo_harness.contract.seen import Step, Tensors, Window, Witness
 from grpo_harness.engines.weights import device_of, load_weights
-from grpo_harness.grpo.formulas import advantages, entropy, grpo_loss, kl, log_probabilities, ratio
+from grpo_harness.grpo import advantages, entropy, grpo_loss, kl, log_probabilities, ratio
 from grpo_harness.policy import Policy, load
 
 
