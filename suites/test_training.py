@@ -100,11 +100,18 @@ def run(request, watched):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_resolved_config(name):
+def test_resolved_config(name, grpo_session):
     """Every recipe means what it meant when its config was recorded: no default has flipped."""
-    from grpo_harness.training.recorded import differences
+    from grpo_harness.errors import HarnessError
+    from grpo_harness.training.recorded import differences, recorded
 
-    changed = differences(RECIPES[name], device="cpu")
+    try:
+        was = recorded(name, grpo_session.settings.baselines)
+    except HarnessError as error:
+        was, missing = None, str(error)
+    if was is None:
+        pytest.fail(missing, pytrace=False)
+    changed = differences(RECIPES[name], was, device="cpu")
     assert not changed, (
         f"{'; '.join(map(str, changed))}. If it is meant: grpo-harness recipes --record"
     )

@@ -15,7 +15,6 @@ from trl import GRPOConfig
 
 from grpo_harness.cli import main, parser
 from grpo_harness.training.recipes import RECIPES
-from grpo_harness.training.recorded import RECORDED
 
 
 @pytest.mark.parametrize(
@@ -101,9 +100,32 @@ def test_default_that_has_flipped_is_said_loudly(monkeypatch, tmp_path, capsys):
 def test_recipes_are_as_recorded_and_can_be_recorded_again(monkeypatch, tmp_path, capsys):
     assert main(["recipes"]) == 0
     assert capsys.readouterr().out == "".join(f"{name}: as recorded\n" for name in RECIPES)
-    monkeypatch.setattr("grpo_harness.training.recorded.RECORDED", tmp_path)
+    # Elsewhere they are another project's, and written there.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[tool.grpo-harness]\nbaselines = "refs"')
+    assert main(["recipes"]) == 2
+    assert "no config is recorded of the recipe 'tutorial'" in capsys.readouterr().err
     assert main(["recipes", "--record"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in RECORDED.iterdir()}
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")}
+    assert written == {f"refs/recipes/{name}.json" for name in RECIPES}
+    assert main(["recipes"]) == 0
+
+
+def test_settings_are_those_of_a_run_with_where_each_comes_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.grpo-harness]\nproblems = 128\n"
+        '[tool.pytest.ini_options]\naddopts = "--grpo-samples=2"\n'
+    )
+    command = [sys.executable, "-m", "grpo_harness.cli", "settings", "--grpo-greedy"]
+    run = subprocess.run([*command[:-1]], capture_output=True, text=True, check=True)
+    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in run.stdout.splitlines()}
+    assert lines["problems"] == ["128", str(tmp_path / "pyproject.toml")]
+    assert lines["samples"] == ["2", "command line"]
+    assert lines["sampling.top_p"] == ["0.9", "default"]
+    wrong = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "--grpo-greedy draws the one most likely answer" in wrong.stderr
 
 
 def started(tiny, out, *options):

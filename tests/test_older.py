@@ -13,6 +13,8 @@ from grpo_harness.training.recorded import recorded
 
 pytestmark = pytest.mark.heavy
 
+BASELINES = Path(__file__).parent.parent / "baselines"
+
 FLIPPED = {
     "0.29.0": {"vllm_mode", "vllm_importance_sampling_cap"},
     "1.0.0": {"vllm_importance_sampling_cap"},
@@ -30,10 +32,10 @@ import trl
 
 from grpo_harness.training.config import resolve, settings
 from grpo_harness.training.recipes import RECIPES
-from grpo_harness.training.recorded import differences
+from grpo_harness.training.recorded import differences, recorded
 from grpo_harness.training import train
 
-policy, folder = sys.argv[1:]
+policy, folder, baselines = sys.argv[1:]
 assert Path(trl.__file__).is_relative_to(folder), trl.__file__
 smoke = RECIPES["smoke"]
 try:
@@ -48,7 +50,10 @@ print(json.dumps({
         name: settings(resolve(recipe, Path("out"), device="cpu"))
         for name, recipe in RECIPES.items()
     },
-    "differences": [(d.key, str(d)) for d in differences(smoke, device="cpu")],
+    "differences": [
+        (d.key, str(d))
+        for d in differences(smoke, recorded("smoke", Path(baselines)), device="cpu")
+    ],
     "error": error,
     "steps": [row["step"] for row in train(short, Path(folder, "out"), device="cpu").log],
 }))
@@ -62,7 +67,7 @@ def older(request, tiny, tmp_path_factory):
     subprocess.run([*install, str(folder), f"trl=={request.param}"], check=True)
     path = os.pathsep.join([str(folder), str(Path(__file__).parents[1] / "harness")])
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(tiny), str(folder)],
+        [sys.executable, "-c", PROBE, str(tiny), str(folder), str(BASELINES)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -76,7 +81,7 @@ def older(request, tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_means_the_same(older, name):
-    now, then = recorded(name)["config"], older["configs"][name]
+    now, then = recorded(name, BASELINES)["config"], older["configs"][name]
     shared = now.keys() & then.keys()
     assert {key for key in shared if now[key] != then[key]} == FLIPPED[older["version"]]
     asked = {"num_generations", "max_completion_length", "learning_rate", "epsilon", "beta"}
@@ -86,7 +91,7 @@ def test_every_recipe_means_the_same(older, name):
 def test_what_it_defaults_otherwise_is_named(older):
     named = dict(older["differences"])
     assert named.keys() >= FLIPPED[older["version"]]
-    gone = recorded("smoke")["config"].keys() - older["configs"]["smoke"].keys()
+    gone = recorded("smoke", BASELINES)["config"].keys() - older["configs"]["smoke"].keys()
     assert {key for key, text in named.items() if "is gone" in text} == gone
 
 

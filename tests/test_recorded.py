@@ -2,24 +2,27 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from trl import GRPOConfig
 
 from grpo_harness.errors import HarnessError
 from grpo_harness.training.recipes import RECIPES
-from grpo_harness.training.recorded import RECORDED, differences, record, recorded
+from grpo_harness.training.recorded import differences, path_of, record, recorded
+
+BASELINES = Path(__file__).parent.parent / "baselines"
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_resolved_config(name):
-    changed = differences(RECIPES[name], device="cpu")
-    versions = recorded(name)["versions"]
+    was = recorded(name, BASELINES)
+    changed, versions = differences(RECIPES[name], was, device="cpu"), was["versions"]
     assert not changed, f"recorded with {versions}: " + "; ".join(map(str, changed))
 
 
 def test_every_recipe_is_recorded_and_no_other():
-    assert {path.stem for path in RECORDED.iterdir()} == set(RECIPES)
+    assert {path.stem for path in path_of("x", BASELINES).parent.iterdir()} == set(RECIPES)
 
 
 def test_default_that_flips_is_named(monkeypatch):
@@ -29,14 +32,15 @@ def test_default_that_flips_is_named(monkeypatch):
         novelty: int = 3
 
     monkeypatch.setattr("grpo_harness.training.config.GRPOConfig", Upgraded)
-    assert [str(difference) for difference in differences(RECIPES["smoke"], device="cpu")] == [
+    changed = differences(RECIPES["smoke"], recorded("smoke", BASELINES), device="cpu")
+    assert [str(difference) for difference in changed] == [
         "multi_objective_aggregation is 'normalize_then_sum': it was 'sum_then_normalize'",
         "novelty is new: 3",
     ]
 
 
 def test_key_that_is_gone_and_recipe_that_changed_are_named():
-    was = recorded("smoke")
+    was = recorded("smoke", BASELINES)
     was["config"]["max_prompt_length"] = 512
     recipe = dataclasses.replace(RECIPES["smoke"], beta=0.04)
     changed = differences(recipe, was, device="cpu")
@@ -49,14 +53,16 @@ def test_key_that_is_gone_and_recipe_that_changed_are_named():
 def test_recording_again_changes_nothing(tmp_path):
     for recipe in RECIPES.values():
         path = record(recipe, tmp_path)
-        assert json.loads(path.read_text())["config"] == recorded(recipe.name)["config"]
+        assert json.loads(path.read_text())["config"] == recorded(recipe.name, BASELINES)["config"]
 
 
 @pytest.mark.parametrize(
     "text", ["", "{}", "[1]", '{"config": {}', '{"config": 1, "versions": {}}']
 )
 def test_record_that_cannot_be_read_is_an_error(text, tmp_path):
-    (tmp_path / "smoke.json").write_text(text)
+    path = path_of("smoke", tmp_path)
+    path.parent.mkdir()
+    path.write_text(text)
     with pytest.raises(HarnessError, match=r"smoke\.json is not a recorded config"):
         recorded("smoke", tmp_path)
     with pytest.raises(HarnessError, match="recipes --record"):

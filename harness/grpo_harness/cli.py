@@ -1,4 +1,4 @@
-"""The command line: ``grpo-harness train``, ``recipes`` and ``resources``.
+"""The command line: ``grpo-harness settings``, ``train``, ``recipes`` and ``resources``.
 
 Whatever ends a command early is one line on standard error. Nothing here loads torch before it
 is needed.
@@ -11,12 +11,15 @@ import dataclasses
 import math
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_harness.errors import HarnessError
+from grpo_harness.settings import resolve
+from grpo_harness.text import plain
 from grpo_harness.training.curves import Row
 from grpo_harness.training.processes import launch, launched
 from grpo_harness.training.recipes import RECIPES, Recipe, named
@@ -26,7 +29,11 @@ from grpo_harness.training.unfinished import check_new, folder_of, leave
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 2 for an error, 130 when interrupted."""
-    arguments = parser().parse_args(argv)
+    reader = parser()
+    arguments, others = reader.parse_known_args(argv)
+    if others and arguments.run is not _settings:
+        reader.error(f"unrecognized arguments: {' '.join(others)}")
+    arguments.others = others
     try:
         arguments.run(arguments)
     except KeyboardInterrupt as error:
@@ -36,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         return 0
     sys.stdout.flush()
-    sys.stderr.write(f"grpo-harness {arguments.command}: {'; '.join(said)}\n")
+    sys.stderr.write(plain(f"grpo-harness {arguments.command}: {'; '.join(said)}\n"))
     return status
 
 
@@ -46,9 +53,18 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(required=True, dest="command")
 
     command = commands.add_parser(
+        "settings",
+        help="print every setting of a run, with where it comes from",
+        description="Print every setting that a run of pytest would have here, with where it "
+        "comes from: the command line, the project's table, or the default. All arguments are "
+        "pytest's.",
+    )
+    command.set_defaults(run=_settings)
+
+    command = commands.add_parser(
         "train",
         help="train a policy with GRPO and the rule reward",
-        description="Train a policy by a recipe (see harness/recipes.py) with GRPO and the rule "
+        description="Train a policy by a recipe with GRPO and the rule "
         "reward. Interrupted, the same command goes on from the last checkpoint, to the same "
         "weights.",
     )
@@ -69,6 +85,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("than", type=Path, nargs="?", help="another, to compare with")
     command.set_defaults(run=_resources)
     return whole
+
+
+def _settings(arguments: argparse.Namespace) -> None:
+    # By pytest itself, which also knows what stands in its own configuration.
+    command = [sys.executable, "-m", "pytest", "--grpo-settings", *arguments.others]
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise HarnessError("pytest could not resolve them")
 
 
 def _notes(error: BaseException) -> list[str]:
@@ -117,14 +141,17 @@ def _chosen(arguments: argparse.Namespace) -> Recipe:
 def _train_here(arguments: argparse.Namespace) -> None:
     recipe = _chosen(arguments)
     from grpo_harness.training import train
-    from grpo_harness.training.config import described, resolve
-    from grpo_harness.training.recorded import differences, recorded
+    from grpo_harness.training.config import described
+    from grpo_harness.training.config import resolve as resolve_recipe
+    from grpo_harness.training.recorded import differences, path_of, recorded
 
-    config = resolve(recipe, arguments.out, device=arguments.device)
+    config = resolve_recipe(recipe, arguments.out, device=arguments.device)
     if config.process_index == 0:
         _say(f"recipe {recipe.name}:\n{described(config)}")
-        if changed := differences(named(recipe.name), device=arguments.device):
-            _warn(recipe.name, recorded(recipe.name)["versions"], changed)
+        if path_of(recipe.name, baselines := _baselines()).exists():
+            was = recorded(recipe.name, baselines)
+            if changed := differences(named(recipe.name), was, device=arguments.device):
+                _warn(recipe.name, was["versions"], changed)
     run = train(
         recipe, arguments.out, device=arguments.device, progress=_Steps(recipe.steps), notice=_say
     )
@@ -165,14 +192,20 @@ class _Steps:
         )
 
 
-def _recipes(arguments: argparse.Namespace) -> None:
-    from grpo_harness.training.recorded import differences, record
+def _baselines() -> Path:
+    """Return the folder of the baselines of the project that the command was started in."""
+    return resolve(Path.cwd(), Path.cwd(), {}).baselines
 
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    from grpo_harness.training.recorded import differences, record, recorded
+
+    baselines = _baselines()
     for recipe in RECIPES.values():
         if arguments.record:
-            _say(f"recorded: {record(recipe)}")
+            _say(f"recorded: {record(recipe, baselines)}")
             continue
-        changed = differences(recipe, device="cpu")
+        changed = differences(recipe, recorded(recipe.name, baselines), device="cpu")
         _say(f"{recipe.name}: {'as recorded' if not changed else 'changed'}")
         for difference in changed:
             _say(f"  {difference}")

@@ -1,26 +1,29 @@
-"""What a GRPO run is made of, and the runs that have a name. Standard library only."""
+"""What a GRPO run is made of, and the runs that have a name."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
-_LEAST = {
-    "n_math": 0,
-    "n_prog": 0,
-    "num_generations": 2,
-    "prompts_per_step": 1,
-    "steps": 1,
-    "max_prompt_length": 1,
-    "max_completion_length": 1,
-    "gradient_accumulation_steps": 1,
-    "seed": 0,
-    "save_steps": 0,
-}
-"""The least value of what is counted in whole numbers."""
+import msgspec
+from msgspec import Meta
+
+_Text = Annotated[str, Meta(min_length=1, description="a text")]
+_Whole = Annotated[int, Meta(description="a whole number")]
+_From0 = Annotated[int, Meta(ge=0, description="a whole number from 0 on")]
+_From1 = Annotated[int, Meta(ge=1, description="a whole number from 1 on")]
+_From2 = Annotated[int, Meta(ge=2, description="a whole number from 2 on")]
+_Finite = Annotated[
+    float, Meta(ge=0, le=sys.float_info.max, description="a finite number from 0 on")
+]
+_Positive = Annotated[
+    float, Meta(gt=0, le=sys.float_info.max, description="a finite number above 0")
+]
+_Share = Annotated[float, Meta(gt=0, le=1, description="a number above 0 and up to 1")]
+_Config = Annotated[dict[str, Any], Meta(description="a mapping from names to values")]
 
 
 @dataclass(frozen=True)
@@ -37,58 +40,41 @@ class Recipe:
     Raises ``ValueError`` with the recipe, the field and what it has instead of what it may have.
     """
 
-    name: str
-    policy: str
-    n_math: int
-    n_prog: int
-    problem_seed: int
-    num_generations: int
-    prompts_per_step: int
-    steps: int
-    learning_rate: float
-    lr_scheduler_type: str
-    scale_rewards: str
-    max_prompt_length: int = 512
-    max_completion_length: int = 48
-    gradient_accumulation_steps: int = 1
-    epsilon: float = 0.2
-    beta: float = 0.0
-    loss_type: str = "dapo"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 42
-    save_steps: int = 10
-    config: Mapping[str, Any] = field(default_factory=dict)
+    name: _Text
+    policy: _Text
+    n_math: _From0
+    n_prog: _From0
+    problem_seed: _Whole
+    num_generations: _From2
+    prompts_per_step: _From1
+    steps: _From1
+    learning_rate: _Finite
+    lr_scheduler_type: _Text
+    scale_rewards: _Text
+    max_prompt_length: _From1 = 512
+    max_completion_length: _From1 = 48
+    gradient_accumulation_steps: _From1 = 1
+    epsilon: _Finite = 0.2
+    beta: _Finite = 0.0
+    loss_type: _Text = "dapo"
+    temperature: _Positive = 1.0
+    top_p: _Share = 1.0
+    seed: _From0 = 42
+    save_steps: _From0 = 10
+    config: _Config = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("name", "policy", "lr_scheduler_type", "scale_rewards", "loss_type"):
+        for name, hint in get_type_hints(Recipe, include_extras=True).items():
             value = getattr(self, name)
-            self._check(name, isinstance(value, str) and bool(value), "a text")
-        self._check("problem_seed", type(self.problem_seed) is int, "a whole number")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            enough = type(value) is int and value >= least
-            self._check(name, enough, f"a whole number from {least} on")
-        for name in ("learning_rate", "epsilon", "beta"):
-            self._check(name, _real(getattr(self, name)) >= 0, "a finite number from 0 on")
-        self._check("temperature", _real(self.temperature) > 0, "a finite number above 0")
-        self._check("top_p", 0 < _real(self.top_p) <= 1, "a number above 0 and up to 1")
-        named = isinstance(self.config, Mapping) and all(isinstance(k, str) for k in self.config)
-        self._check("config", named, "a mapping from names to values")
+            try:
+                msgspec.convert(dict(value) if isinstance(value, Mapping) else value, hint)
+            except (msgspec.ValidationError, OverflowError):
+                wanted = next(m.description for m in hint.__metadata__ if isinstance(m, Meta))
+                raise ValueError(
+                    f"recipe {self.name!r}: {name} is {value!r}, not {wanted}"
+                ) from None
         # A copy: recipes made from one another share nothing that can be changed.
         object.__setattr__(self, "config", dict(self.config))
-
-    def _check(self, name: str, good: bool, wanted: str) -> None:
-        if not good:
-            raise ValueError(
-                f"recipe {self.name!r}: {name} is {getattr(self, name)!r}, not {wanted}"
-            )
-
-
-def _real(value: Any) -> float:
-    """A finite real number as it is, and everything else as one below all of them."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if number and math.isfinite(value) else -math.inf
 
 
 _NANO = Recipe(

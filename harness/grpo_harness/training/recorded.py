@@ -1,6 +1,7 @@
 """What every named recipe resolved to when it was recorded, and what has changed since.
 
-A default that flips in an upgrade of TRL or transformers shows as a difference with a name.
+A default that flips in an upgrade of TRL or transformers shows as a difference with a name. What
+was recorded is the project's, in git beside its baselines: ``<baselines>/recipes/<name>.json``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from grpo_harness.errors import HarnessError
 from grpo_harness.training.config import resolve, settings
 from grpo_harness.training.recipes import Recipe
 
-RECORDED = Path(__file__).parent / "resolved"
-"""Where it is kept: ``<name>.json`` for each recipe."""
+FOLDER = "recipes"
+"""The folder among the baselines that holds ``<name>.json`` for each recipe."""
 
 _OF_THE_MACHINE = {
     "output_dir",
@@ -67,12 +68,17 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("trl", "transformers")}
 
 
-def recorded(name: str, folder: Path | None = None) -> Mapping[str, Any]:
+def path_of(name: str, baselines: Path) -> Path:
+    """Return where what a recipe resolved to is kept among a project's ``baselines``."""
+    return baselines / FOLDER / f"{name}.json"
+
+
+def recorded(name: str, baselines: Path) -> Mapping[str, Any]:
     """Return what was recorded of the recipe ``name``: ``versions`` and ``config``.
 
     Raises ``HarnessError`` when there is nothing, or what is there cannot be read.
     """
-    path = (folder or RECORDED) / f"{name}.json"
+    path = path_of(name, baselines)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(record["config"], dict) and isinstance(record["versions"], dict):
@@ -88,15 +94,14 @@ def recorded(name: str, folder: Path | None = None) -> Mapping[str, Any]:
 
 
 def differences(
-    recipe: Recipe, against: Mapping[str, Any] | None = None, *, device: str = "auto"
+    recipe: Recipe, against: Mapping[str, Any], *, device: str = "auto"
 ) -> tuple[Difference, ...]:
-    """Compare what ``recipe`` resolves to with what was recorded of it, key by key.
+    """Compare what ``recipe`` resolves to with what was ``recorded`` of it, key by key.
 
-    ``against`` is what ``recorded`` returns, by default of the recipe's own name. What follows
-    from the folder, the device and the number of processes is left out. Raises as ``resolve``
-    and ``recorded``.
+    What follows from the folder, the device and the number of processes is left out. Raises as
+    ``resolve``.
     """
-    was = (recorded(recipe.name) if against is None else against)["config"]
+    was = against["config"]
     now = _portable(resolve(recipe, Path("out"), device=device))
     return tuple(
         Difference(key, was.get(key, ABSENT), now.get(key, ABSENT))
@@ -105,10 +110,10 @@ def differences(
     )
 
 
-def record(recipe: Recipe, folder: Path | None = None) -> Path:
+def record(recipe: Recipe, baselines: Path) -> Path:
     """Write down what ``recipe`` resolves to now, with the versions, and return the file."""
     config = _portable(resolve(recipe, Path("out"), device="cpu"))
-    path = (folder or RECORDED) / f"{recipe.name}.json"
+    path = path_of(recipe.name, baselines)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"versions": versions(), "config": dict(sorted(config.items()))}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
