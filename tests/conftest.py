@@ -19,6 +19,7 @@ from grpo_harness.policy.policy import load
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.store import Store
 from grpo_harness.tasks import task_types
+from tests.projects import OWN_SUITE
 from tools.nano.tokenizer import build_tokenizer
 
 pytest_plugins = ["pytester"]
@@ -151,3 +152,28 @@ def measure(tiny_policy, tmp_path, answers):
         )
 
     return measure
+
+
+@pytest.fixture
+def project(pytester, save_tiny):
+    """A repository of its own with two untrained policies, one task type and one suite."""
+    for name, seed in (("base-policy", 1), ("trained-policy", 2)):
+        save_tiny(pytester.path / name, seed=seed)
+    pytester.makepyprojecttoml(
+        """
+        [tool.pytest.ini_options]
+        addopts = "-p no:benchmark"
+
+        [tool.grpo-harness]
+        base = "base-policy"
+        trained = "trained-policy"
+        tasks = ["palindrome"]
+        problems = 64
+        samples = 2
+
+        [tool.grpo-harness.sampling]
+        max_new_tokens = 2
+        """
+    )
+    pytester.makepyfile(test_own=OWN_SUITE)
+    return pytester

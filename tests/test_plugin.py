@@ -12,45 +12,9 @@ from xml.etree import ElementTree
 import pytest
 
 from grpo_harness.rewards.rule import rule_reward
+from tests.projects import OWN_SUITE, run
 
 SUITES = Path(__file__).parent.parent / "suites"
-
-OWN_SUITE = """
-def test_accuracy(evaluation, baseline, gate):
-    gate.accuracy(evaluation, baseline)
-"""
-
-
-@pytest.fixture
-def project(pytester, save_tiny):
-    """A repository of its own with two untrained policies, one task type and one suite."""
-    for name, seed in (("base-policy", 1), ("trained-policy", 2)):
-        save_tiny(pytester.path / name, seed=seed)
-    pytester.makepyprojecttoml(
-        """
-        [tool.pytest.ini_options]
-        addopts = "-p no:benchmark"
-
-        [tool.grpo-harness]
-        base = "base-policy"
-        trained = "trained-policy"
-        tasks = ["palindrome"]
-        problems = 64
-        samples = 2
-
-        [tool.grpo-harness.sampling]
-        max_new_tokens = 2
-        """
-    )
-    pytester.makepyfile(test_own=OWN_SUITE)
-    return pytester
-
-
-def run(project, *arguments, **outcomes):
-    result = project.runpytest_inprocess("-p", "no:xdist", *arguments)
-    if outcomes:
-        result.assert_outcomes(**outcomes)
-    return result
 
 
 def baselines(project):

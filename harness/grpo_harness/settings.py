@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,6 +262,8 @@ def has_table(place: Path) -> bool:
 
 def nearest_table(place: Path) -> tuple[Path | None, Mapping[str, Any] | None]:
     """Return the project's file and its table, if it has one. Raises ``SettingsError``."""
+    import tomllib
+
     file = project_file(place)
     if file is None:
         return None, None

@@ -30,7 +30,7 @@ class Summary:
         self._run = run
         self._leads = not hasattr(config, "workerinput")
         self._has_header = False
-        self._seen: dict[str, str] = {}
+        self._seen: dict[str, bool] = {}
         self._rows: list[dict[str, Any]] = []
         self._failed: dict[str, str] = {}
         self._passed: set[str] = set()
@@ -87,7 +87,7 @@ class Summary:
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> list[str]:
         """Show what the run will be able to find: in a line, with ``--co`` check by check."""
-        self._seen = {item.nodeid: "" for item in items}
+        self._seen = {item.nodeid: False for item in items}
         header = [] if self._has_header else self.pytest_report_header()
         if not self._run.planned or config.getoption("grpo_record"):
             return header
@@ -138,8 +138,7 @@ class Summary:
         """Keep what a test told and how it went."""
         if not self._leads:
             return
-        self._seen.setdefault(report.nodeid, "")
-        self._seen[report.nodeid] = report.when or ""
+        self._seen[report.nodeid] = report.when == "teardown"
         if report.failed:
             self._failed[report.nodeid] = _said(report)
         elif report.when == "call" and report.passed:
@@ -159,7 +158,7 @@ class Summary:
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
         """Know what pytest-xdist's workers are to run."""
         for name in ids:
-            self._seen.setdefault(name, "")
+            self._seen.setdefault(name, False)
 
     def _tell_junit(self, report: pytest.TestReport, reasons: list[str]) -> None:
         """Write into JUnit's output of a test that nothing was proven, which it has no word for."""
@@ -241,7 +240,7 @@ class Summary:
             status,
             passed=len(self._passed - self._failed.keys()),
             failed=self._failed,
-            not_run=[name for name, phase in self._seen.items() if not phase],
+            not_run=[name for name, ended in self._seen.items() if not ended],
         )
         for row in self._rows:
             report.add(row)
@@ -279,8 +278,6 @@ def _said(report: pytest.CollectReport | pytest.TestReport) -> str:
 
 
 def _plan_table(plans: list[tuple[str, str, Plan | str]], width: int) -> list[str]:
-    import pandas as pd
-
     from grpo_harness.report.tables import Table
 
     caught, needed = "caught 9 times in 10 (points lower)", "problems that catch 5 points"
@@ -294,4 +291,4 @@ def _plan_table(plans: list[tuple[str, str, Plan | str]], width: int) -> list[st
             size, then = f"{found.n} × {found.k}", f"{found.then:.1%}"
             row |= {"n × k": size, "baseline": then, caught: drop, needed: str(found.needed)}
         rows.append(row)
-    return Table(pd.DataFrame(rows), ("n × k", "baseline")).terminal(width)
+    return Table.of(rows, ("n × k", "baseline")).terminal(width)

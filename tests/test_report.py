@@ -1,0 +1,267 @@
+"""The report is the run's own, whole, however it ended, and harmless whatever it holds."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_harness.report.report import Report
+from grpo_harness.report.tables import Table
+from tests.projects import run
+
+HOSTILE = (
+    "![x](http://evil.example/x.png)",
+    "<b>bold</b><img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))",
+    "www.evil.example",
+    "a|b|c",
+    "`code` *em* _em_ ~~no~~ # head",
+    "\x1b[31mred\x1b[0m",
+    "::error::pwned",
+    "line\n::error::pwned",
+    "##[error]pwned",
+    "\u202egnorw",
+)
+
+
+def evidence(**changes):
+    return {
+        "verdict": "PASS",
+        "reason": "x",
+        "n": 256,
+        "k": 4,
+        "now": 0.7,
+        "then": 0.71,
+        "delta": -0.01,
+        "lower": -0.03,
+        "upper": 0.01,
+        "p": 0.2,
+        "mde90": 0.05,
+        "needed": 200,
+        **changes,
+    }
+
+
+def rows(policy="p", task="gcd", verdict="PASS", reason="x"):
+    return [
+        {
+            "kind": "evaluation",
+            "policy": policy,
+            "task_type": task,
+            "n": 256,
+            "planned": 256,
+            "k": 4,
+            "sampling": {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": 64},
+            "accuracy": 0.7,
+            "strict_accuracy": 0.6,
+            "mean_reward": 0.5,
+            "mean_length": 12.3,
+            "outcomes": {"truncated": 0.0},
+        },
+        {
+            "kind": "check",
+            "rule": "accuracy",
+            "title": "accuracy",
+            "policy": policy,
+            "task_type": task,
+            "reference": f"baseline of {policy}",
+            "against": "baseline",
+            "verdict": verdict,
+            "reason": reason,
+            "unit": "%",
+            "evidence": evidence(verdict=verdict),
+        },
+    ]
+
+
+def report(**names):
+    found = Report({"base": names.get("policy", "p"), "seed": 1}, ["gcd"], ["p"], "finished")
+    for row in rows(**names):
+        found.add(row)
+    return found
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_name_and_no_reason_is_more_than_text(text):
+    found = report(policy=text, task=text, verdict="FAIL", reason=text)
+    found.failed[text] = text
+    found.notices.append(text)
+    markdown, terminal = found.markdown(), "\n".join(found.terminal(80))
+    for shown in (markdown, terminal):
+        assert "\x1b" not in shown
+        assert "\u202e" not in shown
+        assert not re.search(r"^\s*(- |\| )?::", shown, re.MULTILINE)
+        assert "##[" not in shown
+    for mark in ("![", "](", "<b>", "<img", "`code`", "www.evil"):
+        assert mark not in markdown
+    columns = {line.count("|") for line in markdown.splitlines() if line.startswith("| gcd")}
+    assert len(columns) <= 1
+
+
+@given(
+    st.lists(st.text(st.characters(), max_size=40), min_size=1, max_size=4), st.integers(80, 200)
+)
+def test_a_table_fits_its_width(names, width):
+    found = Report({}, [], [], "finished")
+    for name in names:
+        for row in rows(policy=name * 2, task="py_eval", reason="x" * 300):
+            found.add(row)
+    for line in found.measured().terminal(width):
+        assert len(line) <= width, line
+
+
+def test_what_has_no_room_is_named_and_what_matters_stays():
+    lines = report(policy="a-policy-with-a-name-of-some-length").measured().terminal(80)
+    assert "verdict" in lines[0]
+    assert "now" in lines[0]
+    assert "(80 columns have no room for: " in " ".join(lines)
+    wide = report().measured().terminal(300)
+    assert "truncated" in wide[0]
+    assert not any("no room" in line for line in wide)
+
+
+def test_a_table_of_nothing_is_false():
+    assert not Table.of([])
+
+
+def test_the_content_says_what_was_not_run():
+    found = report()
+    found.failed["test_a"], found.not_run = "said", ["test_b"]
+    content = json.loads(json.dumps(found.content()))
+    assert content["tests"] == {
+        "passed": 0,
+        "failed": [{"test": "test_a", "said": "said"}],
+        "not_run": ["test_b"],
+    }
+    assert "## Not run\n\n- test_b" in found.markdown()
+
+
+def read(project, folder="out"):
+    return json.loads((project.path / folder / "report.json").read_text())
+
+
+def test_what_could_not_be_run_stands_in_it(project):
+    run(project, "--grpo-record")
+    project.makepyfile(test_broken="import nothing_of_this_name")
+    run(
+        project,
+        "--grpo-trained=no-such-policy",
+        "--grpo-report=out",
+        "--continue-on-collection-errors",
+    )
+    told = {entry["test"]: entry["said"] for entry in read(project)["tests"]["failed"]}
+    assert "no policy 'no-such-policy'" in told["test_own.py::test_accuracy[trained-palindrome]"]
+    assert "nothing_of_this_name" in told["test_broken.py"]
+    markdown = (project.path / "out" / "report.md").read_text()
+    assert "no policy 'no-such-policy'" in markdown
+
+
+def test_an_earlier_runs_report_does_not_stay(project):
+    run(project, "--grpo-record")
+    run(project, "--grpo-report=out", "--grpo-seed=1")
+    (project.path / "out" / "samples" / "old.jsonl").write_text("{}")
+    project.makeconftest("import pytest\ndef pytest_collection(): pytest.exit('early')")
+    run(project, "--grpo-report=out", "--grpo-seed=2")
+    found = read(project)
+    assert (found["seed"], found["evaluations"]) == (2, [])
+    assert not list((project.path / "out" / "samples").glob("*"))
+
+
+def test_samples_are_of_this_run_alone(project):
+    run(project, "--grpo-record")
+    run(project, "--grpo-report=out")
+    run(project, "--grpo-report=out", "-k", "base")
+    (path,) = (project.path / "out" / "samples").glob("*.jsonl")
+    assert path.name == "base-policy--palindrome.jsonl"
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_it_is_written_when_the_run_is_ended(project, kind):
+    run(project, "--grpo-record")
+    project.makepyfile(
+        test_then="import time, pathlib\n\ndef test_slow():\n"
+        "    pathlib.Path('started').touch()\n    time.sleep(60)\n\n"
+        "def test_never(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--grpo-report=out"]
+    # A shell's background job, as these tests may be, has all that it starts ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=project.path, stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    while not (project.path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert read(project)["status"] == "running"
+    process.send_signal(kind)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == pytest.ExitCode.INTERRUPTED
+    found = read(project)
+    assert found["status"] == "interrupted"
+    assert found["tests"]["passed"] == 2
+    assert found["tests"]["not_run"] == ["test_then.py::test_slow", "test_then.py::test_never"]
+    assert len(found["checks"]) == 2
+    assert "palindrome" in printed
+
+
+def test_a_path_that_is_a_file_is_a_usage_error(project):
+    (project.path / "out").write_text("")
+    result = run(project, "--grpo-report=out")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--grpo-report out is a file: name a folder*"])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")  # noqa: PTH110
+@pytest.mark.parametrize("target", ["/dev/full", "no/such/folder/summary.md"])
+def test_a_summary_that_cannot_be_written_is_one_line(project, monkeypatch, target):
+    run(project, "--grpo-record")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", target)
+    result = run(project, passed=2)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines([f"the report cannot be written to {target} (*"])
+    assert "Traceback" not in result.stdout.str() + result.stderr.str()
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_verdicts_stand(project):
+    project.makeconftest(
+        """
+        from grpo_harness.report import files
+
+        def pytest_collection_finish(session):
+            def full(path, text):
+                raise OSError(28, "No space left on device")
+            files._replace = full
+        """
+    )
+    project.makepyfile(test_own="def test_own(gate): pass")
+    # In a process of its own, whose modules are its own.
+    result = project.runpytest_subprocess("-p", "no:xdist", "--grpo-report=out")
+    result.assert_outcomes(passed=1)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["the report cannot be written to *No space left on device*"])
+    assert "INTERNALERROR" not in result.stdout.str()
+    assert read(project)["status"] == "running"
+
+
+def test_its_folder_does_not_make_the_tree_dirty(project):
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-qm", "all"],
+    ):
+        subprocess.run(["git", *command], check=True, cwd=project.path)
+    run(project, "-p", "no:cacheprovider", "--grpo-report=out")
+    status = subprocess.run(
+        ["git", "status", "--porcelain"],
+        cwd=project.path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "out" not in status.stdout
