@@ -692,7 +692,7 @@ def test_the_plan_is_shown_before_anything_is_drawn(skilled):
     listed.stdout.fnmatch_lines(
         [
             "plan: 2 checks share *",
-            "task type *caught 9 times in 10*problems that catch 5 points*",
+            "task type *caught (points lower)*problems for 5 points*",
             "palindrome *base-policy *",
             "palindrome *trained-policy *",
         ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from grpo_harness.plugin.state import carry_check, clearly
+from grpo_harness.plugin.state import carry_check, carry_notices, clearly
 
 if TYPE_CHECKING:
     from grpo_harness.baselines.file import Baseline
@@ -79,6 +79,7 @@ class Gate:
 
         check = clearly(judge)
         carry_check(self._node, check.asdict())
+        carry_notices(self._node, self._session)
         option = self._node.config.getoption
         if check.verdict == "UNPROVEN" and option("grpo_skip_unproven"):
             pytest.skip(plain(f"UNPROVEN: {check.reason}"))

@@ -15,7 +15,7 @@ import pytest
 
 from grpo_harness.plugin.assertions import Gate
 from grpo_harness.plugin.planning import declared, uses
-from grpo_harness.plugin.state import RUN, carry, carry_check, clearly
+from grpo_harness.plugin.state import RUN, carry, carry_check, carry_notices, clearly
 
 if TYPE_CHECKING:
     from grpo_harness.baselines.file import Baseline
@@ -172,8 +172,7 @@ def evaluate(
     def evaluate(policy: Policy, task_type: TaskType) -> Evaluation:
         evaluation = clearly(lambda: grpo_session.evaluation(policy, task_type))
         carry(request.node, "evaluation", evaluation.summary())
-        for notice in grpo_session.notices():
-            carry(request.node, "notice", {"text": notice})
+        carry_notices(request.node, grpo_session)
         return evaluation
 
     return evaluate

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 if TYPE_CHECKING:
+    from grpo_harness.session import Session
     from grpo_harness.settings import Settings
 
 _T = TypeVar("_T")
@@ -47,6 +48,12 @@ def carry_check(node: pytest.Item, row: dict[str, Any]) -> None:
     """Attach a check: as a row, and in words for JUnit."""
     carry(node, "check", row)
     node.user_properties.append((f"{PROPERTY}.{row['rule']}", f"{row['verdict']}: {row['reason']}"))
+
+
+def carry_notices(node: pytest.Item, session: Session) -> None:
+    """Attach what has to be said of the caches and was not yet said."""
+    for notice in session.notices():
+        carry(node, "notice", {"text": notice})
 
 
 def rows(report: pytest.TestReport) -> Iterator[dict[str, Any]]:

@@ -280,7 +280,7 @@ def _said(report: pytest.CollectReport | pytest.TestReport) -> str:
 def _plan_table(plans: list[tuple[str, str, Plan | str]], width: int) -> list[str]:
     from grpo_harness.report.tables import Table
 
-    caught, needed = "caught 9 times in 10 (points lower)", "problems that catch 5 points"
+    caught, needed = "caught (points lower)", "problems for 5 points"
     rows = []
     for task_type, policy, found in plans:
         row = {"task type": task_type, "policy": policy}
