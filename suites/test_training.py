@@ -255,7 +255,7 @@ def test_clipping(watched, oracles, holds):
 
 
 def test_accumulation(watched, holds):
-    """Four groups in four parts have the gradient that they have in one."""
+    """Four groups in four micro-batches have the gradient that they have in one."""
     holds("accumulation_changes_nothing", watched("accumulated"), watched("plain"))
 
 
@@ -299,28 +299,31 @@ def test_controls(watched, oracles):
     oracle = oracles("nano-base")
     plain = watched("plain")
     for step in plain.steps:
-        cut = [oracle.truncated(ids) for ids in step.window.completion_ids]
+        cut = [oracle.truncated(ids) for ids in step.batch.completion_ids]
         assert 0 < sum(cut) < len(cut), f"step {step.number}: {sum(cut)} of {len(cut)} are cut off"
-        assert len(set(step.window.rewards)) > 1, f"step {step.number}: all rewards are equal"
+        assert len(set(step.batch.rewards)) > 1, f"step {step.number}: all rewards are equal"
     last = plain.steps[-1]
-    redrawn = [same for row in oracle.redraw(oracle.base, last.window, 1.0) for same in row]
+    redrawn = [same for row in oracle.redraw(oracle.base, last.batch, 1.0) for same in row]
     assert sum(redrawn) < 0.95 * len(redrawn), "the base would draw the last completions too"
     dr_grpo = watched("dr-grpo")
-    longest = max(len(ids) for step in dr_grpo.steps for ids in step.window.completion_ids)
+    longest = max(len(ids) for step in dr_grpo.steps for ids in step.batch.completion_ids)
     assert longest < dr_grpo.recipe.max_completion_length, "dr_grpo's limit is a length drawn"
-    lengths = [len(ids) for ids in watched("long").steps[0].window.completion_ids]
+    lengths = [len(ids) for ids in watched("long").steps[0].batch.completion_ids]
     assert max(n for n in lengths if n < 96) > 64, f"no row of {lengths} ends beyond 64 tokens"
-    largest = max(float(part.advantages.abs().max()) for part in watched("large").steps[0].parts)
+    largest = max(
+        float(micro_batch.advantages.abs().max())
+        for micro_batch in watched("large").steps[0].micro_batches
+    )
     assert largest > 10, f"no advantage is larger than {largest}"
     two_ended = watched("two-ended")
-    ends = Counter(ids[-1] for ids in two_ended.steps[0].window.completion_ids)
+    ends = Counter(ids[-1] for ids in two_ended.steps[0].batch.completion_ids)
     assert len(ends.keys() & oracles(two_ended.recipe.policy).policy.eos_token_ids) == 2, ends
     assert watched("anchored").rows[-1]["kl"] > 1e-3, "the KL term is too small to be seen"
     tuned = watched("tuned")
     for row, step in zip(tuned.rows, tuned.steps, strict=True):
         most = tuned.recipe.config["max_grad_norm"]
         assert row["grad_norm"] > 2 * most, f"step {step.number}: clipping hardly acts"
-        redrawn = [s for row in oracle.redraw(step.weights, step.window, 1.0) for s in row]
+        redrawn = [s for row in oracle.redraw(step.weights, step.batch, 1.0) for s in row]
         assert sum(redrawn) < 0.95 * len(redrawn), f"step {step.number}: top_p hardly acts"
 
 

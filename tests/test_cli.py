@@ -178,7 +178,7 @@ def test_interrupted_training_goes_on(sent, tiny, tmp_path, capsys):
 
 def test_every_command_of_the_readme_is_one():
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    launched = r"^(?:grpo-harness|accelerate .* -m harness\.command) (.*)$"
+    launched = r"^(?:grpo-harness|accelerate .* -m grpo_harness\.cli) (.*)$"
     commands = re.findall(launched, readme, re.MULTILINE)
     commands += re.findall(r"`grpo-harness (\w+ -[^`]*)`", readme)
     assert {command.split()[0] for command in commands} == {"train", "recipes", "resources"}

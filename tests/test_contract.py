@@ -15,7 +15,7 @@ import transformers
 from grpo_harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, make, watch
 from grpo_harness.contract.adam import rate
 from grpo_harness.contract.conventions import Conventions
-from grpo_harness.contract.seen import Step
+from grpo_harness.contract.trace import Step
 
 ROOT = Path(__file__).parent.parent
 patches = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("trl_patches.py"))))
@@ -367,7 +367,7 @@ def test_pairs_of_runs_are_told_apart(tmp_path):
     assert "step 1: " in text("the_same_seed_gives_the_same_rows", plain, cool)
     assert "from the turned gradient" in text("negated_reward_negates_the_gradient", plain, plain)
     assert "not those of run 'cool'" in text("negated_reward_negates_the_gradient", plain, cool)
-    assert "1 and 1 parts" in text("accumulation_changes_nothing", plain, plain)
+    assert "1 and 1 micro-batches" in text("accumulation_changes_nothing", plain, plain)
     assert "changed" in text("constant_reward_changes_nothing", plain)
     assert text("weights_move", plain) is None
     plain.after = plain.steps[0].weights
@@ -408,21 +408,21 @@ def test_update_that_is_a_thousandth_off_is_seen(tmp_path):
 
 def test_loss_that_alone_is_off_is_said_to_be(oracle, tmp_path):
     plain = watched("plain", tmp_path, 1)
-    (part,) = plain.steps[0].parts
-    plain.steps[0].parts = [dataclasses.replace(part, loss=part.loss + 0.1)]
+    (micro_batch,) = plain.steps[0].micro_batches
+    plain.steps[0].micro_batches = [dataclasses.replace(micro_batch, loss=micro_batch.loss + 0.1)]
     assert "is right; the gradient is the right one" in text(
         "loss_equals_the_oracles", plain, oracle
     )
 
 
 def test_nothing_to_learn_from_is_a_loss_of_zero(oracle, tmp_path, monkeypatch):
-    """A window of which every completion is masked, and a part that the window knows nothing of."""
+    """Every completion is masked; or a micro-batch holds what was never drawn."""
     recipe = dataclasses.replace(RUNS["plain"].recipe, steps=1)
     run = watch(recipe, tmp_path / "run", device="cpu")
     (step,) = run.steps
     how = Conventions.of(run.recipe)
-    strange = dataclasses.replace(step.parts[0], rows=(((1,), (2,)),))
-    alone = Step(step.number, step.window, step.weights, [strange])
+    strange = dataclasses.replace(step.micro_batches[0], rows=(((1,), (2,)),))
+    alone = Step(step.number, step.batch, step.weights, [strange])
     monkeypatch.setattr(oracle, "truncated", lambda completion: True)
     masked = dataclasses.replace(how, mask_truncated=True)
     for seen in (oracle.step(run, alone, how), oracle.step(run, step, masked)):

@@ -1,14 +1,12 @@
 """What the README says is so."""
 
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
 
 import grpo_harness
 from grpo_harness import rule_reward
-from grpo_harness.settings import resolve
 from grpo_harness.tasks import load_task_type
 
 ROOT = Path(__file__).parent.parent
@@ -31,19 +29,6 @@ def roman(tmp_path):
     return path
 
 
-def test_the_table_resolves(tmp_path, roman, monkeypatch):
-    (tmp_path / "pyproject.toml").write_text(TABLE)
-    (tmp_path / "our_package").mkdir()
-    (tmp_path / "our_package" / "rewards.py").write_text(
-        "def reward(prompts, completions, **_): ..."
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    settings = resolve(tmp_path, tmp_path, {})
-    assert settings.tasks == ("gcd", "sort", "roman")
-    assert settings.sampling.max_new_tokens == 256
-    assert set(tomllib.loads(TABLE)["tool"]) == {"grpo-harness"}
-
-
 def test_the_task_type_is_one(roman):
     task_type = load_task_type(str(roman))
     numerals = {4: "IV", 9: "IX", 14: "XIV", 40: "XL", 99: "XCIX", 399: "CCCXCIX"}
@@ -54,24 +39,28 @@ def test_the_task_type_is_one(roman):
         assert rule_reward(problem.prompt, "") < 0
 
 
-def test_the_suite_runs(pytester, tiny):
-    pytester.makepyprojecttoml(
-        f"""
-        [tool.grpo-harness]
-        base = "{tiny}"
-        trained = "{tiny}"
-        tasks = ["palindrome"]
-        problems = 64
-        samples = 1
-        [tool.grpo-harness.sampling]
-        max_new_tokens = 2
-        """
+def test_a_repository_that_follows_it_goes_green(pytester, roman, save_tiny):
+    """Its table, suite and task type as they stand there, with policies that are small and here."""
+    save_tiny(pytester.path / "checkpoints" / "base", seed=1)
+    save_tiny(pytester.path / "checkpoints" / "latest", seed=2)
+    table = TABLE.replace("Qwen/Qwen2-0.5B-Instruct", "checkpoints/base")
+    (pytester.path / "pyproject.toml").write_text(
+        table.replace("max_new_tokens = 256", "max_new_tokens = 2")
     )
-    # The untrained policy gives no strictly right answer, and must not pass for it.
-    pytester.makepyfile(test_readme_suite=SUITE.replace("> 0.8", ">= 0.8"))
+    for folder in ("our_package", "tasks"):
+        (pytester.path / folder).mkdir()
+    (pytester.path / "our_package" / "rewards.py").write_text(
+        "from grpo_harness import reward_func as reward\n"
+    )
+    (pytester.path / "tasks" / "roman.py").write_text(ROMAN)
+    (pytester.path / "test_policies.py").write_text(SUITE)
+    pytester.syspathinsert()
     options = ("-p", "no:xdist", "-p", "no:benchmark")
-    pytester.runpytest_inprocess("--grpo-record", *options).assert_outcomes(skipped=2, deselected=4)
-    pytester.runpytest_inprocess(*options, "-k", "accuracy or length").assert_outcomes(passed=4)
+    recorded = pytester.runpytest_inprocess("--grpo-record", *options)
+    recorded.assert_outcomes(skipped=6, deselected=12)
+    judged = pytester.runpytest_inprocess(*options)
+    judged.assert_outcomes(passed=18)
+    judged.stdout.fnmatch_lines(["roman *checkpoints/latest * PASS*"])
 
 
 def test_every_option_is_documented_and_no_other(pytestconfig):

@@ -6,27 +6,27 @@ or raises `BrokenInvariantError`, with its name, the number, the place, and what
 usually means.
 
 ==================  ==================================================================
-``seen.py``         what is seen of a run: windows of completions, parts, steps
+``trace.py``        what a run did: batches of completions, micro-batches, steps
 ``policies.py``     policies that real ones are like and the embedded pair is not
 ``runs.py``         the runs that the contract is read from
-``witness.py``      a run watched from outside
+``observer.py``     watches a run from outside
 ``conventions.py``  how TRL computes a step, and what it could do otherwise
 ``lengths.py``      how long gradients are, and how far apart
 ``invariant.py``    what an invariant is, and how it fails
 ``oracle.py``       a step computed anew
 ``adam.py``         an update computed anew
-``drawing.py``      invariants of what is drawn, scored and counted
+``rollouts.py``     invariants of what is drawn, scored and counted
 ``update.py``       invariants of log-probabilities, loss and gradient
 ``weights.py``      invariants of the weights
-``whole.py``        invariants of whole runs
+``end_to_end.py``   invariants of whole runs
 ==================  ==================================================================
 """
 
-from grpo_harness.contract import drawing, update, weights, whole  # noqa: F401 - their import names them
+from grpo_harness.contract import end_to_end, rollouts, update, weights  # noqa: F401 - their import names them
 from grpo_harness.contract.invariant import INVARIANTS, BrokenInvariantError
+from grpo_harness.contract.observer import make, watch
 from grpo_harness.contract.oracle import Oracle
 from grpo_harness.contract.runs import RUNS
-from grpo_harness.contract.seen import Witness
-from grpo_harness.contract.witness import make, watch
+from grpo_harness.contract.trace import Trace
 
-__all__ = ["INVARIANTS", "RUNS", "BrokenInvariantError", "Oracle", "Witness", "make", "watch"]
+__all__ = ["INVARIANTS", "RUNS", "BrokenInvariantError", "Oracle", "Trace", "make", "watch"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_harness.contract.lengths import distance, norm, scale
-from grpo_harness.contract.seen import Step, Tensors, Witness
+from grpo_harness.contract.trace import Step, Tensors, Trace
 from grpo_harness.training.recipes import Recipe
 
 
@@ -101,7 +101,7 @@ def clipped(gradient: Tensors, most: float) -> Tensors:
     return {name: factor * values.double() for name, values in gradient.items()}
 
 
-def updates(run: Witness) -> Iterator[Update]:
+def updates(run: Trace) -> Iterator[Update]:
     """Make every update anew, each from the weights seen before it and all gradients till then."""
     how = AdamW.of(run.recipe)
     first: dict[str, Tensor] = {}

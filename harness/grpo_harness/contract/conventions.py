@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_harness.contract.seen import Witness
+from grpo_harness.contract.trace import Trace
 from grpo_harness.grpo import Estimator, LossType, Scale
 from grpo_harness.training.recipes import Recipe
 
@@ -50,7 +50,7 @@ class Conventions:
         )
 
 
-def alternatives(run: Witness) -> Iterator[tuple[str, Conventions]]:
+def alternatives(run: Trace) -> Iterator[tuple[str, Conventions]]:
     """Yield what goes wrong in the field, by what it does to the advantages or the gradient."""
     right, g = Conventions.of(run.recipe), run.recipe.num_generations
     changes: list[tuple[str, dict[str, Any]]] = [
@@ -75,7 +75,7 @@ def alternatives(run: Witness) -> Iterator[tuple[str, Conventions]]:
         ("truncated completions masked", {"mask_truncated": True}),
         ("truncated completions kept", {"mask_truncated": False}),
     ]
-    if len({step.window for step in run.steps}) < len(run.steps):
+    if len({step.batch for step in run.steps}) < len(run.steps):
         clipped = "epsilon = 0: clipped wherever the ratio has moved"
         changes.insert(1, (clipped, {"epsilon": 0.0, "epsilon_high": 0.0}))
         changes.insert(2, ("no clipping", {"epsilon": math.inf, "epsilon_high": math.inf}))

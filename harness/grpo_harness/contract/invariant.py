@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo_harness.contract.seen import Window, Witness
+from grpo_harness.contract.trace import Batch, Trace
 
 Check = Callable[..., None]
 
@@ -29,7 +29,7 @@ def invariant(usually: str) -> Callable[[Check], Check]:
 
     def decorate(check: Check) -> Check:
         @functools.wraps(check)
-        def named(run: Witness, *others: Any) -> None:
+        def named(run: Trace, *others: Any) -> None:
             try:
                 check(run, *others)
             except BrokenInvariantError as broken:
@@ -59,9 +59,9 @@ def equal(
     require(close, f"{place} is {seen}, and {right:.7g} is right")
 
 
-def where(window: Window, i: int, g: int) -> str:
+def where(batch: Batch, i: int, g: int) -> str:
     """Say which completion is meant, of groups of ``g``."""
-    return f"step {window.step + 1}, completion {i} (group {i // g})"
+    return f"step {batch.step + 1}, completion {i} (group {i // g})"
 
 
 def average(values: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from grpo_harness.contract.seen import Tensors
+from grpo_harness.contract.trace import Tensors
 
 GRADIENT_TOLERANCE = 1e-4
 """Largest relative L2 distance between two gradients that count as equal."""

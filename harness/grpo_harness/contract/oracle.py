@@ -18,7 +18,7 @@ from torch import Tensor
 from grpo_harness.contract.conventions import Conventions, alternatives
 from grpo_harness.contract.invariant import average
 from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance, scale
-from grpo_harness.contract.seen import Step, Tensors, Window, Witness
+from grpo_harness.contract.trace import Batch, Step, Tensors, Trace
 from grpo_harness.engines.weights import device_of, load_weights
 from grpo_harness.grpo import advantages, entropy, grpo_loss, kl, log_probabilities, ratio
 from grpo_harness.policy import Policy, load
@@ -54,7 +54,7 @@ class Oracle:
         return completion[-1] not in self.policy.eos_token_ids
 
     def log_probabilities(
-        self, weights: Tensors, window: Window, temperature: float
+        self, weights: Tensors, batch: Batch, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Return each token's log-probability, and the entropy there, under ``weights``.
 
@@ -62,31 +62,31 @@ class Oracle:
         and carry the gradient.
         """
         self._set(weights)
-        logits, tokens, mask = self._read(window)
+        logits, tokens, mask = self._read(batch)
         values = log_probabilities(logits, tokens, temperature)
         return values * mask, entropy(logits, temperature) * mask
 
     def redraw(
-        self, weights: Tensors, window: Window, temperature: float, top_p: float = 1.0
+        self, weights: Tensors, batch: Batch, temperature: float, top_p: float = 1.0
     ) -> list[list[bool]]:
         """Draw each token again from the random state of then: is it the one that was drawn?
 
         Sampling one token of each completion at a time takes the same random numbers whatever
         the probabilities are, so every token can be asked for with the drawn ones before it.
         """
-        assert window.random_state is not None
+        assert batch.random_state is not None
         generator = torch.Generator(self.device)
-        generator.set_state(window.random_state)
+        generator.set_state(batch.random_state)
         self._set(weights)
         with torch.no_grad():
-            logits, _, _ = self._read(window)
+            logits, _, _ = self._read(batch)
         probabilities = _nucleus(torch.softmax(logits.float() / temperature, -1), top_p)
         drawn = [
             torch.multinomial(p, 1, generator=generator)[:, 0] for p in probabilities.unbind(1)
         ]
         return [
             [int(drawn[t][i]) == token for t, token in enumerate(completion)]
-            for i, completion in enumerate(window.completion_ids)
+            for i, completion in enumerate(batch.completion_ids)
         ]
 
     def advantages(self, rewards: Sequence[float | None], g: int, how: Conventions) -> Tensor:
@@ -106,30 +106,30 @@ class Oracle:
             skip_nan=True,
         )
 
-    def step(self, run: Witness, step: Step, how: Conventions | None = None) -> Computed:
+    def step(self, run: Trace, step: Step, how: Conventions | None = None) -> Computed:
         """Compute ``step`` anew, by the recipe's conventions or by others."""
         if how is None:
             if step not in self._computed:
                 self._computed[step] = self.step(run, step, Conventions.of(run.recipe))
             return self._computed[step]
-        window, g = step.window, run.recipe.num_generations
+        batch, g = step.batch, run.recipe.num_generations
         old = reference = None
         with torch.no_grad():
-            if step.number > window.step + 1:
-                drew = run.steps[window.step].weights
-                old, _ = self.log_probabilities(drew, window, how.temperature)
+            if step.number > batch.step + 1:
+                drew = run.steps[batch.step].weights
+                old, _ = self.log_probabilities(drew, batch, how.temperature)
             if how.beta:
-                reference, _ = self.log_probabilities(self.base, window, how.temperature)
+                reference, _ = self.log_probabilities(self.base, batch, how.temperature)
         # Last, since the gradient is taken at the weights that the model has.
-        new, entropies = self.log_probabilities(step.weights, window, how.temperature)
+        new, entropies = self.log_probabilities(step.weights, batch, how.temperature)
         old = new.detach() if old is None else old
         reference = new.detach() if reference is None else reference
-        given = self.advantages(window.rewards, g, how).to(new)
-        mask = self._mask(window, how).to(new.device)
-        parts = rows_of(step)
+        given = self.advantages(batch.rewards, g, how).to(new)
+        mask = self._mask(batch, how).to(new.device)
+        micro_batches = rows_of(step)
         losses, figures = [], []
-        for rows in parts:
-            # Of a part whose rows are none of the window's there is nothing to compute.
+        for rows in micro_batches:
+            # Of a micro-batch whose rows are none of the batch's there is nothing to compute.
             loss = new[rows].sum()
             if rows:
                 loss = grpo_loss(
@@ -145,10 +145,10 @@ class Oracle:
                     reference=reference[rows],
                     estimator=how.estimator,
                     kl_times_ratio=how.kl_times_ratio,
-                    window_tokens=float(mask.sum()) / run.steps_a_window or None,
+                    window_tokens=float(mask.sum()) / run.steps_per_batch or None,
                     max_completion_length=run.recipe.max_completion_length,
                 )
-            losses.append(loss if how.loss_type == "dapo" else loss / len(parts))
+            losses.append(loss if how.loss_type == "dapo" else loss / len(micro_batches))
             with torch.no_grad():
                 rho = ratio(new[rows], old[rows])
                 divergence = kl(new[rows], reference[rows], how.estimator)
@@ -168,7 +168,7 @@ class Oracle:
             new.detach().cpu(),
         )
 
-    def suspect(self, run: Witness, step: Step) -> str:
+    def suspect(self, run: Trace, step: Step) -> str:
         """Say what the gradient of ``step`` is instead of the recipe's, where that can be told."""
         if step not in self._suspects:
             right = self.step(run, step).gradient
@@ -178,7 +178,7 @@ class Oracle:
             self._model.double()
         return self._suspects[step]
 
-    def _suspect(self, run: Witness, step: Step, right: Tensors) -> str:
+    def _suspect(self, run: Trace, step: Step, right: Tensors) -> str:
         times = scale(step.gradient, right)
         if times is not None and abs(times - 1) <= GRADIENT_TOLERANCE:
             return "; the gradient is the right one"
@@ -190,12 +190,12 @@ class Oracle:
                 return f"; it is the gradient of {what}"
         return "" if times is None else f"; it is {times:.4g} times the right one"
 
-    def suspect_advantages(self, run: Witness, window: Window, seen: Mapping[int, float]) -> str:
+    def suspect_advantages(self, run: Trace, batch: Batch, seen: Mapping[int, float]) -> str:
         """Say what the advantages ``seen``, by place, are instead of the recipe's, likewise."""
         for what, how in alternatives(run):
-            others = self.advantages(window.rewards, run.recipe.num_generations, how).tolist()
+            others = self.advantages(batch.rewards, run.recipe.num_generations, how).tolist()
             # Rows that are alike have places that were given to them in any order.
-            rows = list(zip(window.prompt_ids, window.completion_ids, strict=True))
+            rows = list(zip(batch.prompt_ids, batch.completion_ids, strict=True))
             one = sorted((rows[i], a) for i, a in seen.items())
             two = sorted((rows[i], others[i]) for i in seen)
             pairs = zip(one, two, strict=True)
@@ -208,32 +208,32 @@ class Oracle:
             for name, p in self._model.named_parameters():
                 p.copy_(weights[name])
 
-    def _read(self, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (completions, tokens, vocabulary), tokens and mask of the completions.
 
         Each row stands at the beginning of its line. What fills the line behind it is seen by no
         token of a causal model, so there is nothing to mask and no position to shift.
         """
         pad = torch.nn.utils.rnn.pad_sequence
-        rows = zip(window.prompt_ids, window.completion_ids, strict=True)
+        rows = zip(batch.prompt_ids, batch.completion_ids, strict=True)
         lines = pad([torch.tensor(prompt + completion) for prompt, completion in rows], True)
         every = self._model(lines.to(self.device)).logits
         sliced = [
             every[i, len(prompt) - 1 : len(prompt) + len(completion) - 1]
             for i, (prompt, completion) in enumerate(
-                zip(window.prompt_ids, window.completion_ids, strict=True)
+                zip(batch.prompt_ids, batch.completion_ids, strict=True)
             )
         ]
-        tokens = pad([torch.tensor(ids) for ids in window.completion_ids], True)
-        mask = pad([torch.ones(len(ids)) for ids in window.completion_ids], True)
+        tokens = pad([torch.tensor(ids) for ids in batch.completion_ids], True)
+        mask = pad([torch.ones(len(ids)) for ids in batch.completion_ids], True)
         return pad(sliced, True), tokens.to(self.device), mask.to(self.device)
 
-    def _mask(self, window: Window, how: Conventions) -> Tensor:
+    def _mask(self, batch: Batch, how: Conventions) -> Tensor:
         kept = [
             0 if how.mask_truncated and self.truncated(ids) else len(ids)
-            for ids in window.completion_ids
+            for ids in batch.completion_ids
         ]
-        longest = max(len(ids) for ids in window.completion_ids)
+        longest = max(len(ids) for ids in batch.completion_ids)
         return (torch.arange(longest) < torch.tensor(kept)[:, None]).long()
 
 
@@ -256,7 +256,7 @@ def _clipped(rho: Tensor, given: Tensor, how: Conventions) -> tuple[Tensor, Tens
 def _figures(
     entropies: Tensor, divergence: Tensor, low: Tensor, high: Tensor, mask: Tensor
 ) -> dict[str, float]:
-    """Return what TRL logs of a part: means over its tokens, and extremes over its completions.
+    """Return what TRL logs of a micro-batch: means over tokens, extremes over completions.
 
     A completion that is masked as a whole has no share of clipped tokens.
     """
@@ -280,12 +280,15 @@ def _figures(
 
 
 def rows_of(step: Step) -> list[list[int]]:
-    """Return, for each part of ``step``, the places in the window of the rows that it was given.
+    """Return, for each micro-batch of ``step``, the places of its rows in the batch.
 
-    A row that the window does not have is left out.
+    A row that the batch does not have is left out.
     """
-    pairs = zip(step.window.prompt_ids, step.window.completion_ids, strict=True)
+    pairs = zip(step.batch.prompt_ids, step.batch.completion_ids, strict=True)
     free: dict[object, list[int]] = {}
     for place, pair in enumerate(pairs):
         free.setdefault(pair, []).append(place)
-    return [[free[row].pop(0) for row in part.rows if free.get(row)] for part in step.parts]
+    return [
+        [free[row].pop(0) for row in micro_batch.rows if free.get(row)]
+        for micro_batch in step.micro_batches
+    ]

@@ -17,30 +17,30 @@ from grpo_harness.contract.invariant import (
 )
 from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance
 from grpo_harness.contract.oracle import Oracle, rows_of
-from grpo_harness.contract.seen import Step, Witness
+from grpo_harness.contract.trace import Step, Trace
 
 
 @invariant("temperature ignored (trl#3029), the attention mask left out (trl#2708), shifted tokens")
-def log_probabilities_are_the_policys(run: Witness, oracle: Oracle) -> None:
+def log_probabilities_are_the_policys(run: Trace, oracle: Oracle) -> None:
     """Padded in a batch, each token has the log-probability that it has without padding."""
     g, temperature = run.recipe.num_generations, run.recipe.temperature
     for step in run.steps:
         right = oracle.step(run, step).log_probabilities
-        for rows, part in zip(rows_of(step), step.parts, strict=True):
-            if part.log_probabilities is None:
+        for rows, micro_batch in zip(rows_of(step), step.micro_batches, strict=True):
+            if micro_batch.log_probabilities is None:
                 continue  # an older TRL does not show them: its gradient tells
-            for place, row in zip(rows, part.log_probabilities, strict=False):
-                ids = step.window.completion_ids[place]
+            for place, row in zip(rows, micro_batch.log_probabilities, strict=False):
+                ids = step.batch.completion_ids[place]
                 if Conventions.of(run.recipe).mask_truncated and oracle.truncated(ids):
                     continue
                 seen, wanted = row[: len(ids)].double(), right[place, : len(ids)]
                 worst = int((seen - wanted).abs().argmax())
                 if not abs(seen[worst] - wanted[worst]) <= 1e-4:
                     with torch.no_grad():
-                        plain, _ = oracle.log_probabilities(step.weights, step.window, 1.0)
+                        plain, _ = oracle.log_probabilities(step.weights, step.batch, 1.0)
                     ignored = torch.allclose(seen, plain[place, : len(ids)].cpu(), atol=1e-4)
                     raise BrokenInvariantError(
-                        f"{where(step.window, place, g)}, token {worst}: log-probability "
+                        f"{where(step.batch, place, g)}, token {worst}: log-probability "
                         f"{float(seen[worst]):.6f}, and {float(wanted[worst]):.6f} is right at "
                         f"temperature {temperature}"
                         + ("; it is that of 1: the temperature is ignored" if ignored else "")
@@ -48,31 +48,31 @@ def log_probabilities_are_the_policys(run: Witness, oracle: Oracle) -> None:
 
 
 @invariant("a mask cut short, shifted or of another row: tokens that count for nothing, or twice")
-def the_mask_is_the_completions(run: Witness, oracle: Oracle) -> None:
+def the_mask_is_the_completions(run: Trace, oracle: Oracle) -> None:
     """The loss is told of every token of a completion, and of none beyond its end."""
     masked = Conventions.of(run.recipe).mask_truncated
     for step in run.steps:
-        for rows, part in zip(rows_of(step), step.parts, strict=True):
-            if part.mask is None:
+        for rows, micro_batch in zip(rows_of(step), step.micro_batches, strict=True):
+            if micro_batch.mask is None:
                 continue  # an older TRL gives it another name: the gradient tells
-            for place, row in zip(rows, part.mask.long(), strict=False):
-                ids = step.window.completion_ids[place]
+            for place, row in zip(rows, micro_batch.mask.long(), strict=False):
+                ids = step.batch.completion_ids[place]
                 counted = 0 if masked and oracle.truncated(ids) else len(ids)
                 right = (torch.arange(len(row)) < counted).long()
                 for token in (row != right).nonzero().flatten()[:1].tolist():
                     raise BrokenInvariantError(
-                        f"{where(step.window, place, run.recipe.num_generations)}: token {token} "
+                        f"{where(step.batch, place, run.recipe.num_generations)}: token {token} "
                         f"of {len(ids)} has mask {int(row[token])}, and {int(right[token])} is "
                         f"right (the mask counts {int(row.sum())} tokens)"
                     )
 
 
 @invariant("another loss_type or normaliser under accumulation (trl#6024, #5619, #6369), KL, ε")
-def loss_equals_the_oracles(run: Witness, oracle: Oracle) -> None:
+def loss_equals_the_oracles(run: Trace, oracle: Oracle) -> None:
     """Each step's loss is the formula's on the raw completions, and it is what is logged."""
     right = {step.number: oracle.step(run, step).loss for step in run.steps}
     for step in run.steps:
-        seen = sum(part.loss for part in step.parts)
+        seen = sum(micro_batch.loss for micro_batch in step.micro_batches)
         _gap(run, oracle, step, "the loss", seen, right[step.number])
     for row in run.rows:
         steps = run.steps_of(row)
@@ -81,7 +81,7 @@ def loss_equals_the_oracles(run: Witness, oracle: Oracle) -> None:
 
 
 @invariant("another loss_type, ε, KL, temperature or normaliser (trl#6024, #5619, #3029)")
-def gradient_equals_the_oracles(run: Witness, oracle: Oracle) -> None:
+def gradient_equals_the_oracles(run: Trace, oracle: Oracle) -> None:
     """Each step's gradient is autograd's of the formula, on a fresh copy of the weights."""
     for step in run.steps:
         right = oracle.step(run, step).gradient
@@ -98,7 +98,7 @@ def gradient_equals_the_oracles(run: Witness, oracle: Oracle) -> None:
 
 
 @invariant("another estimator of the KL, a reference that is not the base, or another clip range")
-def figures_of_the_policy_are_the_oracles(run: Witness, oracle: Oracle) -> None:
+def figures_of_the_policy_are_the_oracles(run: Trace, oracle: Oracle) -> None:
     """Entropy, KL to the base and the clip ratios that are logged are those of the tokens."""
     for row in run.rows:
         computed = [oracle.step(run, step).logged for step in run.steps_of(row)]
@@ -109,13 +109,13 @@ def figures_of_the_policy_are_the_oracles(run: Witness, oracle: Oracle) -> None:
 
 
 @invariant("old log-probabilities that are another policy's, or of another temperature")
-def on_policy_the_ratio_is_one(run: Witness) -> None:
+def on_policy_the_ratio_is_one(run: Trace) -> None:
     """On completions of the weights before a step, ρ is exactly 1 and nothing is clipped."""
     for step in run.steps:
-        for part in step.parts:
-            if part.old is None or part.log_probabilities is None:
+        for micro_batch in step.micro_batches:
+            if micro_batch.old is None or micro_batch.log_probabilities is None:
                 continue  # the trainer takes π itself for π_old
-            rho = torch.exp(part.log_probabilities - part.old)
+            rho = torch.exp(micro_batch.log_probabilities - micro_batch.old)
             require(bool((rho == 1).all()), f"step {step.number}: ρ is up to {float(rho.max())}")
     for row in run.rows:
         for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean"):
@@ -124,7 +124,7 @@ def on_policy_the_ratio_is_one(run: Witness) -> None:
 
 
 @invariant("ε that is not the recipe's, or ratios that are taken against the policy itself")
-def clipping_acts_off_policy(run: Witness, oracle: Oracle) -> None:
+def clipping_acts_off_policy(run: Trace, oracle: Oracle) -> None:
     """On used completions, at a large rate, tokens are clipped at 1 ± ε, and not all of them."""
     (row,) = run.rows
     last = run.steps[-1]
@@ -140,7 +140,7 @@ def clipping_acts_off_policy(run: Witness, oracle: Oracle) -> None:
         )
 
 
-def _gap(run: Witness, oracle: Oracle, step: Step, what: str, seen: float, right: float) -> None:
+def _gap(run: Trace, oracle: Oracle, step: Step, what: str, seen: float, right: float) -> None:
     if not abs(seen - right) <= 1e-6 + 1e-5 * abs(right):
         raise BrokenInvariantError(
             f"step {step.number}: {what} is {seen:.8g}, and {right:.8g} is right"

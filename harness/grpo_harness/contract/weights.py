@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from grpo_harness.contract.adam import AdamW, clipped, rate, updates
 from grpo_harness.contract.invariant import BrokenInvariantError, equal, invariant, require
 from grpo_harness.contract.lengths import distance
-from grpo_harness.contract.seen import Tensors, Witness
+from grpo_harness.contract.trace import Tensors, Trace
 
 
 @invariant("a max_grad_norm that is dropped, or a norm taken of each tensor by itself")
-def gradients_are_clipped_as_asked(run: Witness) -> None:
+def gradients_are_clipped_as_asked(run: Trace) -> None:
     """The optimizer is given the gradient, its norm at most ``max_grad_norm``; 0 is no limit.
 
     The factor is the same for every element, so the rounding of one product is all that differs:
@@ -32,7 +32,7 @@ def gradients_are_clipped_as_asked(run: Witness) -> None:
 
 
 @invariant("another optimizer, schedule, decay or β than the recipe's, or a state that is lost")
-def every_update_is_adamws(run: Witness) -> None:
+def every_update_is_adamws(run: Trace) -> None:
     """Each step makes one update, and it is AdamW's at the schedule's rate for its gradients.
 
     What is allowed is the rounding of a weight in single precision (two of them, where it decays)
@@ -56,7 +56,7 @@ def every_update_is_adamws(run: Witness) -> None:
 
 
 @invariant("a second update, an average of weights or a decay beside the optimizer")
-def only_updates_move_the_weights(run: Witness) -> None:
+def only_updates_move_the_weights(run: Trace) -> None:
     """A step starts from the weights that the one before left, to the bit; the last are the end."""
     starts = [*(step.weights for step in run.steps[1:]), run.after]
     for step, start in zip(run.steps, starts, strict=True):
@@ -64,7 +64,7 @@ def only_updates_move_the_weights(run: Witness) -> None:
 
 
 @invariant("a schedule that is not the recipe's, or a rate that is logged after the scheduler")
-def rates_logged_are_the_schedules(run: Witness) -> None:
+def rates_logged_are_the_schedules(run: Trace) -> None:
     """The learning rate that is logged is the one by the schedule's formula of the row's step."""
     for row in run.rows:
         right = rate(run.recipe, int(row["step"]))
@@ -72,7 +72,7 @@ def rates_logged_are_the_schedules(run: Witness) -> None:
 
 
 @invariant("weights that are saved in half precision, before the last update, or not all of them")
-def what_is_saved_is_what_was_trained(run: Witness) -> None:
+def what_is_saved_is_what_was_trained(run: Trace) -> None:
     """The checkpoint has the weights in memory, in their own dtype, to the bit."""
     require(run.run is not None, f"the run left none: {run.error}")
     assert run.run is not None

@@ -171,7 +171,7 @@ def resolve(recipe: Recipe, out: Path, *, device: str = "auto") -> GRPOConfig:
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
         "report_to": "none",
-        # The run saves by itself, where a generation window ends; the last two are kept.
+        # The run saves by itself, where a generation batch is used up; the last two are kept.
         "save_strategy": "no",
         "save_total_limit": 2,
     }

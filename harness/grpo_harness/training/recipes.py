@@ -34,7 +34,7 @@ class Recipe:
     makes one update, in ``gradient_accumulation_steps`` equal parts. ``max_prompt_length`` and
     ``max_completion_length`` count tokens; a longer prompt is an error, since TRL truncates
     none. A checkpoint to go on from is kept every ``save_steps`` steps, or at the first end of a
-    generation window behind; with 0 there is none. ``config`` holds further fields of
+    generation batch behind; with 0 there is none. ``config`` holds further fields of
     ``GRPOConfig`` by name.
 
     Raises ``ValueError`` with the recipe, the field and what it has instead of what it may have.

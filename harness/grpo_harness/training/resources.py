@@ -55,7 +55,7 @@ class Resources:
 def resources(
     rows: Sequence[Row], *, completions: int, processes: int, peak: int, cuda: bool
 ) -> Resources:
-    """Sum up the logged ``rows`` of a run that drew ``completions`` in a generation window."""
+    """Sum up the logged ``rows`` of a run that drew ``completions`` in a generation batch."""
     # A step that uses completions again logs no length of its own.
     tokens = sum(row.get("completions/mean_length") or 0.0 for row in rows) * completions
     seconds = [row["step_time"] for row in rows]

@@ -120,15 +120,15 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]], step: int) -> None
 
 
 def save_every(config: GRPOConfig, save_steps: int) -> int:
-    """Return how many steps lie between two checkpoints: ``save_steps``, and whole windows.
+    """Return how many steps lie between two checkpoints: ``save_steps`` or a little more.
 
-    What a generation window has drawn is not part of a checkpoint: only at its end can a run be
-    resumed and be the same.
+    Completions that are drawn and not yet used up are not part of a checkpoint: a resumed run is
+    the same only from where a generation batch ends.
     """
-    parts = config.gradient_accumulation_steps
-    drawn = (config.steps_per_generation or parts) * config.num_iterations
-    window = math.lcm(drawn, parts) // parts
-    return math.ceil(save_steps / window) * window
+    accumulated = config.gradient_accumulation_steps
+    drawn = (config.steps_per_generation or accumulated) * config.num_iterations
+    steps_per_batch = math.lcm(drawn, accumulated) // accumulated
+    return math.ceil(save_steps / steps_per_batch) * steps_per_batch
 
 
 class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]

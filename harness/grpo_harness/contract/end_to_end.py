@@ -7,17 +7,17 @@ from collections import Counter
 
 import torch
 
-from grpo_harness.contract.drawing import recipe_prompts
 from grpo_harness.contract.invariant import BrokenInvariantError, equal, invariant, require
 from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance
 from grpo_harness.contract.oracle import Oracle
-from grpo_harness.contract.seen import Step, Tensors, Tokens, Witness
+from grpo_harness.contract.rollouts import recipe_prompts
+from grpo_harness.contract.trace import Step, Tensors, Tokens, Trace
 from grpo_harness.policy import TRAINED_ON, load
 from grpo_harness.tasks import make_problems
 
 
 @invariant("weight decay, a KL term or an entropy bonus that was not asked for")
-def constant_reward_changes_nothing(run: Witness) -> None:
+def constant_reward_changes_nothing(run: Trace) -> None:
     """Where every completion has the same reward, the weights stay as they are, to the bit."""
     for name, before in run.steps[0].weights.items():
         off = int((run.after[name] != before).sum())
@@ -28,7 +28,7 @@ def constant_reward_changes_nothing(run: Witness) -> None:
 
 
 @invariant("rewards that are clipped, shifted or taken by size on the way")
-def negated_reward_negates_the_gradient(run: Witness, other: Witness) -> None:
+def negated_reward_negates_the_gradient(run: Trace, other: Trace) -> None:
     """The reward the other way round turns the first gradient round and does nothing else."""
     _same_completions(run, other)
     turned = {name: -values for name, values in other.steps[0].gradient.items()}
@@ -37,39 +37,37 @@ def negated_reward_negates_the_gradient(run: Witness, other: Witness) -> None:
 
 
 @invariant("a normaliser that is a micro-batch's instead of the step's (trl#6024, trl#5619)")
-def accumulation_changes_nothing(run: Witness, other: Witness) -> None:
-    """Four groups in four parts have the gradient that they have in one."""
-    require(
-        len(run.steps[0].parts) == 4 and len(other.steps[0].parts) == 1,
-        f"step 1 was made in {len(run.steps[0].parts)} and {len(other.steps[0].parts)} parts",
-    )
+def accumulation_changes_nothing(run: Trace, other: Trace) -> None:
+    """Four groups in four micro-batches have the gradient that they have in one."""
+    made, at_once = (len(one.steps[0].micro_batches) for one in (run, other))
+    require(made == 4 and at_once == 1, f"step 1 was made in {made} and {at_once} micro-batches")
     _same_completions(run, other)
     off = distance(run.steps[0].gradient, other.steps[0].gradient)
-    parts = sum(part.loss for part in run.steps[0].parts)
+    summed = sum(micro_batch.loss for micro_batch in run.steps[0].micro_batches)
     require(
         off <= GRADIENT_TOLERANCE,
         f"step 1: with accumulation the gradient is {off:.2g} of its length away",
     )
-    equal("step 1: the loss with accumulation", parts, other.steps[0].parts[0].loss)
+    equal("step 1: the loss with accumulation", summed, other.steps[0].micro_batches[0].loss)
 
 
 @invariant("random numbers from somewhere that the seed does not reach")
-def the_same_seed_gives_the_same_rows(run: Witness, other: Witness) -> None:
+def the_same_seed_gives_the_same_rows(run: Trace, other: Trace) -> None:
     """A run and its repetition log the same figures, to the bit, but for the time they took."""
     _same_rows(run, other)
 
 
 @invariant("a seed that is set anew before every step, or that reaches only some of what is drawn")
-def another_seed_gives_another_run(run: Witness, other: Witness) -> None:
+def another_seed_gives_another_run(run: Trace, other: Trace) -> None:
     """Another seed asks other problems first, and no two draws share their random numbers."""
     seeds = f"with seed {run.recipe.seed} and with {other.recipe.seed}"
     g = run.recipe.num_generations
-    one, two = (seen.steps[0].window.prompts[::g] for seen in (run, other))
+    one, two = (seen.steps[0].batch.prompts[::g] for seen in (run, other))
     require(one != two, f"step 1 asks the same problems in the same order {seeds}")
     drawn = [(step, seen) for seen in (run, other) for step in seen.steps]
     for i, (step, seen) in enumerate(drawn):
         for before, then in drawn[:i]:
-            if step.window is not before.window and _same_state(step, before):
+            if step.batch is not before.batch and _same_state(step, before):
                 raise BrokenInvariantError(
                     f"step {step.number} of run {seen.recipe.name!r} draws from the random numbers "
                     f"of step {before.number} of run {then.recipe.name!r}"
@@ -78,21 +76,21 @@ def another_seed_gives_another_run(run: Witness, other: Witness) -> None:
 
 
 @invariant("a sampler that repeats or skips, or does not shuffle")
-def every_problem_has_its_turn(run: Witness, oracle: Oracle) -> None:
+def every_problem_has_its_turn(run: Trace, oracle: Oracle) -> None:
     """The recipe's problems are asked in rounds: each once a round, each round in another order."""
     recipe, g = run.recipe, run.recipe.num_generations
     prompts = recipe_prompts(run, oracle)
-    windows = list(dict.fromkeys(step.window for step in run.steps))
+    batches = list(dict.fromkeys(step.batch for step in run.steps))
     # A step asks a full number of problems, so what is left of a round is not asked.
-    a_round = len(prompts) // (len(windows[0].prompt_ids) // g)
+    a_round = len(prompts) // (len(batches[0].prompt_ids) // g)
     rounds: list[list[Tokens]] = []
-    for n, window in enumerate(windows):
-        asked = list(window.prompt_ids[::g])
+    for n, batch in enumerate(batches):
+        asked = list(batch.prompt_ids[::g])
         if n % a_round == 0:
             rounds.append([])
         rounds[-1] += asked
         for problem, times in Counter(rounds[-1]).items():
-            place = f"step {window.step + 1} asks"
+            place = f"step {batch.step + 1} asks"
             require(problem in prompts, f"{place} what is none of the recipe's problems")
             require(
                 times <= prompts.count(problem),
@@ -108,7 +106,7 @@ def every_problem_has_its_turn(run: Witness, oracle: Oracle) -> None:
 
 
 @invariant("a resume that loses the optimizer, the schedule or the random state (trl#3148, #3247)")
-def resumed_equals_uninterrupted(run: Witness, other: Witness) -> None:
+def resumed_equals_uninterrupted(run: Trace, other: Trace) -> None:
     """A run that goes on from a checkpoint is the one that never stopped, to the bit."""
     made = [step.number for step in run.steps]
     require(
@@ -118,7 +116,7 @@ def resumed_equals_uninterrupted(run: Witness, other: Witness) -> None:
     for step, right in zip(run.steps, other.steps[-len(made) :], strict=True):
         place = f"step {step.number}, which is made after the interruption,"
         _same_weights(f"{place} starts from other weights", step.weights, right.weights)
-        same = step.window.prompts == right.window.prompts
+        same = step.batch.prompts == right.batch.prompts
         require(same, f"{place} asks other problems: the sampler's place is lost")
         require(
             _same_state(step, right), f"{place} draws other random numbers: their state is lost"
@@ -131,7 +129,7 @@ def resumed_equals_uninterrupted(run: Witness, other: Witness) -> None:
 
 
 @invariant("a tokenizer, template or generation config that is not saved, or another one")
-def the_checkpoint_is_whole(run: Witness, oracle: Oracle) -> None:
+def the_checkpoint_is_whole(run: Trace, oracle: Oracle) -> None:
     """What is on disk asks, reads and ends as its base does, and lists what it was trained on."""
     require(run.run is not None, f"the run left none: {run.error}")
     assert run.run is not None
@@ -155,7 +153,7 @@ def the_checkpoint_is_whole(run: Witness, oracle: Oracle) -> None:
 
 
 @invariant("weights in half precision: steps of such rates are rounded away")
-def weights_move(run: Witness) -> None:
+def weights_move(run: Trace) -> None:
     """At least half the elements of every trainable tensor have changed."""
     for name, before in run.steps[0].weights.items():
         share = float((run.after[name] != before).float().mean())
@@ -163,7 +161,7 @@ def weights_move(run: Witness) -> None:
 
 
 @invariant("logging_nan_inf_filter, or a nan_to_num in the loss (trl#6702)")
-def a_nan_is_seen(run: Witness) -> None:
+def a_nan_is_seen(run: Trace) -> None:
     """A NaN loss is logged as what it is, and ends the run."""
     assert run.nan_at is not None
     rows = {int(row["step"]): row for row in run.rows}
@@ -180,7 +178,7 @@ def a_nan_is_seen(run: Witness) -> None:
     )
 
 
-def _same_rows(run: Witness, other: Witness) -> None:
+def _same_rows(run: Trace, other: Trace) -> None:
     one, two = ([row["step"] for row in seen.rows] for seen in (run, other))
     require(one == two, f"rows of steps {one} are logged, then of {two}")
     for row, again in zip(run.rows, other.rows, strict=True):
@@ -196,12 +194,12 @@ def _same_weights(otherwise: str, seen: Tensors, right: Tensors) -> None:
 
 
 def _same_state(step: Step, other: Step) -> bool:
-    one, two = step.window.random_state, other.window.random_state
+    one, two = step.batch.random_state, other.batch.random_state
     return one is not None and two is not None and torch.equal(one, two)
 
 
-def _same_completions(run: Witness, other: Witness) -> None:
-    one, two = run.steps[0].window, other.steps[0].window
+def _same_completions(run: Trace, other: Trace) -> None:
+    one, two = run.steps[0].batch, other.steps[0].batch
     require(
         one.prompt_ids == two.prompt_ids and one.completion_ids == two.completion_ids,
         f"the first completions are not those of run {other.recipe.name!r}, at the same seed",

@@ -19,7 +19,7 @@ from grpo_harness.contract.invariant import (
     where,
 )
 from grpo_harness.contract.oracle import Oracle, rows_of
-from grpo_harness.contract.seen import Tokens, Window, Witness
+from grpo_harness.contract.trace import Batch, Tokens, Trace
 from grpo_harness.rewards.functions import RewardFunction
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.tasks import make_problems
@@ -51,7 +51,7 @@ KEYS = (
 
 
 @invariant("a default that flipped in an upgrade, or a field of the recipe that is dropped")
-def settings_are_the_recipes(run: Witness) -> None:
+def settings_are_the_recipes(run: Trace) -> None:
     """The trainer runs by the recipe, and by what is pinned beside it.
 
     TRL 0.19, 0.22, 0.27 and 1.10 changed defaults (β, loss_type, top_k, the KL estimator).
@@ -103,7 +103,7 @@ def settings_are_the_recipes(run: Witness) -> None:
 
 
 @invariant("a metric that was renamed or dropped, or a step that blew up (trl#6702)")
-def rows_are_complete_and_finite(run: Witness) -> None:
+def rows_are_complete_and_finite(run: Trace) -> None:
     """Every step is logged, with every figure, and every figure is a number."""
     every = int(run.trainer.args.logging_steps)
     logged = [int(row["step"]) for row in run.rows]
@@ -122,7 +122,7 @@ def rows_are_complete_and_finite(run: Witness) -> None:
 
 
 @invariant("the policy was loaded in another precision, or from somewhere else")
-def training_starts_from_the_base(run: Witness, oracle: Oracle) -> None:
+def training_starts_from_the_base(run: Trace, oracle: Oracle) -> None:
     """Before the first step the weights are the base policy's, to the bit."""
     for name, right in oracle.base.items():
         off = int((run.steps[0].weights[name] != right).sum())
@@ -130,32 +130,34 @@ def training_starts_from_the_base(run: Witness, oracle: Oracle) -> None:
 
 
 @invariant("texts or ids that are changed, mixed up or repeated on the way (trl#6533, trl#7039)")
-def what_is_drawn_is_scored_and_trained_on(run: Witness, oracle: Oracle) -> None:
+def what_is_drawn_is_scored_and_trained_on(run: Trace, oracle: Oracle) -> None:
     """The completions that the model drew are those that were scored and those that were used."""
     g = run.recipe.num_generations
     tokenizer = oracle.policy.tokenizer
-    for window in _windows(run):
-        ids = list(map(list, window.completion_ids))
+    for batch in _batches(run):
+        ids = list(map(list, batch.completion_ids))
         decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        given = [tuple(ids) for ids in tokenizer(list(window.prompts))["input_ids"]]
-        for i, (drawn, text) in enumerate(zip(window.completion_ids, decoded, strict=True)):
-            place = where(window, i, g)
+        given = [tuple(ids) for ids in tokenizer(list(batch.prompts))["input_ids"]]
+        for i, (drawn, text) in enumerate(zip(batch.completion_ids, decoded, strict=True)):
+            place = where(batch, i, g)
             require(
-                window.prompt_ids[i] == given[i], f"{place} was drawn for another prompt's tokens"
+                batch.prompt_ids[i] == given[i], f"{place} was drawn for another prompt's tokens"
             )
             require(
-                window.prompts[i] == window.prompts[i - i % g],
+                batch.prompts[i] == batch.prompts[i - i % g],
                 f"{place} has another prompt than the first of its group",
             )
             require(
-                window.texts[i] == text and window.scored[i] == drawn,
-                f"{place} was drawn as {text!r} and scored as {window.texts[i]!r}",
+                batch.texts[i] == text and batch.scored[i] == drawn,
+                f"{place} was drawn as {text!r} and scored as {batch.texts[i]!r}",
             )
-    for first in range(0, len(run.steps), run.steps_a_window):
-        steps = run.steps[first : first + run.steps_a_window]
-        window = steps[0].window
-        drawn_rows = Counter(zip(window.prompt_ids, window.completion_ids, strict=True))
-        used = Counter(row for step in steps for part in step.parts for row in part.rows)
+    for first in range(0, len(run.steps), run.steps_per_batch):
+        steps = run.steps[first : first + run.steps_per_batch]
+        batch = steps[0].batch
+        drawn_rows = Counter(zip(batch.prompt_ids, batch.completion_ids, strict=True))
+        used = Counter(
+            row for step in steps for micro_batch in step.micro_batches for row in micro_batch.rows
+        )
         span = " to ".join(str(step.number) for step in (steps[0], steps[-1])[: len(steps)])
         require(
             used == drawn_rows,
@@ -165,12 +167,12 @@ def what_is_drawn_is_scored_and_trained_on(run: Witness, oracle: Oracle) -> None
 
 
 @invariant("special tokens added to a prompt that the chat template has completed")
-def prompts_are_the_templates(run: Witness, oracle: Oracle) -> None:
+def prompts_are_the_templates(run: Trace, oracle: Oracle) -> None:
     """Each prompt's tokens are those of the chat template, to which nothing is added."""
     right = set(recipe_prompts(run, oracle))
-    for window in _windows(run):
-        for i, ids in enumerate(window.prompt_ids):
-            place = where(window, i, run.recipe.num_generations)
+    for batch in _batches(run):
+        for i, ids in enumerate(batch.prompt_ids):
+            place = where(batch, i, run.recipe.num_generations)
             require(
                 ids in right,
                 f"{place}: the {len(ids)} tokens of its prompt, which begin with "
@@ -180,20 +182,20 @@ def prompts_are_the_templates(run: Witness, oracle: Oracle) -> None:
 
 
 @invariant("a stale or second copy of the model draws: rollouts from the base (unsloth#8701)")
-def rollouts_are_the_current_policys(run: Witness, oracle: Oracle) -> None:
+def rollouts_are_the_current_policys(run: Trace, oracle: Oracle) -> None:
     """Every completion is what the weights of its step draw from that random state."""
-    for window in _windows(run):
-        number = window.step + 1
+    for batch in _batches(run):
+        number = batch.step + 1
         require(
-            window.random_state is not None,
+            batch.random_state is not None,
             f"step {number}: the model under training drew nothing; who made these rollouts?",
         )
-        weights, recipe = run.steps[window.step].weights, run.recipe
-        same = _share(oracle.redraw(weights, window, recipe.temperature, recipe.top_p))
+        weights, recipe = run.steps[batch.step].weights, run.recipe
+        same = _share(oracle.redraw(weights, batch, recipe.temperature, recipe.top_p))
         # A token in a hundred may fall the other way by a rounding.
         if same < 0.99:
-            base = _share(oracle.redraw(oracle.base, window, recipe.temperature, recipe.top_p))
-            every = _share(oracle.redraw(weights, window, recipe.temperature))
+            base = _share(oracle.redraw(oracle.base, batch, recipe.temperature, recipe.top_p))
+            every = _share(oracle.redraw(weights, batch, recipe.temperature))
             raise BrokenInvariantError(
                 f"step {number}: the current weights draw only {same:.1%} of the tokens again (the "
                 f"base policy's draw {base:.1%}): the rollouts are not the current policy's at "
@@ -204,18 +206,18 @@ def rollouts_are_the_current_policys(run: Witness, oracle: Oracle) -> None:
 
 @invariant("one reward broadcast to all (trl#6533), scores kept from elsewhere, a reward that errs")
 def rewards_are_the_completions(
-    run: Witness, oracle: Oracle, reward: RewardFunction = reward_func
+    run: Trace, oracle: Oracle, reward: RewardFunction = reward_func
 ) -> None:
     """The raw completions, scored again, have the rewards that were returned and logged."""
     g = run.recipe.num_generations
-    for window in _windows(run):
-        ids = list(map(list, window.completion_ids))
+    for batch in _batches(run):
+        ids = list(map(list, batch.completion_ids))
         texts = oracle.policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        again = list(reward(prompts=list(window.prompts), completions=texts))
-        table = _table(run, window)
+        again = list(reward(prompts=list(batch.prompts), completions=texts))
+        table = _table(run, batch)
         for i, right in enumerate(again):
-            place = where(window, i, g)
-            require(window.rewards[i] == right, f"{place} scored {window.rewards[i]}, not {right}")
+            place = where(batch, i, g)
+            require(batch.rewards[i] == right, f"{place} scored {batch.rewards[i]}, not {right}")
             if table is not None:
                 logged = float(table["reward_func"].iloc[i])
                 number = math.nan if right is None else right
@@ -224,8 +226,8 @@ def rewards_are_the_completions(
                     and (math.isnan(number) or abs(logged - number) <= 1e-6),
                     f"{place} is logged with reward {logged:.6g}, and its reward is {right}",
                 )
-    for row, windows in _logged(run):
-        scores = [_scores(window) for window in windows]
+    for row, batches in _logged(run):
+        scores = [_scores(batch) for batch in batches]
         means, spreads = [average(s) for s in scores], [_spread(s) for s in scores]
         for name, right in (
             ("reward", average(means)),
@@ -236,60 +238,60 @@ def rewards_are_the_completions(
 
 
 @invariant("ddof, ε or scale_rewards changed (trl#3991), or groups that are mixed up")
-def advantages_are_group_relative(run: Witness, oracle: Oracle) -> None:
+def advantages_are_group_relative(run: Trace, oracle: Oracle) -> None:
     """The advantages logged and used are those of the rewards, each within its own group.
 
     A reward of None counts neither in mean nor in σ, and has advantage 0 (trl#5902).
     """
     g, how = run.recipe.num_generations, Conventions.of(run.recipe)
     for step in run.steps:
-        window = step.window
-        right = oracle.advantages(window.rewards, g, how).tolist()
+        batch = step.batch
+        right = oracle.advantages(batch.rewards, g, how).tolist()
         used = _in_order(
-            window,
+            batch,
             right,
             {
                 place: advantage
-                for rows, part in zip(rows_of(step), step.parts, strict=True)
-                for place, advantage in zip(rows, part.advantages.tolist(), strict=False)
+                for rows, micro_batch in zip(rows_of(step), step.micro_batches, strict=True)
+                for place, advantage in zip(rows, micro_batch.advantages.tolist(), strict=False)
             },
         )
-        table = _table(run, window)
+        table = _table(run, batch)
         logged = {} if table is None else dict(enumerate(table["advantage"].tolist()))
         for what, seen in (("used", used), ("logged", logged)):
             for i, value in sorted(seen.items()):
                 # A rounding of the rewards counts as much more where they hardly differ.
                 if not math.isclose(value, right[i], rel_tol=1e-4, abs_tol=1e-5):
                     raise BrokenInvariantError(
-                        f"{where(window, i, g)}: the advantage {what} is {value:.6f}, and "
-                        f"{right[i]:.6f} is right{oracle.suspect_advantages(run, window, seen)}"
+                        f"{where(batch, i, g)}: the advantage {what} is {value:.6f}, and "
+                        f"{right[i]:.6f} is right{oracle.suspect_advantages(run, batch, seen)}"
                     )
-    for row, windows in _logged(run):
-        spread = average([_spread(_scores(window)) for window in windows])
-        flat = average([_flat(window, g, how) for window in windows])
+    for row, batches in _logged(run):
+        spread = average([_spread(_scores(batch)) for batch in batches])
+        flat = average([_flat(batch, g, how) for batch in batches])
         equal(f"step {row['step']}: reward_std", row["reward_std"], spread)
         equal(f"step {row['step']}: frac_reward_zero_std", row["frac_reward_zero_std"], flat)
 
 
 @invariant("padding or a second end counted as text (trl#7039), or lengths of other completions")
-def counts_are_those_of_the_completions(run: Witness, oracle: Oracle) -> None:
+def counts_are_those_of_the_completions(run: Trace, oracle: Oracle) -> None:
     """Lengths, the share cut off and the tokens seen are those of the raw completions."""
     g, most = run.recipe.num_generations, run.recipe.max_completion_length
-    for window in _windows(run):
-        for i, ids in enumerate(window.completion_ids):
-            place = f"{where(window, i, g)} has {len(ids)} tokens"
+    for batch in _batches(run):
+        for i, ids in enumerate(batch.completion_ids):
+            place = f"{where(batch, i, g)} has {len(ids)} tokens"
             require(len(ids) <= most, f"{place}, and max_completion_length is {most}")
             require(
                 len(ids) == most or not oracle.truncated(ids),
                 f"{place}, none of which ends an answer, and max_completion_length is {most}",
             )
     tokens = 0
-    for row, windows in _logged(run):
+    for row, batches in _logged(run):
         figures: list[dict[str, float]] = []
-        for window in windows:
-            lengths = [len(ids) for ids in window.completion_ids]
-            tokens += sum(lengths) + sum(len(ids) for ids in window.prompt_ids)
-            cut = [oracle.truncated(ids) for ids in window.completion_ids]
+        for batch in batches:
+            lengths = [len(ids) for ids in batch.completion_ids]
+            tokens += sum(lengths) + sum(len(ids) for ids in batch.prompt_ids)
+            cut = [oracle.truncated(ids) for ids in batch.completion_ids]
             ended = [n for n, is_cut in zip(lengths, cut, strict=True) if not is_cut] or [0]
             figures.append(
                 {
@@ -308,7 +310,7 @@ def counts_are_those_of_the_completions(run: Witness, oracle: Oracle) -> None:
         equal(f"step {row['step']}: num_tokens", row["num_tokens"], tokens)
 
 
-def recipe_prompts(run: Witness, oracle: Oracle) -> list[Tokens]:
+def recipe_prompts(run: Trace, oracle: Oracle) -> list[Tokens]:
     """Return the tokens of the recipe's problems as the chat template words them, in order."""
     recipe = run.recipe
     problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
@@ -317,13 +319,11 @@ def recipe_prompts(run: Witness, oracle: Oracle) -> list[Tokens]:
     return [tuple(row) for row in ids]
 
 
-def _in_order(
-    window: Window, right: Sequence[float], seen: Mapping[int, float]
-) -> dict[int, float]:
+def _in_order(batch: Batch, right: Sequence[float], seen: Mapping[int, float]) -> dict[int, float]:
     """Give advantages of rows that are alike, and were found in any order, that of ``right``."""
     alike: dict[object, list[int]] = {}
     for place in seen:
-        row = window.prompt_ids[place], window.completion_ids[place]
+        row = batch.prompt_ids[place], batch.completion_ids[place]
         alike.setdefault(row, []).append(place)
     return {
         place: value
@@ -334,20 +334,20 @@ def _in_order(
     }
 
 
-def _windows(run: Witness) -> list[Window]:
-    return list(dict.fromkeys(step.window for step in run.steps))
+def _batches(run: Trace) -> list[Batch]:
+    return list(dict.fromkeys(step.batch for step in run.steps))
 
 
-def _logged(run: Witness) -> Iterator[tuple[Mapping[str, float], list[Window]]]:
-    """Yield each row with the windows that were drawn in the steps that it covers."""
+def _logged(run: Trace) -> Iterator[tuple[Mapping[str, float], list[Batch]]]:
+    """Yield each row with the batches that were drawn in the steps that it covers."""
     for row in run.rows:
-        yield row, list(dict.fromkeys(step.window for step in run.steps_of(row)))
+        yield row, list(dict.fromkeys(step.batch for step in run.steps_of(row)))
 
 
-def _table(run: Witness, window: Window) -> Any:
-    """Return TRL's own table of a window's completions, in their order, if there is one."""
+def _table(run: Trace, batch: Batch) -> Any:
+    """Return TRL's own table of a batch's completions, in their order, if there is one."""
     covering = [
-        int(row["step"]) for row in run.rows if window in {s.window for s in run.steps_of(row)}
+        int(row["step"]) for row in run.rows if batch in {s.batch for s in run.steps_of(row)}
     ]
     return run.tables.get(covering[0]) if covering else None
 
@@ -360,14 +360,14 @@ def _spread(values: Sequence[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).std())
 
 
-def _scores(window: Window) -> list[float]:
-    return [reward for reward in window.rewards if reward is not None]
+def _scores(batch: Batch) -> list[float]:
+    return [reward for reward in batch.rewards if reward is not None]
 
 
-def _flat(window: Window, g: int, how: Conventions) -> float:
+def _flat(batch: Batch, g: int, how: Conventions) -> float:
     """Return the share of completions with nothing to tell them apart, as TRL counts it."""
     if how.scale == "batch":
-        return float(_spread(_scores(window)) == 0)
-    groups = [window.rewards[i : i + g] for i in range(0, len(window.rewards), g)]
+        return float(_spread(_scores(batch)) == 0)
+    groups = [batch.rewards[i : i + g] for i in range(0, len(batch.rewards), g)]
     scored = [[reward for reward in group if reward is not None] for group in groups]
     return average([len(group) > 1 and max(group) == min(group) for group in scored])

@@ -1,4 +1,4 @@
-"""What is seen of a run: its windows of completions, parts, steps, and the whole."""
+"""What was seen of a run: its batches of completions, micro-batches and steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
+class Batch:
     """The completions that were drawn at once, group after group.
 
     ``prompts`` and ``texts`` are what the reward function was given, ``rewards`` what it
@@ -40,7 +40,7 @@ class Window:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class MicroBatch:
     """What one call of the loss was given: a micro-batch, and the model's answer to it.
 
     ``rows`` are (prompt, completion) without padding. ``mask``, ``old`` and ``log_probabilities``
@@ -57,22 +57,22 @@ class Part:
 
 @dataclass(eq=False)
 class Step:
-    """One optimizer step: its parts, and the weights before and ``after`` it.
+    """One optimizer step: its micro-batches, and the weights before and ``after`` it.
 
-    ``gradient`` is what the last of the parts left, ``taken`` what the optimizer was given.
+    ``gradient`` is what the last of the micro-batches left, ``taken`` what the optimizer was given.
     """
 
     number: int
-    window: Window
+    batch: Batch
     weights: Tensors
-    parts: list[Part] = field(default_factory=list)
+    micro_batches: list[MicroBatch] = field(default_factory=list)
     gradient: Tensors = field(default_factory=dict)
     taken: Tensors = field(default_factory=dict)
     after: Tensors = field(default_factory=dict)
 
 
 @dataclass(eq=False)
-class Witness:
+class Trace:
     """All that was seen of a run; of one that was interrupted, ``steps`` are those made after it.
 
     ``rows`` are the logged rows, each with the number of the last step that it covers, and
@@ -91,11 +91,11 @@ class Witness:
     nan_at: int | None = None
 
     @property
-    def steps_a_window(self) -> int:
+    def steps_per_batch(self) -> int:
         """The number of steps that share out the completions that are drawn at once."""
-        parts = self.recipe.gradient_accumulation_steps
-        drawn: int = self.recipe.config.get("steps_per_generation") or parts
-        return max(1, drawn // parts)
+        micro_batches = self.recipe.gradient_accumulation_steps
+        drawn: int = self.recipe.config.get("steps_per_generation") or micro_batches
+        return max(1, drawn // micro_batches)
 
     def steps_of(self, row: Row) -> list[Step]:
         """Return the steps that a logged row covers."""

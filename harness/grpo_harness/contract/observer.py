@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from grpo_harness.contract.runs import Run
-from grpo_harness.contract.seen import Part, Step, Tensors, Tokens, Window, Witness
+from grpo_harness.contract.trace import Batch, MicroBatch, Step, Tensors, Tokens, Trace
 from grpo_harness.rewards.functions import RewardFunction
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.training import Row, train
@@ -37,12 +37,12 @@ def watch(
     reward: RewardFunction = reward_func,
     nan_at: int | None = None,
     interrupted_in: int | None = None,
-) -> Witness:
+) -> Trace:
     """Train by ``recipe`` as the product does, and return all that was seen.
 
     ``nan_at`` plants a NaN: in the step of that number (from 1) the model answers the loss with
     log-probabilities that are none. The run is interrupted at the end of step ``interrupted_in``
-    and goes on from its last checkpoint. What ends the run early is kept in ``Witness.error``;
+    and goes on from its last checkpoint. What ends the run early is kept in ``Trace.error``;
     what keeps it from starting is raised.
     """
     if interrupted_in is not None:
@@ -62,10 +62,10 @@ def watch(
         for path in sorted((out / "completions").glob("completions_*.parquet"))
     }
     after = _copy(seen.trainer.model)
-    return Witness(recipe, seen.trainer, seen.steps, rows, tables, after, run, error, nan_at)
+    return Trace(recipe, seen.trainer, seen.steps, rows, tables, after, run, error, nan_at)
 
 
-def make(run: Run, folder: Path, *, device: str = "auto") -> Witness:
+def make(run: Run, folder: Path, *, device: str = "auto") -> Trace:
     """Make one of the contract's runs in ``folder``, watched."""
     recipe = run.recipe
     if run.policy is not None:
@@ -120,7 +120,7 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._score = reward
         self._nan_at = nan_at
         self._drawn: tuple[list[Tokens], list[Tokens], Tensor] | None = None
-        self._window: Window | None = None
+        self._window: Batch | None = None
         self._before: Tensors = {}
         self._output: Any = None
         self._in_loss = False
@@ -177,7 +177,7 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         else:
             prompt_ids, completion_ids, state = self._drawn
         self._drawn = None
-        self._window = Window(
+        self._window = Batch(
             step=len(self.steps),
             prompts=tuple(prompts),
             texts=tuple(completions),
@@ -189,7 +189,7 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         )
         return rewards
 
-    # TRL names a reward by its function in the logs: as the product does without a witness.
+    # TRL names a reward by its function in the logs: as the product does unobserved.
     reward.__name__ = reward_func.__name__
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -218,8 +218,8 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if not self.steps or self.steps[-1].taken:
             number = self.trainer.state.global_step + 1
             self.steps.append(Step(number, self._window, self._before))
-        self.steps[-1].parts.append(
-            Part(
+        self.steps[-1].micro_batches.append(
+            MicroBatch(
                 rows=tuple(zip(prompts, completions, strict=True)),
                 mask=None if mask is None else mask.detach().cpu().clone(),
                 advantages=inputs["advantages"].detach().cpu().clone(),
