@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_harness.learning.judge import Answers, Limits, Trial, judge_learning, late
-from grpo_harness.learning.laboratory import CONDITIONS, TRIALS, base_answers, trial
+from grpo_harness.learning.laboratory import CONDITIONS, base_answers, trial
 
 BASE = "base"
 """Where a condition is named: not a run, but what nano-base answers."""
@@ -38,7 +38,7 @@ class Ledger:
             path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
 
     def add(self, condition: str, seed: int, value: Trial | Answers) -> None:
-        """Keep a trial, or the base's answers for the test that begins with ``seed``."""
+        """Keep a trial, or the base's answers for the test of the number ``seed``."""
         line = json.dumps(
             {"condition": condition, "seed": seed, "value": dataclasses.asdict(value)}
         )
@@ -68,15 +68,16 @@ class Ledger:
 
     def test(self, condition: str, number: int) -> tuple[list[Trial], Answers] | None:
         """Return what one learning test is judged by, or ``None`` if it is not finished."""
-        seeds = _seeds(number)
-        if seeds[0] not in self._before or any((condition, s) not in self._trials for s in seeds):
+        seeds = _seeds(condition, number)
+        if number not in self._before or any((condition, s) not in self._trials for s in seeds):
             return None
-        return [self._trials[condition, seed] for seed in seeds], self._before[seeds[0]]
+        return [self._trials[condition, seed] for seed in seeds], self._before[number]
 
 
-def _seeds(number: int) -> range:
-    """The seeds of a learning test: no two tests share one."""
-    return range(number * TRIALS, (number + 1) * TRIALS)
+def _seeds(condition: str, number: int) -> range:
+    """The seeds of a learning test: no two tests of a condition share one."""
+    trials = CONDITIONS[condition].trials
+    return range(number * trials, (number + 1) * trials)
 
 
 def _answers(value: dict[str, Any]) -> Answers:
@@ -91,10 +92,8 @@ def make_table(
     ledger = Ledger(out / "trials.jsonl")
     # Test by test, so that every condition has as many whenever it is stopped.
     for number, name in itertools.product(range(tests), conditions):
-        seeds = _seeds(number)
-        wanted = [
-            key for key in [(BASE, seeds[0]), *((name, s) for s in seeds)] if key not in ledger
-        ]
+        keys = [(BASE, number), *((name, seed) for seed in _seeds(name, number))]
+        wanted = [key for key in keys if key not in ledger]
         for condition, seed in wanted:
             if condition == BASE:
                 ledger.add(BASE, seed, base_answers(seed, device))
@@ -110,8 +109,8 @@ def make_table(
 _HEAD = """\
 # The learning test, tested
 
-Learning tests of each condition, each of {trials} runs with seeds of their own (so each on problems
-of its own), judged by `grpo_harness.learning`: `learn` must pass, every control must
+Learning tests of each condition, each of one or more runs with seeds of their own (so each on
+problems of its own), judged by `grpo_harness.learning`: `learn` must pass, every control must
 fail. {finished} of {planned} planned tests are finished. Made by
 `python -m tools.nano.learning_table --tests {tests} --out FOLDER`, which goes on where it was
 stopped.
@@ -135,19 +134,20 @@ def write_table(ledger: Ledger, tests: int, path: Path) -> None:
             tests=tests,
             finished=sum(map(len, found.values())),
             planned=tests * len(CONDITIONS),
-            trials=TRIALS,
             confidence=limits.confidence,
             gain=limits.gain,
             length=limits.length,
         )
     ]
-    parts.append("| condition | tests | passed | failed | criteria broken |\n|---|---|---|---|---|")
+    parts.append("| condition | runs | tests | passed | failed | criteria broken |")
+    parts.append("|---|---|---|---|---|---|")
     for name, learnings in found.items():
         broken = Counter(criterion for x in learnings.values() for criterion in x.broken)
         failed = sum(x.verdict == "FAIL" for x in learnings.values())
+        criteria = ", ".join(f"{key} {times}" for key, times in broken.most_common())
         parts.append(
-            f"| {name} | {len(learnings)} | {len(learnings) - failed} | {failed} "
-            f"| {', '.join(f'{key} {times}' for key, times in broken.most_common())} |"
+            f"| {name} | {CONDITIONS[name].trials} each | {len(learnings)} "
+            f"| {len(learnings) - failed} | {failed} | {criteria} |"
         )
     parts.append("\n## Figures\n\nLeast and greatest of the means over the last fifth of a run.\n")
     parts.append("| figure | limits | " + " | ".join(CONDITIONS) + " |")
@@ -164,9 +164,9 @@ def write_table(ledger: Ledger, tests: int, path: Path) -> None:
             "\n|---|---|---|---|---|---|---|---|"
         )
         for number, x in learnings.items():
-            seeds = _seeds(number)
+            seeds = ", ".join(map(str, _seeds(name, number)))
             parts.append(
-                f"| {seeds[0]}–{seeds[-1]} | {x.gain.estimate.mean:+.3f} | {x.lower:+.3f} "
+                f"| {seeds} | {x.gain.estimate.mean:+.3f} | {x.lower:+.3f} "
                 f"| {x.accuracy.then:.1%} → {x.accuracy.now:.1%} | {100 * x.accuracy.delta:+.1f} "
                 f"| {x.length:.2f} | {x.verdict} | {', '.join(x.broken)} |"
             )

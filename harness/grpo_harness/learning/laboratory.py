@@ -29,8 +29,8 @@ from grpo_harness.tasks import MATH, PROGRAMMING, task_types
 from grpo_harness.training import train
 from grpo_harness.training.recipes import RECIPES, Recipe
 
-TRIALS = 3
-"""Runs that one learning test rests on."""
+TRIALS = 2
+"""Runs, each with a seed of its own, that one learning test rests on."""
 
 PROBLEMS = 32
 """Held-out problems of each of the six task types."""
@@ -104,6 +104,7 @@ CONDITIONS = {
             RECIPES["collapse"], n_math=0, n_prog=3, prompts_per_step=3, steps=12, beta=_LEARN.beta
         ),
         problem_seeds=LONG_LISTS,
+        trials=len(LONG_LISTS),
     ),
 }
 """The learning test's own runs, and the controls: each of these must fail the same test."""
@@ -174,7 +175,7 @@ class Laboratory:
 @contextmanager
 def laboratory(
     conditions: Sequence[str] = tuple(CONDITIONS),
-    seeds: Sequence[int] = tuple(range(TRIALS)),
+    seeds: Sequence[int] = tuple(range(len(LONG_LISTS))),
     processes: int = 2,
 ) -> Iterator[Laboratory]:
     """Start trials, ``processes`` at a time, each on one thread; stop what nobody waited for.
