@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check test heavy contract eval smollm2 real nano calibrate steady learning record lock
+.PHONY: help check test heavy contract eval smollm2 real nano calibrate falsealarms learning record lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*##/\1\t/' | expand -t 12
@@ -50,8 +50,8 @@ record: .venv/installed  ## record the baselines of the configured policies
 calibrate: .venv/installed  ## the gate's own test: false alarms, power, mutants (a few minutes)
 	$(BIN)/python -m tools.calibration --out report/calibration
 
-steady: .venv/installed  ## run the accuracy suite fifty times on unchanged policies (an hour)
-	$(BIN)/python -m tools.calibration.steady --runs 50
+falsealarms: .venv/installed  ## run the accuracy suite fifty times on unchanged policies (an hour)
+	$(BIN)/python -m tools.calibration.false_alarms --runs 50
 
 learning: .venv/installed  ## run the learning test and its controls twenty times each (hours)
 	$(BIN)/python -W ignore -m tools.nano.learning_table --tests 20 --out report/learning

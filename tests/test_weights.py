@@ -1,15 +1,20 @@
 """Weights in memory are those of the files, every one of them, and numbers."""
 
+import dataclasses
 import json
+import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from grpo_harness.engines.weights import device_of, dtype_of, load_weights, loaded_digest
-from grpo_harness.policy import PolicyError, load
+from grpo_harness.policy import PolicyError, PolicyName, load
+from grpo_harness.policy.checkpoint import Checkpoint
 
 CPU, FULL = torch.device("cpu"), torch.float32
 LOST = "model.layers.0.mlp.down_proj.weight"
@@ -160,3 +165,48 @@ def test_on_cuda_the_half_precision_that_it_supports_is_taken():
     wanted = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     assert device_of("auto").type == "cuda"
     assert dtype_of("auto", device_of("auto")) == wanted
+
+
+def gguf(folder, *without):
+    """Write weights of one layer as GGUF."""
+    writer = GGUFWriter(folder / "policy.gguf", "llama")
+    wide, heads, inner, vocabulary = 32, 4, 64, 96
+    writer.add_context_length(64)
+    writer.add_embedding_length(wide)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(wide // heads)
+    writer.add_vocab_size(vocabulary)
+    square = [f"blk.0.attn_{which}.weight" for which in ("q", "k", "v", "output")]
+    shapes = {
+        "token_embd.weight": (vocabulary, wide),
+        "output_norm.weight": (wide,),
+        "output.weight": (vocabulary, wide),
+        "blk.0.attn_norm.weight": (wide,),
+        "blk.0.ffn_norm.weight": (wide,),
+        "blk.0.ffn_gate.weight": (inner, wide),
+        "blk.0.ffn_up.weight": (inner, wide),
+        "blk.0.ffn_down.weight": (wide, inner),
+        **dict.fromkeys(square, (wide, wide)),
+    }
+    for i, (name, shape) in enumerate(shapes.items()):
+        if name not in without:
+            values = np.random.default_rng(i).normal(0, 0.02, shape)
+            writer.add_tensor(name, values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_holds_every_tensor(tmp_path, tiny):
+    gguf(tmp_path)
+    checkpoint = Checkpoint(PolicyName("ours"), tmp_path, gguf_file="policy.gguf")
+    policy = dataclasses.replace(load(str(tiny)), checkpoint=checkpoint)
+    assert load_weights(policy, CPU, FULL).lm_head.weight.shape == (96, 32)
+    gguf(tmp_path, "blk.0.ffn_down.weight")
+    with pytest.raises(PolicyError, match=re.escape(f"lack the tensor {LOST}")):
+        load_weights(policy, CPU, FULL)

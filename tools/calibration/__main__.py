@@ -27,6 +27,7 @@ STUDIES = (
     studies.lengths,
     studies.sequential_runs,
     studies.families,
+    studies.weighted,
     histories.reruns,
     histories.slow_losses,
 )

@@ -12,6 +12,7 @@ import numpy as np
 
 from grpo_harness.gate.bounds import ALPHA
 from grpo_harness.gate.verdicts import judge_length
+from grpo_harness.rules import shares
 from tools.calibration.gates import Bools, likelihood_alone, sequential
 from tools.calibration.promises import DROP, NEAR, Bound, Outcomes, Plan, Promise, Row, rows
 from tools.calibration.simulation import (
@@ -167,4 +168,52 @@ def families(draw: Draws, plan: Plan) -> Study:
     ]
     return Study(
         "Many checks of 256 x 4 in one session: each alone at alpha / m, and all by Holm", found
+    )
+
+
+SUITE = {
+    "accuracy": 12,
+    "length": 12,
+    "truncation": 12,
+    "unparsable": 12,
+    "no_loss": 6,
+    "improvement": 1,
+}
+"""The checks of `pytest suites/` on two policies and six task types, by rule."""
+
+
+def weighted(draw: Draws, plan: Plan) -> Study:
+    """Compare the shares of the risk that a run of all suites has with equal ones.
+
+    Every check is stood for by an accuracy check of unchanged policies. The one that a run is for,
+    a drop of accuracy, must be found nearly as often as if the checks of form were not there.
+    """
+    kinds = np.repeat(list(SUITE), list(SUITE.values()))
+    m, by_rule = len(kinds), shares(kinds)
+    own = np.array([by_rule[kind] for kind in kinds])
+    sessions = plan.sessions // 2
+    unharmed = draw(Scenario(256, 4, checks=m), m * sessions)
+    harmed = draw(Scenario(256, 4, pattern="spread", drop=DROP, checks=m), plan.drop)
+    p = unharmed.column("p").reshape(sessions, m)
+    changed = np.abs(unharmed.column("delta")).reshape(sessions, m) >= MINIMUM
+    dropped = harmed.column("delta") <= -MINIMUM
+    power = unharmed.predicted_power(DROP) - NEAR
+    return Study(
+        f"A session of all {m} checks of the suites: shares by rule, and equal ones",
+        [
+            (
+                Promise(f"{m} checks, no change anywhere", "any FAIL", high=ALPHA),
+                {
+                    "shares": ((p <= own) & changed).any(axis=1),
+                    "equal": ((p <= ALPHA / m) & changed).any(axis=1),
+                },
+            ),
+            (
+                Promise("5 pt of accuracy lost in one", "that one FAIL", low=power),
+                {
+                    "shares": (harmed.column("p") <= by_rule["accuracy"]) & dropped,
+                    "equal": (harmed.column("p") <= ALPHA / m) & dropped,
+                },
+            ),
+        ],
     )

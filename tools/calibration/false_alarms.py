@@ -1,6 +1,7 @@
-"""The suites, run again and again on policies that have not changed: how often do they cry wolf?
+"""Run a suite many times on unchanged policies, and count how often it turns red.
 
-What the simulation promises, seen on the real pair: ``python -m tools.calibration.steady``.
+This shows on the real pair what the simulation promises. Run it with
+``python -m tools.calibration.false_alarms``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the accuracy suite ``--runs`` times with fresh seeds and count the verdicts."""
-    parser = argparse.ArgumentParser(prog="python -m tools.calibration.steady")
+    parser = argparse.ArgumentParser(prog="python -m tools.calibration.false_alarms")
     parser.add_argument("--runs", type=int, default=50, help="how many runs (50)")
     parser.add_argument("--suite", default="suites/test_accuracy.py", help="what each runs")
     arguments = parser.parse_args(argv)
@@ -35,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stderr.write(finished.stdout + finished.stderr)
                 return 2
             found = json.loads(report.read_text(encoding="utf-8"))
-        names = Counter(check["name"] for check in found["checks"])
-        verdicts += names
+        in_run = Counter(check["verdict"] for check in found["checks"])
+        verdicts += in_run
         red += finished.returncode != 0
         bad = [
-            f"{check['name']} {check['question']}, {check['policy']} on {check['task_type']}"
+            f"{check['verdict']} {check['title']}, {check['policy']} on {check['task_type']}"
             for check in found["checks"]
-            if check["name"] != "PASS"
+            if check["verdict"] != "PASS"
         ]
-        sys.stdout.write(f"run {run}, seed {found['seed']}: {dict(names)} {'; '.join(bad)}\n")
+        sys.stdout.write(f"run {run}, seed {found['seed']}: {dict(in_run)} {'; '.join(bad)}\n")
         sys.stdout.flush()
     sys.stdout.write(f"{arguments.runs} runs, {red} of them red; checks: {dict(verdicts)}\n")
     return 0

@@ -1,0 +1,93 @@
+"""The report and its samples on disk: whole or not at all, and of one run alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo_harness.errors import HarnessError
+from grpo_harness.evaluation import Evaluation
+from grpo_harness.report.report import Report
+from grpo_harness.text import one_line
+
+SAMPLES = "samples"
+"""The folder of a report that holds every completion, a file a policy and task type."""
+
+
+class ReportError(HarnessError):
+    """A report that cannot be written: one line with the place and the cause."""
+
+
+def begin(folder: Path) -> None:
+    """Make the folder of a report ready for a run: no sample of another is left in it.
+
+    git is told to leave the folder alone. Raises ``ReportError``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+        shutil.rmtree(folder / SAMPLES, ignore_errors=True)
+    except OSError as error:
+        raise _error(folder, error) from error
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write ``report.md`` and ``report.json`` and return their paths. Raises ``ReportError``."""
+    text = json.dumps(_finite(report.content()), indent=1, ensure_ascii=True, allow_nan=False)
+    contents = {"report.md": report.markdown(), "report.json": f"{text}\n"}
+    try:
+        for name, content in contents.items():
+            _replace(folder / name, content)
+    except OSError as error:
+        raise _error(folder, error) from error
+    return [folder / name for name in contents]
+
+
+def write_samples(folder: Path, evaluation: Evaluation) -> None:
+    """Write every completion of an evaluation, a JSON object a line. Raises ``ReportError``."""
+    path = folder / SAMPLES / f"{evaluation.questions.policy.slug}--{evaluation.task}.jsonl"
+    lines = "".join(json.dumps(row) + "\n" for row in evaluation.rows())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, lines)
+    except OSError as error:
+        raise _error(folder, error) from error
+
+
+def append_summary(report: Report, target: str) -> None:
+    """Append the Markdown to the job summary of a CI system, a file that it names.
+
+    Raises ``ReportError``.
+    """
+    try:
+        with Path(target).open("a", encoding="utf-8") as file:
+            file.write(report.markdown())
+    except OSError as error:
+        raise _error(Path(target), error) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    half = path.with_name(f".{path.name}.half")
+    try:
+        half.write_text(text, encoding="utf-8")
+        half.replace(path)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise
+
+
+def _error(place: Path, error: OSError) -> ReportError:
+    return ReportError(f"the report cannot be written to {place} ({one_line(error)})")
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for every number that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,268 @@
+"""What a session found: its rows, its tables, and whatever did not pass.
+
+Rows arrive as plain data (``Evaluation.summary()``, ``Check.asdict()``), because under
+pytest-xdist they come from other processes.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from grpo_harness.gate.stats import holm
+from grpo_harness.report.tables import Table
+from grpo_harness.text import escape, markdown, plain
+
+Row = Mapping[str, Any]
+Status = Literal["running", "finished", "interrupted"]
+
+SCHEMA = 2
+"""Of ``report.json``."""
+
+_WORST_FIRST = ("ERROR", "FAIL", "UNPROVEN", "PASS")
+
+_LESS_MISSED = ("strict", "truncated", "tokens", "reward", "baseline", "n × k")
+
+
+@dataclass
+class Report:
+    """What a session found: one entry per evaluation and check, however often it was reported.
+
+    ``task_types`` and ``policies`` give the order of the rows, which the order of the tests does
+    not decide. ``failed`` holds the tests that failed or could not be run, with what they said,
+    and ``not_run`` those that the run did not get to.
+    """
+
+    header: Mapping[str, Any]
+    task_types: Sequence[str] = ()
+    policies: Sequence[str] = ()
+    status: Status = "running"
+    evaluations: dict[tuple[str, str], Row] = field(default_factory=dict)
+    checks: dict[tuple[str, str, str], Row] = field(default_factory=dict)
+    passed: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    not_run: Sequence[str] = ()
+    notices: list[str] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        """Take a row of the kind ``evaluation``, ``check`` or ``notice``; others are not its."""
+        if row["kind"] == "evaluation":
+            self.evaluations[row["policy"], row["task_type"]] = row
+        elif row["kind"] == "check":
+            self.checks[row["rule"], row["policy"], row["task_type"]] = row
+        elif row["kind"] == "notice":
+            self.notices.append(row["text"])
+
+    def __bool__(self) -> bool:
+        """Tell whether there is anything to show."""
+        return bool(self.evaluations or self.checks)
+
+    def content(self) -> dict[str, Any]:
+        """Return everything as plain data: what ``report.json`` holds."""
+        return {
+            "schema": SCHEMA,
+            "status": self.status,
+            **self.header,
+            "evaluations": self._sorted(self.evaluations),
+            "checks": self._sorted(self.checks),
+            "tests": {
+                "passed": self.passed,
+                "failed": [{"test": name, "said": said} for name, said in self.failed.items()],
+                "not_run": list(self.not_run),
+            },
+            "notices": self.notices,
+        }
+
+    def measured(self) -> Table:
+        """One row per task type and policy: what was measured, and the worst verdict on it."""
+        rows = [self._measured(row) for row in self._sorted(self.evaluations)]
+        return Table.of(rows, _LESS_MISSED)
+
+    def improvements(self) -> Table:
+        """One row per task type: trained against base on the same problems."""
+        rows = []
+        for row in self._sorted(self.checks):
+            if row["against"] != "base":
+                continue
+            e = row["evidence"]
+            rows.append(
+                {
+                    "task type": row["task_type"],
+                    "n × k": f"{e['n']} × {e['k']}" if e else "",
+                    f"base: {row['reference']}": _percent(e["then"]) if e else "",
+                    f"trained: {row['policy']}": _percent(e["now"]) if e else "",
+                    "Δ points (90 % CI)": _interval(e) if e else "",
+                    "asked": row["title"],
+                    "verdict": row["verdict"],
+                }
+            )
+        return Table.of(rows, ("n × k", "asked"))
+
+    def details(self) -> Table:
+        """One row per check: the numbers that its verdict rests on."""
+        checks = self._sorted(self.checks)
+        judged = [row for row in checks if row["evidence"]]
+        adjusted = holm([row["evidence"]["p"] for row in judged])
+        by_key = {id(row): p for row, p in zip(judged, adjusted, strict=True)}
+        rows = []
+        for row in checks:
+            e = row["evidence"]
+            rows.append(
+                {
+                    "check": row["title"],
+                    "policy": row["policy"],
+                    "task type": row["task_type"],
+                    "reference": row["reference"],
+                    "n × k": f"{e['n']} × {e['k']}" if e else "",
+                    "then": _side(row, "then"),
+                    "now": _side(row, "now"),
+                    "Δ": _points(e["delta"]) if e else "",
+                    "lower": _points(e["lower"]) if e else "",
+                    "upper": _points(e["upper"]) if e else "",
+                    "p": f"{e['p']:.2g}" if e else "",
+                    "p (Holm)": f"{by_key[id(row)]:.2g}" if e else "",
+                    "MDE90": _percent(e["mde90"]) if e else "",
+                    "needed": str(e["needed"] or "unreachable") if e else "",
+                    "verdict": row["verdict"],
+                }
+            )
+        return Table.of(rows)
+
+    def unsettled(self) -> list[str]:
+        """Name every check that is not a PASS, worst first, with its reason."""
+        rows = [row for row in self._sorted(self.checks) if row["verdict"] != "PASS"]
+        return [
+            f"{row['verdict']:8} {row['title']}, {row['policy']} on {row['task_type']}: "
+            f"{row['reason']}"
+            for row in sorted(rows, key=lambda row: _WORST_FIRST.index(row["verdict"]))
+        ]
+
+    def markdown(self) -> str:
+        """Return all tables as one Markdown document."""
+        parts = ["# grpo-harness"]
+        about = {"status": self.status, **self.header}
+        parts.append("\n".join(f"- {name}: {markdown(_words(of))}" for name, of in about.items()))
+        parts += [markdown(line, 10_000) for line in self._sampling()]
+        for title, table in (
+            ("Policies against their baselines", self.measured()),
+            ("Trained against base", self.improvements()),
+            ("Every check", self.details()),
+        ):
+            if table:
+                parts.append(f"## {title}\n\n{table.markdown()}")
+        for title, lines in (
+            ("Not passed", self.unsettled()),
+            ("Tests that failed or could not be run", self._failures()),
+            ("Not run", self.not_run),
+            ("To know", self.notices),
+        ):
+            if lines:
+                listed = "\n".join(f"- {markdown(line, 10_000)}" for line in lines)
+                parts.append(f"## {title}\n\n{listed}")
+        return "\n\n".join(parts) + "\n"
+
+    def terminal(self, width: int) -> list[str]:
+        """Return the lines that a terminal shows: the two tables, then what did not pass."""
+        lines = []
+        for line in self._sampling():
+            lines += textwrap.wrap(escape(line, 10_000), width, subsequent_indent="  ")
+        for table in (self.measured(), self.improvements()):
+            if table:
+                lines += ["", *table.terminal(width)]
+        return [*lines, "", *(plain(line) for line in (*self.unsettled(), *self.notices))]
+
+    def _failures(self) -> list[str]:
+        return [f"{name}: {' '.join(said.split())}" for name, said in self.failed.items()]
+
+    def _sampling(self) -> list[str]:
+        """Print every setting that decides a draw, once for all policies that share it."""
+        shared: dict[str, list[str]] = {}
+        for row in self._sorted(self.evaluations):
+            settings = _words(row["sampling"])
+            policies = shared.setdefault(settings, [])
+            if row["policy"] not in policies:
+                policies.append(row["policy"])
+        return [
+            f"sampling of {' and '.join(policies)}: {settings}"
+            for settings, policies in shared.items()
+        ]
+
+    def _sorted(self, rows: Mapping[Any, Row]) -> list[Row]:
+        """Sort rows by task type and policy; what is in neither list comes last, as found."""
+
+        def place(names: Sequence[str], name: str) -> int:
+            return names.index(name) if name in names else len(names)
+
+        return sorted(
+            rows.values(),
+            key=lambda row: (
+                place(self.task_types, row["task_type"]),
+                place(self.policies, row["policy"]),
+            ),
+        )
+
+    def _measured(self, row: Row) -> dict[str, str]:
+        key = (row["policy"], row["task_type"])
+        own = [
+            check
+            for (_, *of), check in self.checks.items()
+            if tuple(of) == key and check["against"] == "baseline"
+        ]
+        accuracy = self.checks.get(("accuracy", *key))
+        e = accuracy["evidence"] if accuracy else None
+        return {
+            "task type": row["task_type"],
+            "policy": row["policy"],
+            "n × k": f"{_asked(row)} × {e['k'] if e else row['k']}",
+            "baseline": _percent(e["then"]) if e else "",
+            # A rerun is judged on the samples of all its attempts, so those are shown.
+            "now": _percent(e["now"] if e else row["accuracy"]),
+            "Δ points (90 % CI)": _interval(e) if e else "",
+            "strict": _percent(row["strict_accuracy"]),
+            "reward": f"{row['mean_reward']:+.3f}",
+            "tokens": f"{row['mean_length']:.1f}",
+            "truncated": _percent(row["outcomes"]["truncated"]),
+            "verdict": _worst(own),
+        }
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={of}" for name, of in value.items())
+    return str(value)
+
+
+def _worst(checks: Iterable[Row]) -> str:
+    by_name: dict[str, list[str]] = {}
+    for check in checks:
+        by_name.setdefault(check["verdict"], []).append(check["title"])
+    for name in _WORST_FIRST:
+        if name in by_name:
+            return name if name == "PASS" else f"{name}: {', '.join(by_name[name])}"
+    return "not judged"
+
+
+def _asked(row: Row) -> str:
+    """The number of problems, and of how many where a run stopped at a decision."""
+    return f"{row['n']}" if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
+
+
+def _side(row: Row, side: str) -> str:
+    if not row["evidence"]:
+        return ""
+    value = row["evidence"][side]
+    return f"{value:.1f} tokens" if row["unit"] == "tokens" else _percent(value)
+
+
+def _interval(e: Row) -> str:
+    return f"{_points(e['delta'])} ({_points(e['lower'])} to {_points(e['upper'])})"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"

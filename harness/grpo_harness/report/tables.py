@@ -1,0 +1,82 @@
+"""A table for a width or for Markdown, foreign texts made harmless."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+
+from grpo_harness.text import escape, markdown
+
+_LONGEST = 1000
+"""Characters of a cell at most, in the widest table."""
+
+_NAMES = (32, 24, 20, 16, 12)
+"""Characters of a name in a table that has to be narrow, and in one that must be narrower still."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with the columns that a narrow terminal can do without, the least missed first."""
+
+    rows: pd.DataFrame
+    dispensable: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, str]], dispensable: Sequence[str] = ()) -> Table:
+        """Make a table of rows by column name, whatever stands in them."""
+        # A name from a file system may hold half of a surrogate pair, which no column can.
+        whole = [{_whole(name): _whole(value) for name, value in row.items()} for row in rows]
+        return cls(pd.DataFrame(whole), dispensable)
+
+    def __bool__(self) -> bool:
+        """Tell whether there are rows."""
+        return len(self.rows) > 0
+
+    def terminal(self, width: int) -> list[str]:
+        """Return the lines of the table, none longer than ``width`` if that can be done.
+
+        Columns are left out and long names are shortened; a last line says which columns.
+        """
+        for columns, longest in self._narrower():
+            rows = self.rows[columns]
+            lines = _rendered(rows, "simple", partial(_short, longest)).splitlines()
+            if max(map(len, lines)) <= width:
+                break
+        if left_out := [name for name in self.rows.columns if name not in columns]:
+            said = f"({width} columns have no room for: {', '.join(left_out)})"
+            lines += textwrap.wrap(said, width)
+        return lines
+
+    def markdown(self) -> str:
+        """Return the whole table in Markdown."""
+        return _rendered(self.rows, "pipe", markdown)
+
+    def _narrower(self) -> Iterator[tuple[list[str], int]]:
+        """Yield the columns to show and the longest name, from all to the fewest."""
+        columns = list(self.rows.columns)
+        yield columns, _LONGEST
+        for name in self.dispensable:
+            columns = [column for column in columns if column != name]
+            yield columns, _LONGEST
+        for longest in _NAMES:
+            yield columns, longest
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _short(longest: int, text: str) -> str:
+    """Make a text harmless, and leave the beginning and the end of a long one."""
+    shown, half = escape(text, _LONGEST), (longest - 1) // 2
+    return shown if len(shown) <= longest else f"{shown[:half]}…{shown[-half:]}"
+
+
+def _rendered(rows: pd.DataFrame, style: str, harmless: Callable[[str], str]) -> str:
+    shown = rows.map(lambda value: harmless(str(value)))
+    shown.columns = pd.Index([harmless(str(name)) for name in shown.columns])
+    return str(shown.to_markdown(index=False, tablefmt=style, disable_numparse=True))
