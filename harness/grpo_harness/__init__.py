@@ -1,29 +1,29 @@
-"""Does the policy still answer, is the reward still the reward, does GRPO still learn?
+"""Test a GRPO-trained policy, its rule reward and its training for regressions.
 
-The map, in the order of a sample's way. A module imports only from those above it, and in a room
-of several files those import only from what stands above them in the room's own map.
+The modules, in import order: a module imports only from those above it. The same holds for the
+files of a package, in the order of its own table.
 
 =================  ==============================================================
-``errors.py``      the one kind of error that is a message to a person
-``text.py``        foreign text: read without trust, shown without harm; digests
-``tasks/``         what is asked: problems with a known answer
+``errors.py``      the base class of errors that are messages to the user
+``text.py``        untrusted text: parse it, display it safely; digests
+``tasks/``         problems with a known answer
 ``rewards/``       completions -> numbers, by TRL's calling convention; outcomes
-``policy/``        a name -> files on disk, whole and known by their content. No weights
-``engines/``       how completions are drawn: requests in, samples out, in order
-``store.py``       every sample, once, on disk
+``policy/``        a name -> complete files on disk, identified by digest. No weights
+``engines/``       draw completions: requests in, samples out, in order
+``store.py``       samples on disk, each drawn once
 ``evaluation.py``  problems × policy -> groups of scored completions
 ``gate/``          numbers in, verdict out
-``rules.py``       the one table of what is asked: name, question, measure, judge
-``baselines/``     the stored reference: file, recording, pruning, provenance
-``reruns.py``      the runs that did not pass, so that a rerun adds to their evidence
+``rules.py``       the table of rules: name, question, measure, judge
+``baselines/``     the stored references: file, recording, pruning, provenance
+``reruns.py``      runs that did not pass: a rerun pools its samples with theirs
 ``report/``        rows -> tables for a terminal, Markdown and JSON
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
 ``session.py``     what the tests of one run share
 ``plugin/``        pytest's options, fixtures, assertions, summary
-``grpo/``          the algorithm in plain torch: the readable statement, and the oracle for TRL
+``grpo/``          GRPO in plain torch: to read, and as the oracle for TRL
 ``training/``      a recipe -> TRL's GRPOTrainer -> a trained policy on disk
-``contract/``      what a step of GRPO must compute, to the digit: TRL watched from outside
-``learning/``      short runs -> has GRPO learned, by what it gained
+``contract/``      what a GRPO step must compute, checked on TRL from outside
+``learning/``      short runs -> has GRPO learned, by reward and held-out accuracy
 ``nano/``          the embedded pair of policies: weights and cards
 ``cli.py``         the command line
 =================  ==============================================================
@@ -47,7 +47,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Late: the plugin is imported by every pytest run beside which this package is installed.
+    # Imported late: pytest imports the plugin in every run if this package is installed.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,7 +1,6 @@
 """The command line: ``grpo-harness settings``, ``train``, ``recipes`` and ``resources``.
 
-Whatever ends a command early is one line on standard error. Nothing here loads torch before it
-is needed.
+An error that ends a command is one line on standard error. torch is loaded only when needed.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the argument parser."""
     whole = argparse.ArgumentParser(prog="grpo-harness")
     commands = whole.add_subparsers(required=True, dest="command")
 
@@ -65,34 +64,34 @@ def parser() -> argparse.ArgumentParser:
         "train",
         help="train a policy with GRPO and the rule reward",
         description="Train a policy by a recipe with GRPO and the rule "
-        "reward. Interrupted, the same command goes on from the last checkpoint, to the same "
-        "weights.",
+        "reward. After an interruption, the same command continues from the last checkpoint, to "
+        "the same weights.",
     )
     command.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
     command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     command.add_argument("--policy", help="start from this policy instead of the recipe's")
-    command.add_argument("--steps", type=int, help="make so many steps instead of the recipe's")
+    command.add_argument("--steps", type=int, help="number of steps, instead of the recipe's")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    command.add_argument("--processes", type=int, default=1, help="train in so many processes")
+    command.add_argument("--processes", type=int, default=1, help="number of processes")
     command.set_defaults(run=_train)
 
-    command = commands.add_parser("recipes", help="say what has changed since they were recorded")
-    command.add_argument("--record", action="store_true", help="record what they resolve to now")
+    command = commands.add_parser("recipes", help="compare the recipes with their recorded configs")
+    command.add_argument("--record", action="store_true", help="record their current configs")
     command.set_defaults(run=_recipes)
 
-    command = commands.add_parser("resources", help="say what a training took")
-    command.add_argument("trained", type=Path, help="a folder that `train` left")
+    command = commands.add_parser("resources", help="show the time, speed and memory of a training")
+    command.add_argument("trained", type=Path, help="a folder that `train` wrote")
     command.add_argument("than", type=Path, nargs="?", help="another, to compare with")
     command.set_defaults(run=_resources)
     return whole
 
 
 def _settings(arguments: argparse.Namespace) -> None:
-    # By pytest itself, which also knows what stands in its own configuration.
+    # Resolved by pytest, which also reads its own configuration.
     command = [sys.executable, "-m", "pytest", "--grpo-settings", *arguments.others]
     done = subprocess.run(command, check=False)
     if done.returncode:
-        raise HarnessError("pytest could not resolve them")
+        raise HarnessError("pytest could not resolve the settings")
 
 
 def _notes(error: BaseException) -> list[str]:
@@ -104,7 +103,7 @@ def _train(arguments: argparse.Namespace) -> None:
         _train_here(arguments)
         return
     check_new(arguments.out)
-    # What a cluster sends before it takes the machine away ends a run as Ctrl-C does.
+    # A cluster sends SIGTERM before it takes the machine away: handle it like Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if arguments.processes == 1:
@@ -171,7 +170,7 @@ def _warn(name: str, versions: object, changed: Sequence[object]) -> None:
 
 
 class _Steps:
-    """Says of every step how it went, and when the last one will be through."""
+    """Prints the figures of every step, and the time that is left."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -180,7 +179,7 @@ class _Steps:
 
     def __call__(self, row: Row) -> None:
         now = time.monotonic()
-        # The first step comes after the trainer's own beginning, whose time will not come again.
+        # step_time if logged: the first interval also contains the trainer's start.
         self._seconds.append(row.get("step_time", now - self._last))
         self._last = now
         left = (self._steps - row["step"]) * statistics.median(self._seconds[-20:])
@@ -193,7 +192,7 @@ class _Steps:
 
 
 def _baselines() -> Path:
-    """Return the folder of the baselines of the project that the command was started in."""
+    """Return the baselines folder of the project in the current directory."""
     return resolve(Path.cwd(), Path.cwd(), {}).baselines
 
 

@@ -1,5 +1,5 @@
-"""The one kind of error that is a message to a person and not a defect of the program."""
+"""The base class of errors that are messages to the user, not bugs."""
 
 
 class HarnessError(Exception):
-    """What was wrong, where, and what to do next, in one line; a traceback would add nothing."""
+    """One line: what is wrong, where, and what to do next. Shown without a traceback."""

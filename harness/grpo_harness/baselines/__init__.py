@@ -1,9 +1,9 @@
-"""The stored reference: what runs are judged by.
+"""Baselines: the stored references that runs are compared with.
 
 =================  ==============================================================
-``provenance.py``  what made a measurement besides the policy: commit, environment, code
-``file.py``        one file, typed: load it, compare with it, write it
-``recording.py``   a new one, tested against the one before it and the anchor
-``pruning.py``     what no run asks for any more, and its removal
+``provenance.py``  commit, environment and code behind a measurement
+``file.py``        one baseline file: schema, loading, comparing, writing
+``recording.py``   record a baseline, tested against the previous one and the anchor
+``pruning.py``     find and delete stale baselines
 =================  ==============================================================
 """

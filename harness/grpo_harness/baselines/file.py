@@ -1,8 +1,8 @@
-"""The stored reference of a policy on a task type: load it, compare with it, write it.
+"""One baseline file of a policy and a task type: load it, compare with it, write it.
 
-One JSON file in git for each policy and task type, ``<folder>/<policy>/<task type>.json``, one
-problem a line, sorted, so that a change of it can be read in a pull request. It holds two
-references: what was recorded last, which runs are judged by, and the anchor, which recordings are.
+The files are JSON in git, ``<folder>/<policy>/<task type>.json``, with one problem per line,
+sorted, so that a pull request shows a readable diff. A file holds two references: the last
+recording, for judging runs, and the anchor, for judging later recordings.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ _Samples = Annotated[int, Meta(ge=1, le=MOST_SAMPLES)]
 
 
 class BaselineError(HarnessError):
-    """A baseline that is missing, damaged, not comparable or not to be recorded: one line."""
+    """A baseline is missing, damaged, not comparable or must not be recorded. One line."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is kept of one problem: counts among ``k`` completions, sums over them.
+    """The results of one problem: counts and sums over its ``k`` completions.
 
-    ``length`` is in tokens, ``log_length`` is the sum of their natural logarithms, ``prompt`` is
-    a digest of the prompt as the policy saw it. Of ``anchor_k`` completions of the anchor,
-    ``anchor`` were correct. Raises ``ValueError`` for counts that do not fit together.
+    ``correct``, ``truncated`` and ``unparsable`` are counts. ``length`` is in tokens,
+    ``log_length`` is the sum of the natural logarithms of the lengths. ``prompt`` is a digest of
+    the prompt as the policy saw it. ``anchor`` of the anchor's ``anchor_k`` completions were
+    correct. Raises ``ValueError`` for counts that do not fit together.
     """
 
     k: _Samples
@@ -67,8 +68,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError("a sum is not a finite number")
         if self.length < self.k:
             raise ValueError("the length is less than a token each")
-        # Of the same length in all, logarithms sum to most where all are as long, and to least
-        # where all but one are a token.
+        # For a given total length, the sum of logarithms is largest if all lengths are equal, and
+        # smallest if all but one are 1.
         least = math.log(self.length - self.k + 1)
         most = self.k * math.log(self.length / self.k)
         if not least - _ROUNDING <= self.log_length <= most + _ROUNDING:
@@ -81,7 +82,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Made(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Who and what made a recording: the policy's name, the commit, the time, and why."""
+    """The origin of a recording: the policy's name, the commit, the time and the reason."""
 
     policy: str
     commit: str | None
@@ -90,7 +91,7 @@ class Made(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Anchor(Made, kw_only=True, forbid_unknown_fields=True):
-    """The recording that later ones may not fall below; ``digest`` is that of its counts."""
+    """The recording that later ones must not fall below; ``digest`` is that of its counts."""
 
     fingerprint: str
     accuracy: float
@@ -98,18 +99,18 @@ class Anchor(Made, kw_only=True, forbid_unknown_fields=True):
 
 
 class Kept(msgspec.Struct, forbid_unknown_fields=True):
-    """How many problems of an older file stayed, and the digest of that file."""
+    """The number of problems kept from an older file, and the digest of that file."""
 
     problems: _Count
     digest: str
 
 
 class Header(Made, kw_only=True, forbid_unknown_fields=True):
-    """All of a baseline's file but its problems.
+    """Everything in a baseline file except the problems.
 
-    ``planned`` problems were asked. ``conditions`` must be equal for two measurements to be
-    compared, and so must ``gate``, the bounds that they are judged by. ``problem_set`` and the
-    three means are digests: they tell lines that were changed by hand.
+    ``planned`` problems were asked. Two measurements can be compared only if their ``conditions``
+    and their bounds, ``gate``, are equal. ``problem_set`` and the three means reveal lines that
+    were edited by hand.
     """
 
     schema: Literal[3] = SCHEMA
@@ -131,7 +132,7 @@ class Header(Made, kw_only=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Baseline:
-    """One file: the records by problem id, and the header that says what they were made with.
+    """One baseline file: the header, and the records by problem id.
 
     ``digest`` is the SHA-256 of the file.
     """
@@ -151,7 +152,7 @@ class Baseline:
         return self.header.fingerprint == fingerprint
 
     def select(self, questions: Questions) -> list[Record]:
-        """Return the records of all the problems that are asked, in their order.
+        """Return the records of the problems asked, in their order.
 
         Raises ``BaselineError`` when the two cannot be compared: another task version, prompt,
         tokenizer, chat template, reward, sampling setting or bound, or a problem that was not
@@ -173,14 +174,14 @@ class Baseline:
         for record, problem, prompt in zip(records, questions.ids, questions.prompts, strict=True):
             if record.prompt != prompt_digest(prompt):
                 raise BaselineError(
-                    f"not comparable with {self.path}: the policy sees problem {problem} in "
-                    "other words than when that was recorded. If that is meant, record a "
-                    "baseline: --grpo-record"
+                    f"not comparable with {self.path}: the prompt of problem {problem} is "
+                    "not the one that was recorded. If that is meant, record a baseline: "
+                    "--grpo-record"
                 )
         return records
 
     def changes(self, questions: Questions) -> list[str]:
-        """Name each condition that is another one now: what it was, what it is."""
+        """List the conditions that have changed, each with its old and new value."""
         then = {**self.header.conditions, **_flat(self.header.gate)}
         now = {**conditions(questions), **_flat(recorded_bounds())}
         return [
@@ -191,7 +192,7 @@ class Baseline:
 
 
 def conditions(questions: Questions) -> dict[str, Any]:
-    """Return what must be equal for two measurements to be compared, by name."""
+    """Return, by name, what must be equal for two measurements to be compared."""
     return {
         "task_version": questions.task_type.version,
         "reward": questions.reward,
@@ -211,7 +212,7 @@ def _flat(bounds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def path_of(folder: Path, slug: str, task_type: str) -> Path:
-    """Return where the baseline of a policy on a task type is kept."""
+    """Return the path of the baseline of a policy on a task type."""
     return folder / slug / f"{task_type}.json"
 
 
@@ -250,7 +251,7 @@ def load(path: Path) -> Baseline:
 
 
 def _upgrade(content: dict[str, Any]) -> None:
-    """Make schema 3 of schema 2, which kept the bounds of the rates alone."""
+    """Convert schema 2, which stored only the bounds of the rates, to schema 3."""
     alpha, rates = content["gate"].pop("alpha"), dict(content["gate"])
     now = recorded_bounds()
     bounds = {name: rates if now[name] == asdict(RATE) else now[name] for name in now}
@@ -258,9 +259,9 @@ def _upgrade(content: dict[str, Any]) -> None:
 
 
 def write(path: Path, header: Header, records: Mapping[str, Record]) -> None:
-    """Write a baseline, whole or not at all; the digests of ``records`` are put in.
+    """Write a baseline atomically, with the digests of ``records``.
 
-    Raises ``BaselineError`` where the file system refuses it.
+    Raises ``BaselineError`` if the file cannot be written.
     """
     header = msgspec.structs.replace(
         header,
@@ -299,7 +300,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of JSON, in which no name may stand twice: a merge can leave both sides."""
+    """Build a JSON object. A duplicate name is an error: a bad merge can leave both sides."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
@@ -308,7 +309,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _means(records: Mapping[str, Record]) -> dict[str, float]:
-    """The means over all completions that a header shows, by which lines that changed are told."""
+    """Return the header's means over all completions; they reveal edited lines."""
     drawn = sum(record.k for record in records.values())
     sums = {"accuracy": "correct", "mean_reward": "reward", "mean_length": "length"}
     # fsum, because the sum must not depend on the order of the records.
@@ -319,7 +320,7 @@ def _means(records: Mapping[str, Record]) -> dict[str, float]:
 
 
 def _check(header: Header, records: Mapping[str, Record], path: Path) -> None:
-    """Raise ``ValueError`` where a header is not that of its records, or of its file."""
+    """Raise ``ValueError`` if a header does not match its records or its file name."""
     if not records or header.problem_set != _problem_set(records):
         raise ValueError("its problems are not those that were recorded")
     if header.task_type != path.stem:
@@ -336,13 +337,13 @@ def _problem_set(records: Iterable[str]) -> str:
 
 
 def _anchor_digest(records: Mapping[str, Record]) -> str:
-    # So that the anchor's counts cannot move unnoticed between two recordings.
+    # Reveals a change of the anchor's counts between two recordings.
     counts = (f"{name} {record.anchor}/{record.anchor_k}" for name, record in records.items())
     return digest("\n".join(sorted(counts)))
 
 
 def prompt_digest(prompt: str) -> str:
-    """Digest a prompt as the policy sees it, short enough for a line of the file."""
+    """Return a digest of a prompt as the policy sees it, short enough for the file."""
     return digest(prompt)[:12]
 
 

@@ -1,4 +1,4 @@
-"""What made a measurement, besides the policy: commit, environment and code."""
+"""The provenance of a measurement: commit, environment and code."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _SAMPLES_AND_JUDGES = (
     *("text.py", "tasks", "rewards", "policy", "engines", "evaluation.py", "gate"),
     *("rules.py", "reruns.py", "session.py"),
 )
-"""The rooms of this package that decide what is drawn, how it is scored and what is concluded."""
+"""The modules that decide what is sampled, how it is scored and the verdict."""
 
 
 def environment(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a policy ran on: what the engine says of itself, the machine, versions."""
+    """Return the environment of a run: the engine's identity, the machine, the versions."""
     return {**engine, "machine": platform.machine(), **versions()}
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the libraries that decide what is sampled."""
+    """Return the versions of Python and of the libraries that affect sampling."""
     return {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}}
 
 
 def code_digest(files: Iterable[Path]) -> str:
     """Digest the code that samples and judges: library versions, this package, ``files``.
 
-    The same policy sampled by other code is another measurement, whatever its settings say. What
-    only shows a measurement, such as the report, is left out.
+    Other code makes another measurement, even with the same policy and settings. Code that only
+    displays results, such as the report, is left out.
     """
     package = Path(__file__).parents[1]
     sources = set(files)
@@ -45,7 +45,7 @@ def code_digest(files: Iterable[Path]) -> str:
 
 
 def git(*arguments: str, cwd: Path) -> str | None:
-    """Run git in a folder and return what it says, or ``None`` where it cannot answer."""
+    """Run git in a folder and return its output, or ``None`` if it fails."""
     try:
         run = subprocess.run(
             ["git", *arguments], cwd=cwd, capture_output=True, text=True, check=True, timeout=60

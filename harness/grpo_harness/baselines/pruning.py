@@ -1,4 +1,4 @@
-"""What no run asks for any more, and its removal: the only deletion of anything recorded."""
+"""Find and delete stale baselines. Nothing else deletes recorded data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_harness.text import escape
 
 @dataclass(frozen=True)
 class Stale:
-    """What no run asks for any more: a whole file, or some ``problems`` of it."""
+    """A stale baseline: a whole file, or some ``problems`` of it."""
 
     path: Path
     why: str
@@ -29,11 +29,11 @@ class Stale:
 def stale(
     folder: Path, slugs: Collection[str], task_types: Mapping[str, TaskType], problems: int
 ) -> list[Stale]:
-    """List what no run of the policies ``slugs`` on ``task_types`` can ask for any more.
+    """List the stale baselines: those that no run of ``slugs`` on ``task_types`` uses.
 
     A problem is stale when its task type no longer draws it, neither among the first ``problems``
-    nor among as many as were planned when it was recorded. Files that are no baselines, or
-    cannot be read as one, are left alone: reading them is an error elsewhere.
+    nor among the number that was planned when it was recorded. Files that cannot be read as a
+    baseline are skipped: loading them is an error elsewhere.
     """
     found = []
     for path in sorted(folder.glob("*/*.json")):
@@ -49,7 +49,7 @@ def stale(
         else:
             try:
                 drawn = task_type.problems(max(problems, stored.header.planned))
-            except ValueError:  # so many are not to be had: a run that asks them says so
+            except ValueError:  # too few problems exist: a run that asks for them reports it
                 continue
             gone = frozenset(stored.records) - {problem.id for problem in drawn}
             if gone:
@@ -58,7 +58,7 @@ def stale(
 
 
 def check_restorable(found: Iterable[Stale]) -> None:
-    """Raise ``BaselineError`` where a deletion could not be undone: in CI, and without git."""
+    """Raise ``BaselineError`` if a deletion could not be undone: in CI, or without git."""
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         raise BaselineError("nothing is pruned in CI (CI is set): do it by hand, and commit")
     for path in (entry.path.resolve() for entry in found):
@@ -66,13 +66,13 @@ def check_restorable(found: Iterable[Stale]) -> None:
         changed = git("status", "--porcelain", "--", f":(literal){path}", cwd=path.parent)
         if not known or changed or changed is None:
             raise BaselineError(
-                f"nothing is pruned, for git could not restore {path}: commit it first, or "
+                f"nothing is pruned: git could not restore {path}. Commit it first, or "
                 "delete it by hand"
             )
 
 
 def prune(found: Iterable[Stale]) -> None:
-    """Delete what is stale; a file of which nothing is left is deleted too."""
+    """Delete what is stale, and files in which nothing is left."""
     for entry in found:
         left = {}
         if entry.problems:

@@ -1,9 +1,9 @@
-"""Recording a baseline: a separate, loud act that never lowers the bar unsaid.
+"""Record a baseline. Accuracy is never lowered without a reason.
 
-A baseline that is recorded anew with every change can slide: half a point a time is never proven,
-and ten points are gone. So each recording is tested against the one before it and against the
-*anchor*, which stays where it was first recorded, moves up with a proven gain and down only with
-a reason. What is written is written whole or not at all, and nothing is deleted but by a prune.
+If every change records a new baseline, accuracy can slide: a loss of half a point per recording is
+never proven, and in the end ten points are lost. So each recording is tested against the previous
+one and against the *anchor*. The anchor is the first recording; a proven gain moves it up, and only
+a given reason moves it down. Files are written atomically, and only pruning deletes anything.
 """
 
 from __future__ import annotations
@@ -42,25 +42,24 @@ SAMPLES = 16
 """Completions per problem that a recording draws."""
 
 SEEDS = 2
-"""Run seeds that they are drawn with, so that no single run's luck becomes the reference."""
+"""Run seeds of a recording, so that the luck of a single run is not the reference."""
 
 _ACCEPT = "--grpo-record --grpo-accept-regression 'why'"
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A file that was written, and what a person should know of it."""
+    """A file that was written, with notes for the user."""
 
     path: Path
     notes: tuple[str, ...]
 
 
 def check_recordable(folder: Path, root: Path) -> None:
-    """Raise ``BaselineError`` where nothing may be recorded: in CI, and from a dirty tree.
+    """Raise ``BaselineError`` if recording is not allowed: in CI, or from a dirty tree.
 
-    A recording names the commit that it was made from, so that commit must hold everything that
-    made it. ``root`` is the project's folder. Changes below ``folder`` itself are other
-    recordings, and do not count.
+    A recording names its commit, so that commit must contain everything that made it. ``root`` is
+    the project's folder. Changes below ``folder`` itself are other recordings and do not count.
     """
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         raise BaselineError(
@@ -74,8 +73,8 @@ def check_recordable(folder: Path, root: Path) -> None:
     excluded = []
     if folder.resolve() == Path(top).resolve():
         raise BaselineError(
-            f"baselines are not kept in the top folder of the repository, {top}, where they "
-            "cannot be told from what makes them: set [tool.grpo-harness] baselines"
+            f"baselines cannot be kept in the top folder of the repository, {top}, together with "
+            "the code that they are recorded from: set [tool.grpo-harness] baselines"
         )
     if folder.resolve().is_relative_to(Path(top).resolve()):
         excluded = ["--", top, f":(exclude,literal){folder.resolve()}"]
@@ -91,7 +90,7 @@ def check_recordable(folder: Path, root: Path) -> None:
 
 def _unreadable(root: Path) -> BaselineError:
     return BaselineError(
-        f"git cannot read the repository around {root}, so nothing tells whether it has "
+        f"git cannot read the repository around {root}, so it may have "
         "uncommitted changes: see what `git status` says"
     )
 
@@ -105,17 +104,17 @@ def record(
     files: int = 1,
     reason: str | None = None,
 ) -> Recording:
-    """Write the baseline that ``evaluations`` of one policy and task type make together.
+    """Write one baseline from ``evaluations`` of one policy and task type.
 
-    They differ in their run's seed alone. Problems of an older file that they did not ask stay,
-    if they were recorded of the same policy under the same conditions. ``before`` is the file
-    that the policy was judged by until now, its own if it is left out. ``root`` is the project's
-    folder, and ``files`` how many the run records, which share the risk of a refusal by chance.
-    ``reason`` says why the accuracy may be lower than before.
+    The evaluations differ only in their run seed. Problems of an older file that were not asked now
+    are kept if they were recorded from the same policy under the same conditions. ``before`` is the
+    file that the policy was judged by until now (default: its own). ``root`` is the project's
+    folder, and ``files`` the number of files that the run records: they share the risk of a refusal
+    by chance. ``reason`` says why the accuracy may be lower than before.
 
-    Raises ``BaselineError``, with the file as it was, when a completion is missing, when problems
-    would be lost, and when there is no ``reason`` although the accuracy is proven to be lower or
-    nothing can tell whether it is.
+    Raises ``BaselineError`` and leaves the file unchanged when a completion is missing, when
+    problems would be lost, and when there is no ``reason`` although the accuracy is proven to be
+    lower or cannot be tested.
     """
     first = evaluations[0]
     questions = first.questions
@@ -158,7 +157,7 @@ def record(
         gate=recorded_bounds(),
         environment=environment(first.engine),
         parent=parent.digest if parent else None,
-        # Of these problems, the rest of the header tells nothing but the conditions.
+        # For these problems, only the conditions of the header are valid.
         kept_from=Kept(len(kept), parent.digest) if parent and kept else None,
     )
     write(path, header, records)
@@ -167,7 +166,7 @@ def record(
 
 @dataclass(frozen=True)
 class _Tested:
-    """Whether a recording moves the anchor, and what a person should know of it."""
+    """Whether a recording moves the anchor, with notes for the user."""
 
     moves: bool
     notes: tuple[str, ...] = ()
@@ -181,14 +180,14 @@ def _parent(path: Path, reason: str | None) -> tuple[Baseline | None, list[str]]
     except BaselineError as error:
         if reason is None:
             raise BaselineError(
-                f"nothing is recorded, for nothing tells whether the accuracy is lower: {error}. "
-                f"If it is lost, say why what it held does not matter: {_ACCEPT}"
+                f"nothing is recorded: whether the accuracy is lower cannot be tested: {error}. "
+                f"If the file is lost, say why that does not matter: {_ACCEPT}"
             ) from error
         return None, [f"the anchor is set anew: {error}"]
 
 
 def _kept(parent: Baseline, first: Evaluation, fresh: Mapping[str, Record]) -> list[str]:
-    """Name the problems of the older file that were not asked now and stay in it."""
+    """Return the problems of the older file that were not asked now and are kept."""
     kept = [name for name in parent.records if name not in fresh]
     if kept and (parent.changes(first.questions) or not parent.same_policy(first.fingerprint)):
         raise BaselineError(
@@ -207,14 +206,14 @@ def _against_parent(
     alpha: float,
     reason: str | None,
 ) -> _Tested:
-    """Test a recording against the one before it and the anchor, each at ``alpha``."""
+    """Test a recording against the previous one and the anchor, each at ``alpha``."""
     if parent.header.conditions.get("task_version") != first.questions.task_type.version:
         return _Tested(True, ("the task type's version is another one: the anchor is set anew",))
     shared = [name for name in fresh if name in parent.records]
     before = [parent.records[name] for name in shared]
     correct, k = [fresh[name].correct for name in shared], [fresh[name].k for name in shared]
     anchor, recorded = parent.header.anchor, str(parent.header.fingerprint)
-    # The anchor first: where both are missed, it is the one that must stand.
+    # The anchor first: if the recording falls below both, the message names the anchor.
     references = (
         ("anchor", [r.anchor for r in before], [r.anchor_k for r in before], anchor.fingerprint),
         (
