@@ -1,13 +1,12 @@
-"""Is it still GRPO, to the digit, and does it still learn? TRL's trainer on the smallest policy.
+"""Does TRL's trainer compute GRPO exactly, and does it still learn? On the smallest policy.
 
-The contract: tiny runs of the product are watched from outside, and every step is held against
-the formulas in plain torch (`grpo_harness.grpo`), computed from the raw completions. Each test is
-one invariant of `grpo_harness.contract`, which says what regression of the field it is there for.
+The contract: tiny runs of the product are watched from outside, and every step is compared with the
+formulas in plain torch (`grpo_harness.grpo`) on the raw completions. Each test is one invariant of
+`grpo_harness.contract`, which names the regressions that it finds.
 
 The learning test: short runs from nano-base are judged by what they gain, never by their loss. The
-controls are runs in which nothing can be learned, or the wrong thing: each must fail the very same
-test, or its PASS would say nothing. How often each passes and fails:
-`grpo_harness/nano/LEARNING.md`.
+controls are runs that can learn nothing, or the wrong thing: each must fail the same test, or its
+PASS would mean nothing. `grpo_harness/nano/LEARNING.md` shows how often each passes and fails.
 """
 
 import functools
@@ -41,15 +40,15 @@ EVERY = [
     "large",
     "two-ended",
 ]
-"""The runs that must be right in every figure; what each varies is in `grpo_harness.contract`."""
+"""The runs in which every figure is checked; `grpo_harness.contract` has their settings."""
 
 ON_POLICY = [name for name in EVERY if name not in {"clipped", "halves"}]
-"""Those in which every update is made on completions of the weights before it."""
+"""The runs in which every update uses completions drawn by the current weights."""
 
 
 @pytest.fixture(scope="module")
 def contract():
-    """The invariants by name: imported late, since collecting loads no torch."""
+    """The contract package: imported late, because collecting must not load torch."""
     import grpo_harness.contract
 
     return grpo_harness.contract
@@ -57,19 +56,19 @@ def contract():
 
 @pytest.fixture(scope="module")
 def oracles(contract):
-    """The formulas, and the policy that a run starts from, by its name."""
+    """A function that returns the oracle for a start policy, by its name."""
     return functools.cache(contract.Oracle)
 
 
 @pytest.fixture
 def oracle(run, oracles):
-    """The formulas, and the policy that ``run`` starts from."""
+    """The oracle for the policy that ``run`` starts from."""
     return oracles(run.recipe.policy)
 
 
 @pytest.fixture(scope="module")
 def holds(contract):
-    """Assert one invariant, by name, of what was seen."""
+    """A function that asserts an invariant, by its name, on what was observed."""
 
     def holds(name, *seen):
         try:
@@ -82,7 +81,7 @@ def holds(contract):
 
 @pytest.fixture(scope="module")
 def watched(contract, tmp_path_factory):
-    """The runs of the contract by name, each made once, at the first question about it."""
+    """A function that returns a run of the contract by its name; each is made once."""
     seen = {}
 
     def watched(name):
@@ -95,13 +94,13 @@ def watched(contract, tmp_path_factory):
 
 @pytest.fixture(params=EVERY)
 def run(request, watched):
-    """Each of the runs that must be right in every figure."""
+    """Each run in which every figure is checked."""
     return watched(request.param)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_resolved_config(name, grpo_session):
-    """Every recipe means what it meant when its config was recorded: no default has flipped."""
+    """Every recipe resolves to its recorded config: no default has changed."""
     from grpo_harness.errors import HarnessError
     from grpo_harness.training.recorded import differences, recorded
 
@@ -118,12 +117,12 @@ def test_resolved_config(name, grpo_session):
 
 
 def test_settings(run, holds):
-    """The trainer runs by the recipe, and by what is pinned beside it."""
+    """The trainer has the recipe's settings, and the pinned values for the others."""
     holds("settings_are_the_recipes", run)
 
 
 def test_rows(run, holds):
-    """Every step is logged, with every figure, and every figure is a number."""
+    """Every step is logged with all figures, and every figure is a finite number."""
     holds("rows_are_complete_and_finite", run)
 
 
@@ -133,27 +132,27 @@ def test_start(run, oracle, holds):
 
 
 def test_problems(run, oracle, holds):
-    """The recipe's problems are asked in rounds: each once a round, each round in another order."""
+    """Every round asks each problem of the recipe once, in another order than before."""
     holds("every_problem_has_its_turn", run, oracle)
 
 
 def test_prompts(run, oracle, holds):
-    """Each prompt's tokens are those of the chat template, to which nothing is added."""
+    """Each prompt's tokens are those of the chat template, with nothing added."""
     holds("prompts_are_the_templates", run, oracle)
 
 
 def test_completions(run, oracle, holds):
-    """The completions that the model drew are those that were scored and those that were used."""
+    """The completions that were drawn are those that were scored and trained on."""
     holds("what_is_drawn_is_scored_and_trained_on", run, oracle)
 
 
 def test_rollouts(run, oracle, holds):
-    """Every completion is what the weights of its step draw from that random state."""
+    """Every completion is what the current weights draw from the recorded random state."""
     holds("rollouts_are_the_current_policys", run, oracle)
 
 
 def test_rewards(run, contract, oracle, holds):
-    """The raw completions, scored again, have the rewards that were returned and logged."""
+    """Scoring the raw completions again gives the rewards that were returned and logged."""
     reward = contract.RUNS[run.recipe.name].reward
     holds("rewards_are_the_completions", run, oracle, reward)
 
@@ -164,75 +163,75 @@ def test_advantages(run, oracle, holds):
 
 
 def test_counts(run, oracle, holds):
-    """Lengths, the share cut off and the tokens seen are those of the raw completions."""
+    """Logged lengths, truncation and token counts are those of the raw completions."""
     holds("counts_are_those_of_the_completions", run, oracle)
 
 
 def test_mask(run, oracle, holds):
-    """The loss is told of every token of a completion, and of none beyond its end."""
+    """The mask of the loss covers every token of a completion, and none beyond its end."""
     holds("the_mask_is_the_completions", run, oracle)
 
 
 def test_log_probabilities(run, oracle, holds):
-    """Padded in a batch, each token has the log-probability that it has without padding."""
+    """Each token has the same log-probability in a padded batch as without padding."""
     holds("log_probabilities_are_the_policys", run, oracle)
 
 
 def test_loss(run, oracle, holds):
-    """Each step's loss is the formula's on the raw completions, and it is what is logged."""
+    """Each step's loss is that of the formula on the raw completions, and is logged."""
     holds("loss_equals_the_oracles", run, oracle)
 
 
 def test_gradient(run, oracle, holds):
-    """Each step's gradient is autograd's of the formula, on a fresh copy of the weights."""
+    """Each step's gradient is autograd's for the formula, on a fresh copy of the weights."""
     holds("gradient_equals_the_oracles", run, oracle)
 
 
 def test_figures(run, oracle, holds):
-    """Entropy, KL to the base and the clip ratios that are logged are those of the tokens."""
+    """The logged entropy, KL to the base and clip ratios are those of the tokens."""
     holds("figures_of_the_policy_are_the_oracles", run, oracle)
 
 
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_on_policy(name, watched, holds):
-    """On completions of the weights before it, the ratio is exactly 1 and nothing is clipped."""
+    """On completions drawn by the current weights, ρ is exactly 1 and nothing is clipped."""
     holds("on_policy_the_ratio_is_one", watched(name))
 
 
 def test_gradient_norm(run, holds):
-    """The optimizer is given the gradient, its norm at most ``max_grad_norm``; 0 is no limit."""
+    """The optimizer gets the gradient, clipped to ``max_grad_norm``; 0 means no limit."""
     holds("gradients_are_clipped_as_asked", run)
 
 
 def test_update(run, holds):
-    """Each step makes one update, and it is AdamW's at the schedule's rate for its gradients."""
+    """Each step makes one AdamW update, at the schedule's rate and with its gradients."""
     holds("every_update_is_adamws", run)
 
 
 def test_between_updates(run, holds):
-    """A step starts from the weights that the one before left, to the bit; the last are the end."""
+    """The weights do not change between steps or after the last one, to the bit."""
     holds("only_updates_move_the_weights", run)
 
 
 def test_learning_rate(run, holds):
-    """The learning rate that is logged is the one by the schedule's formula of the row's step."""
+    """The logged learning rate is that of the schedule's formula for the row's step."""
     holds("rates_logged_are_the_schedules", run)
 
 
 def test_saved(run, holds):
-    """The checkpoint has the weights in memory, in their own dtype, to the bit."""
+    """The checkpoint has the final weights, in their own dtype, to the bit."""
     holds("what_is_saved_is_what_was_trained", run)
 
 
 @pytest.mark.parametrize("name", ["plain", "two-ended"])
 def test_checkpoint_is_whole(name, watched, oracles, holds):
-    """What is on disk asks, reads and ends as its base does, and lists what it was trained on."""
+    """The saved tokenizer, template and end tokens are the base's; the problems are listed."""
     run = watched(name)
     holds("the_checkpoint_is_whole", run, oracles(run.recipe.policy))
 
 
 def test_training_set():
-    """Every task type has its share of what is trained on, and no evaluation asks any of it."""
+    """The training set has all task types, and no problem that an evaluation asks."""
     from grpo_harness.tasks import MATH, PROGRAMMING, make_problems, task_types
 
     trained = make_problems(200, 1000, seed=11)
@@ -250,27 +249,27 @@ def test_training_set():
 
 
 def test_clipping(watched, oracles, holds):
-    """On used completions, at a large rate, tokens are clipped at 1 ± ε, and not all of them."""
+    """On reused completions, at a large rate, some tokens are clipped at 1 ± ε, but not all."""
     holds("clipping_acts_off_policy", watched("clipped"), oracles("nano-base"))
 
 
 def test_accumulation(watched, holds):
-    """Four groups in four micro-batches have the gradient that they have in one."""
+    """Four groups have the same gradient in four micro-batches as in one."""
     holds("accumulation_changes_nothing", watched("accumulated"), watched("plain"))
 
 
 def test_constant_reward(watched, holds):
-    """Where every completion has the same reward, the weights stay as they are, to the bit."""
+    """If every completion has the same reward, the weights do not change, to the bit."""
     holds("constant_reward_changes_nothing", watched("constant"))
 
 
 def test_negated_reward(watched, holds):
-    """The reward the other way round turns the first gradient round and does nothing else."""
+    """Negating the reward negates the first gradient and changes nothing else."""
     holds("negated_reward_negates_the_gradient", watched("negated"), watched("plain"))
 
 
 def test_same_seed(watched, holds):
-    """A run and its repetition log the same figures, to the bit, but for the time they took."""
+    """A run and its repetition log the same figures, to the bit, except for times."""
     holds("the_same_seed_gives_the_same_rows", watched("plain"), watched("again"))
 
 
@@ -280,7 +279,7 @@ def test_another_seed(watched, holds):
 
 
 def test_resumed(watched, holds):
-    """A run that goes on from a checkpoint is the one that never stopped, to the bit."""
+    """A run resumed from a checkpoint equals one without interruption, to the bit."""
     holds("resumed_equals_uninterrupted", watched("resumed"), watched("tuned"))
 
 
@@ -290,12 +289,12 @@ def test_weights_move(watched, holds):
 
 
 def test_nan(watched, holds):
-    """A NaN loss is logged as what it is, and ends the run."""
+    """A NaN loss is logged as NaN and ends the run."""
     holds("a_nan_is_seen", watched("poisoned"))
 
 
 def test_controls(watched, oracles):
-    """The runs are not trivial: rewards differ, a row is cut off, and the policy moves away."""
+    """The runs are not trivial: rewards differ, a row is truncated, and the policy changes."""
     oracle = oracles("nano-base")
     plain = watched("plain")
     for step in plain.steps:
@@ -328,7 +327,7 @@ def test_controls(watched, oracles):
 
 
 def test_reward_that_raises_ends_the_run(tmp_path):
-    """An error in the reward is an error of the run, never a score (verl#5635)."""
+    """An error in the reward ends the run; it is never a score (verl#5635)."""
     from grpo_harness.training import TrainingError, train
 
     def broken(**_):
@@ -352,7 +351,7 @@ print(json.dumps(logits.flatten().tolist()))
 
 
 def test_checkpoint_reloads(watched):
-    """What is on disk answers, in a new process, like what was in memory."""
+    """A new process gets the same logits from the checkpoint as from the model in memory."""
     import torch
 
     run = watched("plain").run
@@ -394,7 +393,7 @@ NEXT = (
 
 @pytest.fixture(scope="module")
 def judge():
-    """Run all trials, two at a time, while the tests wait for those they judge."""
+    """Run all trials, two at a time; a test waits only for those that it judges."""
     from grpo_harness.learning.laboratory import laboratory
 
     with laboratory() as trials:
@@ -402,7 +401,7 @@ def judge():
 
 
 def test_grpo_learns(judge):
-    """The reward rises, held-out answers are better, and every figure stays in bounds."""
+    """The reward and held-out accuracy rise, and every figure stays in bounds."""
     learning = judge("learn")
     assert learning.verdict == "PASS", f"GRPO does not learn. {learning.reason}. {NEXT}"
 
@@ -417,7 +416,7 @@ def test_grpo_learns(judge):
     ],
 )
 def test_control_fails(judge, control, criteria):
-    """A run that cannot learn does not pass the learning test, and what is missing is named."""
+    """A run that cannot learn fails the learning test, by the expected criteria."""
     learning = judge(control)
     missing = criteria - learning.broken.keys()
     assert not missing, (
@@ -428,7 +427,7 @@ def test_control_fails(judge, control, criteria):
 
 
 def test_collapse_is_no_learning(judge):
-    """The reward rises because answers go empty: whatever gain is asked, that is a failure."""
+    """A reward that rises because completions become empty is a failure, whatever the gain."""
     from grpo_harness.learning.judge import Limits
 
     learning = judge("collapse", replace(Limits(), gain=0.0))

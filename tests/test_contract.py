@@ -191,7 +191,7 @@ CAUGHT = {
     "a_token_less": (
         "plain",
         "counts_are_those_of_the_completions",
-        "has 15 tokens, none of which ends an answer, and max_completion_length is 16",
+        "has 15 tokens, none of which is an end token, and max_completion_length is 16",
     ),
     "last_token_out_of_the_loss": ("plain", "gradient_equals_the_oracles", "away from the oracle"),
     "top_p_ignored": ("tuned", "rollouts_are_the_current_policys", "(without top_p: 100.0%)"),
@@ -223,7 +223,7 @@ CAUGHT = {
     "adam_second_step_reset": (
         "plain",
         "every_update_is_adamws",
-        "the first update of an optimizer without a past",
+        "the first update of an optimizer without state",
     ),
     "sgd_after_1": ("plain", "every_update_is_adamws", "step 2: "),
     "skip_every_second_step": (

@@ -1,20 +1,19 @@
-"""The contract of a GRPO step: what TRL's trainer must compute for a recipe, to the digit.
+"""The contract of a GRPO step: what TRL's trainer must compute for a recipe.
 
-A run of the product is watched from outside, and every step of it is computed anew from the raw
-completions by the formulas in plain torch. Each invariant is a function that returns in silence
-or raises `BrokenInvariantError`, with its name, the number, the place, and what such a difference
-usually means.
+A training run is watched from outside, and every step is recomputed from the raw completions by the
+formulas in plain torch. Each invariant is a function that returns None or raises
+`BrokenInvariantError` with its name, the number, the place and the usual cause.
 
 ==================  ==================================================================
 ``trace.py``        what a run did: batches of completions, micro-batches, steps
-``policies.py``     policies that real ones are like and the embedded pair is not
-``runs.py``         the runs that the contract is read from
+``policies.py``     test policies with features that the embedded pair lacks
+``runs.py``         the runs that the invariants check
 ``observer.py``     watches a run from outside
-``conventions.py``  how TRL computes a step, and what it could do otherwise
-``lengths.py``      how long gradients are, and how far apart
+``conventions.py``  how TRL computes a step, and known deviations
+``lengths.py``      norms of gradients, and distances between them
 ``invariant.py``    what an invariant is, and how it fails
-``oracle.py``       a step computed anew
-``adam.py``         an update computed anew
+``oracle.py``       recomputes a step
+``adam.py``         recomputes an update
 ``rollouts.py``     invariants of what is drawn, scored and counted
 ``update.py``       invariants of log-probabilities, loss and gradient
 ``weights.py``      invariants of the weights
@@ -22,7 +21,7 @@ usually means.
 ==================  ==================================================================
 """
 
-from grpo_harness.contract import end_to_end, rollouts, update, weights  # noqa: F401 - their import names them
+from grpo_harness.contract import end_to_end, rollouts, update, weights  # noqa: F401 - importing registers them
 from grpo_harness.contract.invariant import INVARIANTS, BrokenInvariantError
 from grpo_harness.contract.observer import make, watch
 from grpo_harness.contract.oracle import Oracle

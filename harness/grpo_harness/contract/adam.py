@@ -1,7 +1,7 @@
 """What an optimizer step should do to the weights: the schedule's rate, clipping and AdamW.
 
-The formulas in plain torch and double precision. What they are given is the recipe's, and the
-gradients and weights that were seen; it is not asked what the trainer made of the recipe.
+The formulas are in plain torch and double precision. They use the recipe and the observed gradients
+and weights, never the trainer's own config.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo_harness.training.recipes import Recipe
 
 @dataclass(frozen=True)
 class AdamW:
-    """How the weights are moved; what a recipe leaves open is as `grpo_harness.training` has it."""
+    """The optimizer's settings. Defaults are those of `grpo_harness.training`."""
 
     beta1: float
     beta2: float
@@ -30,7 +30,7 @@ class AdamW:
 
     @classmethod
     def of(cls, recipe: Recipe) -> AdamW:
-        """Read what ``recipe`` asks for."""
+        """Read the settings of ``recipe``."""
         return cls(
             beta1=recipe.config.get("adam_beta1", 0.9),
             beta2=recipe.config.get("adam_beta2", 0.999),
@@ -42,9 +42,9 @@ class AdamW:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """The weights that a step should leave, with the rate that it should be made at.
+    """The weights that a step should leave, ``right``, and its learning rate.
 
-    ``anew`` are those of an optimizer without a past.
+    ``anew`` are the weights after the first update of a new optimizer, without state.
     """
 
     step: Step
@@ -53,25 +53,25 @@ class Update:
     anew: Tensors
 
     def suspect(self) -> str:
-        """Say what the step did instead, where that can be told."""
+        """Describe what the step did instead, if it can be told."""
         before, after = self.step.weights, self.step.after
         moved = {name: after[name].double() - w for name, w in before.items()}
         if not norm(moved):
             return "; the weights are left as they are"
-        # A decay of the weights is no part of what the rate is told by.
+        # The whole update, weight decay included, is proportional to the rate.
         times = scale(moved, {name: self.right[name] - w for name, w in before.items()})
         if times is not None:
             return f"; the weights move {times:.4g} times as far as at the rate {self.rate:g}"
         anew = {name: self.anew[name] - w for name, w in before.items()}
         again = distance(moved, anew) <= 1e-4
-        return "; it is the first update of an optimizer without a past" if again else ""
+        return "; it is the first update of an optimizer without state" if again else ""
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """Return the rate of the update in ``step`` (from 1): the one that its row has to show.
+    """Return the learning rate of the update in ``step`` (from 1), which its row must show.
 
-    The scheduler goes on after the update, and the trainer reads the rate before that: the first
-    update is made at the full rate, and the last one of a linear schedule not at 0.
+    The scheduler advances after the update, and the trainer logs the rate before that: the first
+    update has the full rate, and the last one of a linear schedule is not at 0.
     """
     done, steps = step - 1, recipe.steps
     warmup = recipe.config.get("warmup_steps", 0)
@@ -95,14 +95,14 @@ def rate(recipe: Recipe, step: int) -> float:
 
 
 def clipped(gradient: Tensors, most: float) -> Tensors:
-    """Return a gradient with its whole norm brought down to ``most``; 0 leaves it as it is."""
-    # As torch has it: not quite the norm asked for, so that a norm of 0 divides nothing.
+    """Return a gradient scaled to a global norm of at most ``most``; 0 means no limit."""
+    # As in torch: 1e-6 is added, which avoids a division by a norm of 0.
     factor = min(1.0, most / (norm(gradient) + 1e-6)) if most else 1.0
     return {name: factor * values.double() for name, values in gradient.items()}
 
 
 def updates(run: Trace) -> Iterator[Update]:
-    """Make every update anew, each from the weights seen before it and all gradients till then."""
+    """Recompute every update from the observed weights before it and all gradients so far."""
     how = AdamW.of(run.recipe)
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}

@@ -1,6 +1,7 @@
-"""How TRL computes a step, by the recipe, and what it could do otherwise.
+"""How TRL computes a step by the recipe, and known deviations.
 
-The second is what the field has seen go wrong. By it the oracle tells what a wrong figure is.
+The deviations are mistakes seen in practice. The oracle uses them to name the cause of a wrong
+figure.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from grpo_harness.training.recipes import Recipe
 
 @dataclass(frozen=True)
 class Conventions:
-    """How TRL 1.16 computes a step; every field is one thing that could be otherwise."""
+    """How TRL 1.16 computes a step; every field is one thing that could differ."""
 
     temperature: float
     scale: Scale
@@ -37,7 +38,7 @@ class Conventions:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Conventions:
-        """Read what ``recipe`` asks for; it is not asked what the trainer made of it."""
+        """Read the conventions from ``recipe``, not from the trainer's config."""
         return cls(
             temperature=recipe.temperature,
             scale=recipe.scale_rewards,  # type: ignore[arg-type]
@@ -51,7 +52,7 @@ class Conventions:
 
 
 def alternatives(run: Trace) -> Iterator[tuple[str, Conventions]]:
-    """Yield what goes wrong in the field, by what it does to the advantages or the gradient."""
+    """Yield known mistakes: a description, and the conventions that compute them."""
     right, g = Conventions.of(run.recipe), run.recipe.num_generations
     changes: list[tuple[str, dict[str, Any]]] = [
         ("advantages with ddof = 0, the population's σ", {"ddof": 0}),

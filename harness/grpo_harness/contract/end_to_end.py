@@ -1,4 +1,4 @@
-"""Invariants of whole runs: what changes, what must not, and what two of them have in common."""
+"""Invariants of whole runs, and of pairs of runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpo_harness.tasks import make_problems
 
 @invariant("weight decay, a KL term or an entropy bonus that was not asked for")
 def constant_reward_changes_nothing(run: Trace) -> None:
-    """Where every completion has the same reward, the weights stay as they are, to the bit."""
+    """If every completion has the same reward, the weights do not change, to the bit."""
     for name, before in run.steps[0].weights.items():
         off = int((run.after[name] != before).sum())
         require(off == 0, f"{off} of {before.numel()} elements of {name} changed")
@@ -29,7 +29,7 @@ def constant_reward_changes_nothing(run: Trace) -> None:
 
 @invariant("rewards that are clipped, shifted or taken by size on the way")
 def negated_reward_negates_the_gradient(run: Trace, other: Trace) -> None:
-    """The reward the other way round turns the first gradient round and does nothing else."""
+    """Negating the reward negates the first gradient and changes nothing else."""
     _same_completions(run, other)
     turned = {name: -values for name, values in other.steps[0].gradient.items()}
     off = distance(run.steps[0].gradient, turned)
@@ -38,7 +38,7 @@ def negated_reward_negates_the_gradient(run: Trace, other: Trace) -> None:
 
 @invariant("a normaliser that is a micro-batch's instead of the step's (trl#6024, trl#5619)")
 def accumulation_changes_nothing(run: Trace, other: Trace) -> None:
-    """Four groups in four micro-batches have the gradient that they have in one."""
+    """Four groups have the same gradient in four micro-batches as in one."""
     made, at_once = (len(one.steps[0].micro_batches) for one in (run, other))
     require(made == 4 and at_once == 1, f"step 1 was made in {made} and {at_once} micro-batches")
     _same_completions(run, other)
@@ -53,7 +53,7 @@ def accumulation_changes_nothing(run: Trace, other: Trace) -> None:
 
 @invariant("random numbers from somewhere that the seed does not reach")
 def the_same_seed_gives_the_same_rows(run: Trace, other: Trace) -> None:
-    """A run and its repetition log the same figures, to the bit, but for the time they took."""
+    """A run and its repetition log the same figures, to the bit, except for times."""
     _same_rows(run, other)
 
 
@@ -77,11 +77,11 @@ def another_seed_gives_another_run(run: Trace, other: Trace) -> None:
 
 @invariant("a sampler that repeats or skips, or does not shuffle")
 def every_problem_has_its_turn(run: Trace, oracle: Oracle) -> None:
-    """The recipe's problems are asked in rounds: each once a round, each round in another order."""
+    """Every round asks each problem of the recipe once, in another order than before."""
     recipe, g = run.recipe, run.recipe.num_generations
     prompts = recipe_prompts(run, oracle)
     batches = list(dict.fromkeys(step.batch for step in run.steps))
-    # A step asks a full number of problems, so what is left of a round is not asked.
+    # All steps ask the same number of problems, so the rest of a round is not asked.
     a_round = len(prompts) // (len(batches[0].prompt_ids) // g)
     rounds: list[list[Tokens]] = []
     for n, batch in enumerate(batches):
@@ -91,7 +91,7 @@ def every_problem_has_its_turn(run: Trace, oracle: Oracle) -> None:
         rounds[-1] += asked
         for problem, times in Counter(rounds[-1]).items():
             place = f"step {batch.step + 1} asks"
-            require(problem in prompts, f"{place} what is none of the recipe's problems")
+            require(problem in prompts, f"{place} a problem that the recipe does not have")
             require(
                 times <= prompts.count(problem),
                 f"{place} problem {prompts.index(problem)} again, and others of the {len(prompts)} "
@@ -107,7 +107,7 @@ def every_problem_has_its_turn(run: Trace, oracle: Oracle) -> None:
 
 @invariant("a resume that loses the optimizer, the schedule or the random state (trl#3148, #3247)")
 def resumed_equals_uninterrupted(run: Trace, other: Trace) -> None:
-    """A run that goes on from a checkpoint is the one that never stopped, to the bit."""
+    """A run resumed from a checkpoint equals one without interruption, to the bit."""
     made = [step.number for step in run.steps]
     require(
         0 < len(made) < len(other.steps) and made[-1] == len(other.steps),
@@ -130,8 +130,8 @@ def resumed_equals_uninterrupted(run: Trace, other: Trace) -> None:
 
 @invariant("a tokenizer, template or generation config that is not saved, or another one")
 def the_checkpoint_is_whole(run: Trace, oracle: Oracle) -> None:
-    """What is on disk asks, reads and ends as its base does, and lists what it was trained on."""
-    require(run.run is not None, f"the run left none: {run.error}")
+    """The saved tokenizer, template and end tokens are the base's; the problems are listed."""
+    require(run.run is not None, f"the run left no checkpoint: {run.error}")
     assert run.run is not None
     saved, base = load(str(run.run.path)), oracle.policy
     for what, seen, right in (
@@ -162,7 +162,7 @@ def weights_move(run: Trace) -> None:
 
 @invariant("logging_nan_inf_filter, or a nan_to_num in the loss (trl#6702)")
 def a_nan_is_seen(run: Trace) -> None:
-    """A NaN loss is logged as what it is, and ends the run."""
+    """A NaN loss is logged as NaN and ends the run."""
     assert run.nan_at is not None
     rows = {int(row["step"]): row for row in run.rows}
     row = rows.get(run.nan_at)

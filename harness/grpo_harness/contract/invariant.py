@@ -1,8 +1,8 @@
-"""What an invariant is: a check with a name, and what it usually means when it breaks.
+"""An invariant: a named check, with the usual cause of its failure.
 
-Every check takes the run (some take two) and the oracle. The figures come from the raw
-completions and from the weights before each step; what TRL itself says of them is the other side
-of the comparison. The numbers of issues are those of the libraries in which the field met them.
+Every check takes the run (some take two) and the oracle. It computes the figures from the raw
+completions and the weights before each step, and compares them with those of TRL. Issue numbers
+such as trl#3029 are reports of the mistake in the libraries.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ INVARIANTS: dict[str, Check] = {}
 
 
 class BrokenInvariantError(AssertionError):
-    """An invariant that does not hold: its name, the number, the place, what it usually means."""
+    """An invariant does not hold: its name, the number, the place and the usual cause."""
 
 
 def invariant(usually: str) -> Callable[[Check], Check]:
-    """Make a check an invariant: named in its failure, with what such a failure usually means."""
+    """Register a check as an invariant; ``usually`` is the usual cause of its failure."""
 
     def decorate(check: Check) -> Check:
         @functools.wraps(check)
@@ -46,7 +46,7 @@ def invariant(usually: str) -> Callable[[Check], Check]:
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """Raise `BrokenInvariantError` where something does not hold."""
+    """Raise `BrokenInvariantError` with ``otherwise`` unless ``holds``."""
     if not holds:
         raise BrokenInvariantError(otherwise)
 
@@ -54,13 +54,13 @@ def require(holds: bool, otherwise: str) -> None:
 def equal(
     place: str, seen: float | None, right: float, absolute: float = 1e-6, relative: float = 1e-5
 ) -> None:
-    """Raise `BrokenInvariantError` where a figure that was seen is not the right one."""
+    """Raise `BrokenInvariantError` unless ``seen`` is close to ``right``."""
     close = seen is not None and abs(seen - right) <= absolute + relative * abs(right)
     require(close, f"{place} is {seen}, and {right:.7g} is right")
 
 
 def where(batch: Batch, i: int, g: int) -> str:
-    """Say which completion is meant, of groups of ``g``."""
+    """Return the place of completion ``i``, in groups of ``g``, for a message."""
     return f"step {batch.step + 1}, completion {i} (group {i // g})"
 
 

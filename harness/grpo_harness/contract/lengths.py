@@ -1,4 +1,4 @@
-"""How long gradients are, and how far apart: sets of tensors, one for each parameter."""
+"""Norms of gradients, and distances between them. A gradient is one tensor per parameter."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ GRADIENT_TOLERANCE = 1e-4
 
 
 def distance(seen: Tensors, right: Tensors) -> float:
-    """Return the L2 distance of two gradients over the second one's norm (over 1 if that is 0)."""
+    """Return the L2 distance divided by the norm of ``right`` (by 1 if that is 0)."""
     off = norm({name: seen[name] - right[name] for name in right})
     return off / (norm(right) or 1.0)
 
 
 def scale(seen: Tensors, right: Tensors) -> float | None:
-    """Return the number that makes ``right`` into ``seen``, or None if there is none."""
+    """Return the factor that makes ``right`` into ``seen``, or None if no factor does."""
     dot = sum(float((seen[name].double() * right[name].double()).sum()) for name in right)
     times = dot / (norm(right) ** 2 or 1.0)
     scaled = {name: times * values for name, values in right.items()}

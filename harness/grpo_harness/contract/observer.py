@@ -1,8 +1,8 @@
-"""A training run of the product, watched from outside: what was drawn, scored, used and done.
+"""Watch a training run from outside: what was drawn, scored and trained on.
 
-`watch` runs `grpo_harness.training.train` and touches nothing of TRL's own computation. It listens
-at places that any trainer must pass: the reward function, the model's ``generate`` and forward,
-what the loss is given, the callbacks around the optimizer, and the logs.
+`watch` runs `grpo_harness.training.train` without changing TRL's computation. It observes what
+every trainer must use: the reward function, the model's ``generate`` and forward, the inputs of the
+loss, the callbacks around the optimizer, and the logs.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def watch(
     nan_at: int | None = None,
     interrupted_in: int | None = None,
 ) -> Trace:
-    """Train by ``recipe`` as the product does, and return all that was seen.
+    """Train by ``recipe`` as the product does, and return everything observed.
 
-    ``nan_at`` plants a NaN: in the step of that number (from 1) the model answers the loss with
-    log-probabilities that are none. The run is interrupted at the end of step ``interrupted_in``
-    and goes on from its last checkpoint. What ends the run early is kept in ``Trace.error``;
-    what keeps it from starting is raised.
+    In step ``nan_at`` (from 1) the model's log-probabilities for the loss are replaced by NaN. The
+    run is interrupted at the end of step ``interrupted_in`` and resumes from its last checkpoint.
+    An error that ends the run early is kept in ``Trace.error``; one before the first step is
+    raised.
     """
     if interrupted_in is not None:
         _interrupt(recipe, out, interrupted_in, device=device, reward=reward)
@@ -66,7 +66,7 @@ def watch(
 
 
 def make(run: Run, folder: Path, *, device: str = "auto") -> Trace:
-    """Make one of the contract's runs in ``folder``, watched."""
+    """Run one of the contract's runs in ``folder``, and return what was observed."""
     recipe = run.recipe
     if run.policy is not None:
         recipe = dataclasses.replace(recipe, policy=run.policy(folder / "policy"))
@@ -94,7 +94,7 @@ def _interrupt(
 
 @contextlib.contextmanager
 def _attached(observer: _Observer) -> Iterator[None]:
-    # Trainer.train is the one door that every run of the product goes through.
+    # Every run of the product calls Trainer.train.
     inherited = GRPOTrainer.train
 
     def train(trainer: GRPOTrainer, *args: Any, **kwargs: Any) -> Any:
@@ -109,10 +109,10 @@ def _attached(observer: _Observer) -> Iterator[None]:
 
 
 class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Writes down what passes, and changes nothing but the planted NaN."""
+    """Records a run, and changes nothing except for the planted NaN."""
 
     def __init__(self, reward: RewardFunction, nan_at: int | None) -> None:
-        # Any of the classes that TRL allows; here it is always a causal model and its tokenizer.
+        # TRL allows several classes; here it is always a causal model and its tokenizer.
         self.trainer: Any = None
         self._model: Any = None
         self._tokenizer: Any = None
@@ -127,7 +127,7 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.leave: Callable[[], None] = lambda: None
 
     def attach(self, trainer: GRPOTrainer) -> None:
-        """Listen to ``trainer``, which is about to train."""
+        """Attach to ``trainer``, which is about to train."""
         self.trainer = trainer
         self._model = model = self.trainer.model
         self._tokenizer = self.trainer.processing_class
@@ -168,7 +168,7 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def reward(
         self, prompts: Sequence[str], completions: Sequence[str], **kwargs: Any
     ) -> Sequence[float | None]:
-        """Score as the run's own reward function does, and write the scores down."""
+        """Score with the run's own reward function, and record the scores."""
         rewards = self._score(prompts=prompts, completions=completions, **kwargs)
         scored = [tuple(ids) for ids in kwargs["completion_ids"]]
         if self._drawn is None:
@@ -189,7 +189,7 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         )
         return rewards
 
-    # TRL names a reward by its function in the logs: as the product does unobserved.
+    # TRL logs a reward by the name of its function, so the name must not change.
     reward.__name__ = reward_func.__name__
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,9 +1,8 @@
-"""What a watched step should have computed: `grpo_harness.grpo.formulas` on the raw completions.
+"""What an observed step should have computed: `grpo_harness.grpo.formulas` on raw completions.
 
-Nothing of TRL's is used: the model is a fresh copy from the base policy's files with the weights
-that the run had before the step, in double precision, and no completion has padding before it.
-Where the run differs, `Oracle.suspect` looks for the one convention (``conventions.py``) that
-explains it.
+No TRL code is used. The model is a fresh copy of the base policy with the run's weights before the
+step, in double precision, and completions have no left padding. If the run differs,
+`Oracle.suspect` looks for the one convention (``conventions.py``) that explains it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from grpo_harness.policy import Policy, load
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """A step as it should be: its loss and gradient, and figures averaged as TRL logs them.
+    """The correct loss and gradient of a step, and figures averaged as TRL logs them.
 
     ``log_probabilities`` has shape (completions, tokens of the longest).
     """
@@ -50,16 +49,16 @@ class Oracle:
         self._suspects: dict[Step, str] = {}
 
     def truncated(self, completion: Sequence[int]) -> bool:
-        """Tell whether a completion was cut off before a token that ends an answer."""
+        """Tell whether a completion was cut off before an end token."""
         return completion[-1] not in self.policy.eos_token_ids
 
     def log_probabilities(
         self, weights: Tensors, batch: Batch, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Return each token's log-probability, and the entropy there, under ``weights``.
+        """Return each token's log-probability and entropy under ``weights``.
 
-        Both have shape (completions, tokens of the longest), are 0 beyond a completion's end,
-        and carry the gradient.
+        Both have shape (completions, tokens of the longest), are 0 beyond a completion's end, and
+        carry the gradient.
         """
         self._set(weights)
         logits, tokens, mask = self._read(batch)
@@ -69,10 +68,10 @@ class Oracle:
     def redraw(
         self, weights: Tensors, batch: Batch, temperature: float, top_p: float = 1.0
     ) -> list[list[bool]]:
-        """Draw each token again from the random state of then: is it the one that was drawn?
+        """Draw each token again from the recorded random state, and tell which are the same.
 
-        Sampling one token of each completion at a time takes the same random numbers whatever
-        the probabilities are, so every token can be asked for with the drawn ones before it.
+        Sampling one token of each completion at a time uses the same random numbers whatever the
+        probabilities are, so every token can be redrawn after the recorded ones before it.
         """
         assert batch.random_state is not None
         generator = torch.Generator(self.device)
@@ -90,14 +89,14 @@ class Oracle:
         ]
 
     def advantages(self, rewards: Sequence[float | None], g: int, how: Conventions) -> Tensor:
-        """Return the advantages, shape (completions,), of rewards as they were returned."""
+        """Return the advantages, shape (completions,), of the returned ``rewards``."""
         numbers = [math.nan if reward is None else reward for reward in rewards]
         if how.rewards_of_the_first > 1:
             n = how.rewards_of_the_first
             numbers = [numbers[i - i % n] for i in range(len(numbers))]
         rolled = numbers[-how.groups_off * g :] + numbers[: -how.groups_off * g]
         return advantages(
-            # In TRL's own precision: rewards that differ in the third digit are rounded first.
+            # In TRL's precision, because rounding matters for rewards that hardly differ.
             torch.tensor(rolled if how.groups_off else numbers, dtype=torch.float32),
             g,
             how.ddof,
@@ -107,7 +106,7 @@ class Oracle:
         )
 
     def step(self, run: Trace, step: Step, how: Conventions | None = None) -> Computed:
-        """Compute ``step`` anew, by the recipe's conventions or by others."""
+        """Recompute ``step`` by the recipe's conventions, or by ``how``."""
         if how is None:
             if step not in self._computed:
                 self._computed[step] = self.step(run, step, Conventions.of(run.recipe))
@@ -120,7 +119,7 @@ class Oracle:
                 old, _ = self.log_probabilities(drew, batch, how.temperature)
             if how.beta:
                 reference, _ = self.log_probabilities(self.base, batch, how.temperature)
-        # Last, since the gradient is taken at the weights that the model has.
+        # Last, because the gradient is taken at the model's current weights.
         new, entropies = self.log_probabilities(step.weights, batch, how.temperature)
         old = new.detach() if old is None else old
         reference = new.detach() if reference is None else reference
@@ -129,7 +128,7 @@ class Oracle:
         micro_batches = rows_of(step)
         losses, figures = [], []
         for rows in micro_batches:
-            # Of a micro-batch whose rows are none of the batch's there is nothing to compute.
+            # 0 for a micro-batch that has no row of the batch.
             loss = new[rows].sum()
             if rows:
                 loss = grpo_loss(
@@ -169,10 +168,10 @@ class Oracle:
         )
 
     def suspect(self, run: Trace, step: Step) -> str:
-        """Say what the gradient of ``step`` is instead of the recipe's, where that can be told."""
+        """Describe the gradient of ``step`` if a known mistake explains it."""
         if step not in self._suspects:
             right = self.step(run, step).gradient
-            # Half the precision is enough to tell one mistake from another, and twice as fast.
+            # Single precision is enough to identify a mistake, and twice as fast.
             self._model.float()
             self._suspects[step] = self._suspect(run, step, right)
             self._model.double()
@@ -183,7 +182,7 @@ class Oracle:
         if times is not None and abs(times - 1) <= GRADIENT_TOLERANCE:
             return "; the gradient is the right one"
         for what, how in alternatives(run):
-            # A factor is a factor, but for another σ, which is nearly one.
+            # A plain factor is reported as such, unless another σ (ddof = 0) explains it.
             if times and how.ddof != 0:
                 break
             if distance(step.gradient, self.step(run, step, how).gradient) <= GRADIENT_TOLERANCE:
@@ -191,10 +190,10 @@ class Oracle:
         return "" if times is None else f"; it is {times:.4g} times the right one"
 
     def suspect_advantages(self, run: Trace, batch: Batch, seen: Mapping[int, float]) -> str:
-        """Say what the advantages ``seen``, by place, are instead of the recipe's, likewise."""
+        """Describe the advantages ``seen``, by place, if a known mistake explains them."""
         for what, how in alternatives(run):
             others = self.advantages(batch.rewards, run.recipe.num_generations, how).tolist()
-            # Rows that are alike have places that were given to them in any order.
+            # Equal rows may have exchanged their places.
             rows = list(zip(batch.prompt_ids, batch.completion_ids, strict=True))
             one = sorted((rows[i], a) for i, a in seen.items())
             two = sorted((rows[i], others[i]) for i in seen)
@@ -211,8 +210,8 @@ class Oracle:
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (completions, tokens, vocabulary), tokens and mask of the completions.
 
-        Each row stands at the beginning of its line. What fills the line behind it is seen by no
-        token of a causal model, so there is nothing to mask and no position to shift.
+        Rows are padded on the right. No token of a causal model sees what follows it, so there is
+        nothing to mask and no position to shift.
         """
         pad = torch.nn.utils.rnn.pad_sequence
         rows = zip(batch.prompt_ids, batch.completion_ids, strict=True)
@@ -238,16 +237,16 @@ class Oracle:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the fewest tokens, the likeliest first, that together have ``top_p``; at least one."""
+    """Keep the smallest set of most likely tokens that reaches ``top_p``; at least one."""
     ordered, tokens = probabilities.sort(-1, descending=True)
     likelier = ordered.cumsum(-1) - ordered
     kept = torch.where(likelier < top_p, ordered, 0.0)
-    # Divided first: what is drawn is told by the ratios to the random numbers alone.
+    # Normalised: a draw depends only on the ratios of probabilities to random numbers.
     return torch.zeros_like(kept).scatter(-1, tokens, kept / kept.sum(-1, keepdim=True))
 
 
 def _clipped(rho: Tensor, given: Tensor, how: Conventions) -> tuple[Tensor, Tensor]:
-    """Tell which tokens are clipped below, and which above: those whose gain would be cut."""
+    """Tell which tokens are clipped below, and which above."""
     low = (rho < 1 - how.epsilon) & (given < 0)[:, None]
     high = (rho > 1 + how.epsilon_high) & (given > 0)[:, None]
     return low, high
@@ -256,9 +255,9 @@ def _clipped(rho: Tensor, given: Tensor, how: Conventions) -> tuple[Tensor, Tens
 def _figures(
     entropies: Tensor, divergence: Tensor, low: Tensor, high: Tensor, mask: Tensor
 ) -> dict[str, float]:
-    """Return what TRL logs of a micro-batch: means over tokens, extremes over completions.
+    """Return what TRL logs for a micro-batch: means over tokens, extremes over completions.
 
-    A completion that is masked as a whole has no share of clipped tokens.
+    A completion that is masked completely has no share of clipped tokens.
     """
     of_tokens = {
         "entropy": entropies,
@@ -282,7 +281,7 @@ def _figures(
 def rows_of(step: Step) -> list[list[int]]:
     """Return, for each micro-batch of ``step``, the places of its rows in the batch.
 
-    A row that the batch does not have is left out.
+    Rows that the batch does not have are left out.
     """
     pairs = zip(step.batch.prompt_ids, step.batch.completion_ids, strict=True)
     free: dict[object, list[int]] = {}

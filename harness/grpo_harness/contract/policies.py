@@ -1,4 +1,4 @@
-"""Policies that real ones are like and the embedded pair is not, made on the fly from it."""
+"""Test policies with features of real ones that the embedded pair lacks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from grpo_harness.policy import PolicyName, find
 
 
 def two_ended(folder: Path) -> str:
-    """Make nano-base with a second end token, and a tokenizer that begins every text by itself.
+    """Make nano-base with a second end token, and a tokenizer that adds a begin token.
 
-    Instruct models end a turn by one token and a text by another, and many tokenizers put a
-    beginning before whatever they are given, also where the chat template has put it there. Here
-    the second end is the digit 1, which the policy writes often; the beginning is the token that
-    the template begins with. ``folder`` is written anew; returns it as a policy's name.
+    Many instruct models end a turn and a text by different tokens, and many tokenizers add a begin
+    token to every text, even if the chat template has already added it. Here the second end token
+    is the digit 1, which the policy writes often; the begin token is the first token of the
+    template. ``folder`` is replaced; its path is returned as the policy's name.
     """
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(find(PolicyName("nano-base")).path, folder)

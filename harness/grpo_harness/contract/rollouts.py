@@ -47,12 +47,12 @@ KEYS = (
     *(f"clip_ratio/{what}" for what in ("low_mean", "low_min", "high_mean", "high_max")),
     "clip_ratio/region_mean",
 )
-"""What a logged row has; ``kl`` too where beta is not 0."""
+"""The keys of a logged row; also ``kl`` if beta is not 0."""
 
 
 @invariant("a default that flipped in an upgrade, or a field of the recipe that is dropped")
 def settings_are_the_recipes(run: Trace) -> None:
-    """The trainer runs by the recipe, and by what is pinned beside it.
+    """The trainer has the recipe's settings, and the pinned values for the others.
 
     TRL 0.19, 0.22, 0.27 and 1.10 changed defaults (β, loss_type, top_k, the KL estimator).
     """
@@ -104,7 +104,7 @@ def settings_are_the_recipes(run: Trace) -> None:
 
 @invariant("a metric that was renamed or dropped, or a step that blew up (trl#6702)")
 def rows_are_complete_and_finite(run: Trace) -> None:
-    """Every step is logged, with every figure, and every figure is a number."""
+    """Every step is logged with all figures, and every figure is a finite number."""
     every = int(run.trainer.args.logging_steps)
     logged = [int(row["step"]) for row in run.rows]
     require(
@@ -131,7 +131,7 @@ def training_starts_from_the_base(run: Trace, oracle: Oracle) -> None:
 
 @invariant("texts or ids that are changed, mixed up or repeated on the way (trl#6533, trl#7039)")
 def what_is_drawn_is_scored_and_trained_on(run: Trace, oracle: Oracle) -> None:
-    """The completions that the model drew are those that were scored and those that were used."""
+    """The completions that were drawn are those that were scored and trained on."""
     g = run.recipe.num_generations
     tokenizer = oracle.policy.tokenizer
     for batch in _batches(run):
@@ -168,7 +168,7 @@ def what_is_drawn_is_scored_and_trained_on(run: Trace, oracle: Oracle) -> None:
 
 @invariant("special tokens added to a prompt that the chat template has completed")
 def prompts_are_the_templates(run: Trace, oracle: Oracle) -> None:
-    """Each prompt's tokens are those of the chat template, to which nothing is added."""
+    """Each prompt's tokens are those of the chat template, with nothing added."""
     right = set(recipe_prompts(run, oracle))
     for batch in _batches(run):
         for i, ids in enumerate(batch.prompt_ids):
@@ -183,16 +183,16 @@ def prompts_are_the_templates(run: Trace, oracle: Oracle) -> None:
 
 @invariant("a stale or second copy of the model draws: rollouts from the base (unsloth#8701)")
 def rollouts_are_the_current_policys(run: Trace, oracle: Oracle) -> None:
-    """Every completion is what the weights of its step draw from that random state."""
+    """Every completion is what the current weights draw from the recorded random state."""
     for batch in _batches(run):
         number = batch.step + 1
         require(
             batch.random_state is not None,
-            f"step {number}: the model under training drew nothing; who made these rollouts?",
+            f"step {number}: the model under training drew nothing: rollouts come from elsewhere",
         )
         weights, recipe = run.steps[batch.step].weights, run.recipe
         same = _share(oracle.redraw(weights, batch, recipe.temperature, recipe.top_p))
-        # A token in a hundred may fall the other way by a rounding.
+        # One token in a hundred may differ because of rounding.
         if same < 0.99:
             base = _share(oracle.redraw(oracle.base, batch, recipe.temperature, recipe.top_p))
             every = _share(oracle.redraw(weights, batch, recipe.temperature))
@@ -208,7 +208,7 @@ def rollouts_are_the_current_policys(run: Trace, oracle: Oracle) -> None:
 def rewards_are_the_completions(
     run: Trace, oracle: Oracle, reward: RewardFunction = reward_func
 ) -> None:
-    """The raw completions, scored again, have the rewards that were returned and logged."""
+    """Scoring the raw completions again gives the rewards that were returned and logged."""
     g = run.recipe.num_generations
     for batch in _batches(run):
         ids = list(map(list, batch.completion_ids))
@@ -241,7 +241,7 @@ def rewards_are_the_completions(
 def advantages_are_group_relative(run: Trace, oracle: Oracle) -> None:
     """The advantages logged and used are those of the rewards, each within its own group.
 
-    A reward of None counts neither in mean nor in σ, and has advantage 0 (trl#5902).
+    A reward of None is left out of mean and σ, and has advantage 0 (trl#5902).
     """
     g, how = run.recipe.num_generations, Conventions.of(run.recipe)
     for step in run.steps:
@@ -260,7 +260,7 @@ def advantages_are_group_relative(run: Trace, oracle: Oracle) -> None:
         logged = {} if table is None else dict(enumerate(table["advantage"].tolist()))
         for what, seen in (("used", used), ("logged", logged)):
             for i, value in sorted(seen.items()):
-                # A rounding of the rewards counts as much more where they hardly differ.
+                # Rounding of the rewards matters more if they hardly differ.
                 if not math.isclose(value, right[i], rel_tol=1e-4, abs_tol=1e-5):
                     raise BrokenInvariantError(
                         f"{where(batch, i, g)}: the advantage {what} is {value:.6f}, and "
@@ -275,7 +275,7 @@ def advantages_are_group_relative(run: Trace, oracle: Oracle) -> None:
 
 @invariant("padding or a second end counted as text (trl#7039), or lengths of other completions")
 def counts_are_those_of_the_completions(run: Trace, oracle: Oracle) -> None:
-    """Lengths, the share cut off and the tokens seen are those of the raw completions."""
+    """Logged lengths, truncation and token counts are those of the raw completions."""
     g, most = run.recipe.num_generations, run.recipe.max_completion_length
     for batch in _batches(run):
         for i, ids in enumerate(batch.completion_ids):
@@ -283,7 +283,7 @@ def counts_are_those_of_the_completions(run: Trace, oracle: Oracle) -> None:
             require(len(ids) <= most, f"{place}, and max_completion_length is {most}")
             require(
                 len(ids) == most or not oracle.truncated(ids),
-                f"{place}, none of which ends an answer, and max_completion_length is {most}",
+                f"{place}, none of which is an end token, and max_completion_length is {most}",
             )
     tokens = 0
     for row, batches in _logged(run):
@@ -311,7 +311,7 @@ def counts_are_those_of_the_completions(run: Trace, oracle: Oracle) -> None:
 
 
 def recipe_prompts(run: Trace, oracle: Oracle) -> list[Tokens]:
-    """Return the tokens of the recipe's problems as the chat template words them, in order."""
+    """Return the tokens of the recipe's rendered problems, in order."""
     recipe = run.recipe
     problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
     texts = [oracle.policy.render(problem.prompt) for problem in problems]
@@ -320,7 +320,7 @@ def recipe_prompts(run: Trace, oracle: Oracle) -> list[Tokens]:
 
 
 def _in_order(batch: Batch, right: Sequence[float], seen: Mapping[int, float]) -> dict[int, float]:
-    """Give advantages of rows that are alike, and were found in any order, that of ``right``."""
+    """Reorder the advantages of equal rows, whose places are interchangeable, as in ``right``."""
     alike: dict[object, list[int]] = {}
     for place in seen:
         row = batch.prompt_ids[place], batch.completion_ids[place]
@@ -345,7 +345,7 @@ def _logged(run: Trace) -> Iterator[tuple[Mapping[str, float], list[Batch]]]:
 
 
 def _table(run: Trace, batch: Batch) -> Any:
-    """Return TRL's own table of a batch's completions, in their order, if there is one."""
+    """Return TRL's table of a batch's completions, in their order, or None."""
     covering = [
         int(row["step"]) for row in run.rows if batch in {s.batch for s in run.steps_of(row)}
     ]
@@ -365,7 +365,7 @@ def _scores(batch: Batch) -> list[float]:
 
 
 def _flat(batch: Batch, g: int, how: Conventions) -> float:
-    """Return the share of completions with nothing to tell them apart, as TRL counts it."""
+    """Return TRL's ``frac_reward_zero_std``: the share of completions without spread."""
     if how.scale == "batch":
         return float(_spread(_scores(batch)) == 0)
     groups = [batch.rewards[i : i + g] for i in range(0, len(batch.rewards), g)]

@@ -1,4 +1,4 @@
-"""The runs that the contract is read from: tiny, in full precision, and between them everything."""
+"""The runs that the invariants check: tiny, in full precision, covering all settings together."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from grpo_harness.training.recipes import RECIPES, Recipe
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe with a reward, and the step (from 1) in which something befalls the run, if so.
+    """A recipe with a reward, and the fault to cause in the run, if any.
 
-    ``policy`` makes the policy that it starts from in a folder, where the recipe's own is too
-    plain. In ``nan_at`` a NaN is planted; in ``interrupted_in`` the run is interrupted, to go on
-    from its last checkpoint.
+    ``policy`` makes a start policy in a folder, to replace the recipe's. In step ``nan_at`` (from
+    1) a NaN is planted. In step ``interrupted_in`` the run is interrupted; it resumes from its last
+    checkpoint.
     """
 
     recipe: Recipe
@@ -31,27 +31,27 @@ class Run:
 
 
 def constant(completions: Sequence[str], **_: Any) -> list[float]:
-    """Score every completion alike: nothing can be learned."""
+    """Give every completion the same score: nothing can be learned."""
     return [1.0] * len(completions)
 
 
 def negated(**arguments: Any) -> list[float]:
-    """Score the other way round."""
+    """Negate the rule reward."""
     return [-reward for reward in reward_func(**arguments)]
 
 
 def partly_none(**arguments: Any) -> list[float | None]:
-    """Leave two completions of a group, none, three and none without a score.
+    """Score with None for two completions of the first group, none, three and none.
 
-    One, two or four are left, whose mean is exact where they are equal. That of three is off by a
-    rounding, which TRL divides by a σ of 0, and 1e-4.
+    Groups of four keep one, two or four scores, whose mean is exact if they are equal. The mean of
+    three has a rounding error, which TRL would divide by a σ of 0, plus 1e-4.
     """
     rewards: list[float | None] = list(reward_func(**arguments))
     return [None if i % 16 in {0, 1, 8, 9, 10} else rewards[i] for i in range(len(rewards))]
 
 
 def twentyfold(**arguments: Any) -> list[float]:
-    """Score twenty times as high, so that advantages that are not divided by σ are large."""
+    """Score twenty times as high: without division by σ, advantages are large."""
     return [20 * reward for reward in reward_func(**arguments)]
 
 
@@ -61,16 +61,16 @@ _PLAIN = dataclasses.replace(
     prompts_per_step=4,
     num_generations=4,
     steps=3,
-    # Long enough for most answers and too short for some: a truncated row is in every batch.
+    # Long enough for most completions and too short for some: every batch has a truncated one.
     max_completion_length=16,
-    # Divided by σ, so that σ is seen; with a rate that moves the policy within two steps.
+    # Divided by σ, so that σ is tested; with a rate that moves the policy within two steps.
     scale_rewards="group",
     learning_rate=1e-3,
     lr_scheduler_type="constant",
     config={
-        "bf16": False,  # also on CUDA: no tolerance below a rounding could be kept in half
+        "bf16": False,  # also on CUDA: half precision would need larger tolerances
         "fp16": False,
-        "max_grad_norm": 0.0,  # not clipped: the gradient is compared as it is
+        "max_grad_norm": 0.0,  # not clipped: the gradient is compared unchanged
         "log_completions": True,
         "num_completions_to_print": 0,
     },
@@ -84,8 +84,8 @@ def _run(name: str, /, config: Mapping[str, Any] | None = None, **changes: Any) 
     return Run(dataclasses.replace(_PLAIN, name=name, config=settings, **changes), **run)
 
 
-# What a real recipe asks of the optimizer and the sampler, with values that act in four steps:
-# twice through its eight problems, and once more interrupted in the midst of the second round.
+# Optimizer and sampler settings of a real recipe, with values that act within four steps: two
+# rounds of its eight problems. A second run is interrupted in the middle of the second round.
 _TUNED = _run(
     "tuned",
     {"max_grad_norm": 0.2, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95},
@@ -105,8 +105,8 @@ RUNS: Mapping[str, Run] = {
         _run("cool", temperature=0.7, steps=2),
         _run("accumulated", gradient_accumulation_steps=4, steps=2),
         _run("anchored", beta=0.5),
-        # The second update on the same completions is off-policy, and far off at this rate. The
-        # trainer logs nothing of the completions where it draws none: one row for both.
+        # The second update on the same completions is off-policy, and far off at this rate. A step
+        # that draws nothing logs no completions, so both steps have one row.
         _run(
             "clipped",
             {"num_iterations": 2, "logging_steps": 2, "epsilon_high": 0.4, "delta": 1.5},
@@ -115,7 +115,7 @@ RUNS: Mapping[str, Run] = {
             epsilon=0.15,
             beta=0.05,
         ),
-        # Two steps share what is drawn at once, half each: dapo's tokens are those of one step.
+        # Two steps share a generation batch, half each: dapo counts the tokens of one step.
         _run(
             "halves",
             {"steps_per_generation": 4, "logging_steps": 2},
@@ -128,8 +128,8 @@ RUNS: Mapping[str, Run] = {
         _run("batch-scaled", scale_rewards="batch", steps=1),
         _run("grpo", loss_type="grpo", gradient_accumulation_steps=2, steps=1),
         _run("bnpo", loss_type="bnpo", gradient_accumulation_steps=2, steps=1),
-        # The limit that dr_grpo divides by is none that a completion reaches, or it could as well
-        # be the length of the longest.
+        # No completion reaches the limit that dr_grpo divides by; otherwise the limit and the
+        # greatest length would be the same.
         _run(
             "dr-grpo",
             loss_type="dr_grpo",
@@ -137,7 +137,7 @@ RUNS: Mapping[str, Run] = {
             max_completion_length=64,
             steps=1,
         ),
-        # Hot, so that some rows are longer than a policy of short answers ever writes.
+        # A high temperature, so that some rows are longer than the policy's usual completions.
         _run("long", temperature=3.0, max_completion_length=96, steps=1),
         _run("large", reward=twentyfold, scale_rewards="none", steps=1),
         _run("two-ended", policy=two_ended, steps=1),

@@ -1,4 +1,4 @@
-"""What was seen of a run: its batches of completions, micro-batches and steps."""
+"""What was observed of a run: its batches of completions, micro-batches and steps."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The completions that were drawn at once, group after group.
+    """The completions of one generation batch, group after group.
 
-    ``prompts`` and ``texts`` are what the reward function was given, ``rewards`` what it
-    returned, ``scored`` the token ids that it was given. ``prompt_ids`` and ``completion_ids``
-    are what the model under training drew, the latter up to and with the first token that ends
-    an answer; ``random_state`` is torch's just before. Where that model drew nothing it is None,
-    and the ids are those that the reward function was given. ``step`` is the place, among the
-    steps that were seen, of the one that it was drawn in.
+    ``prompts``, ``texts`` and ``scored`` (token ids) were passed to the reward function, which
+    returned ``rewards``. ``prompt_ids`` and ``completion_ids`` are what the model under training
+    drew, completions up to and including the first end token; ``random_state`` is torch's before
+    the draw. If that model drew nothing, ``random_state`` is None and the ids are those passed to
+    the reward function. ``step`` is the index, among the observed steps, of the step that drew the
+    batch.
     """
 
     step: int
@@ -41,10 +41,10 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one call of the loss was given: a micro-batch, and the model's answer to it.
+    """The inputs of one call of the loss, and the model's output for them.
 
     ``rows`` are (prompt, completion) without padding. ``mask``, ``old`` and ``log_probabilities``
-    have shape (completions, tokens), or are None where the trainer has none or shows none.
+    have shape (completions, tokens), or are None if the trainer does not have or show them.
     """
 
     rows: tuple[tuple[Tokens, Tokens], ...]
@@ -59,7 +59,8 @@ class MicroBatch:
 class Step:
     """One optimizer step: its micro-batches, and the weights before and ``after`` it.
 
-    ``gradient`` is what the last of the micro-batches left, ``taken`` what the optimizer was given.
+    ``gradient`` is the gradient after the last micro-batch, ``taken`` the one that the optimizer
+    used.
     """
 
     number: int
@@ -73,11 +74,11 @@ class Step:
 
 @dataclass(eq=False)
 class Trace:
-    """All that was seen of a run; of one that was interrupted, ``steps`` are those made after it.
+    """Everything observed of a run. If it was interrupted, ``steps`` are those after it resumed.
 
     ``rows`` are the logged rows, each with the number of the last step that it covers, and
-    ``tables`` TRL's own tables of completions, by the same number. ``error`` is what ended the
-    run, if something did; ``run`` is what it left otherwise. In step ``nan_at`` a NaN was planted.
+    ``tables`` TRL's tables of completions, by the same number. ``error`` is what ended the run
+    early; otherwise ``run`` is its result. In step ``nan_at`` a NaN was planted.
     """
 
     recipe: Recipe
@@ -92,7 +93,7 @@ class Trace:
 
     @property
     def steps_per_batch(self) -> int:
-        """The number of steps that share out the completions that are drawn at once."""
+        """The number of steps that share one generation batch."""
         micro_batches = self.recipe.gradient_accumulation_steps
         drawn: int = self.recipe.config.get("steps_per_generation") or micro_batches
         return max(1, drawn // micro_batches)

@@ -22,13 +22,13 @@ from grpo_harness.contract.trace import Step, Trace
 
 @invariant("temperature ignored (trl#3029), the attention mask left out (trl#2708), shifted tokens")
 def log_probabilities_are_the_policys(run: Trace, oracle: Oracle) -> None:
-    """Padded in a batch, each token has the log-probability that it has without padding."""
+    """Each token has the same log-probability in a padded batch as without padding."""
     g, temperature = run.recipe.num_generations, run.recipe.temperature
     for step in run.steps:
         right = oracle.step(run, step).log_probabilities
         for rows, micro_batch in zip(rows_of(step), step.micro_batches, strict=True):
             if micro_batch.log_probabilities is None:
-                continue  # an older TRL does not show them: its gradient tells
+                continue  # an older TRL does not show them: the gradient is checked
             for place, row in zip(rows, micro_batch.log_probabilities, strict=False):
                 ids = step.batch.completion_ids[place]
                 if Conventions.of(run.recipe).mask_truncated and oracle.truncated(ids):
@@ -49,12 +49,12 @@ def log_probabilities_are_the_policys(run: Trace, oracle: Oracle) -> None:
 
 @invariant("a mask cut short, shifted or of another row: tokens that count for nothing, or twice")
 def the_mask_is_the_completions(run: Trace, oracle: Oracle) -> None:
-    """The loss is told of every token of a completion, and of none beyond its end."""
+    """The mask of the loss covers every token of a completion, and none beyond its end."""
     masked = Conventions.of(run.recipe).mask_truncated
     for step in run.steps:
         for rows, micro_batch in zip(rows_of(step), step.micro_batches, strict=True):
             if micro_batch.mask is None:
-                continue  # an older TRL gives it another name: the gradient tells
+                continue  # an older TRL names it differently: the gradient is checked
             for place, row in zip(rows, micro_batch.mask.long(), strict=False):
                 ids = step.batch.completion_ids[place]
                 counted = 0 if masked and oracle.truncated(ids) else len(ids)
@@ -69,7 +69,7 @@ def the_mask_is_the_completions(run: Trace, oracle: Oracle) -> None:
 
 @invariant("another loss_type or normaliser under accumulation (trl#6024, #5619, #6369), KL, ε")
 def loss_equals_the_oracles(run: Trace, oracle: Oracle) -> None:
-    """Each step's loss is the formula's on the raw completions, and it is what is logged."""
+    """Each step's loss is that of the formula on the raw completions, and is logged."""
     right = {step.number: oracle.step(run, step).loss for step in run.steps}
     for step in run.steps:
         seen = sum(micro_batch.loss for micro_batch in step.micro_batches)
@@ -82,7 +82,7 @@ def loss_equals_the_oracles(run: Trace, oracle: Oracle) -> None:
 
 @invariant("another loss_type, ε, KL, temperature or normaliser (trl#6024, #5619, #3029)")
 def gradient_equals_the_oracles(run: Trace, oracle: Oracle) -> None:
-    """Each step's gradient is autograd's of the formula, on a fresh copy of the weights."""
+    """Each step's gradient is autograd's for the formula, on a fresh copy of the weights."""
     for step in run.steps:
         right = oracle.step(run, step).gradient
         off = distance(step.gradient, right)
@@ -99,7 +99,7 @@ def gradient_equals_the_oracles(run: Trace, oracle: Oracle) -> None:
 
 @invariant("another estimator of the KL, a reference that is not the base, or another clip range")
 def figures_of_the_policy_are_the_oracles(run: Trace, oracle: Oracle) -> None:
-    """Entropy, KL to the base and the clip ratios that are logged are those of the tokens."""
+    """The logged entropy, KL to the base and clip ratios are those of the tokens."""
     for row in run.rows:
         computed = [oracle.step(run, step).logged for step in run.steps_of(row)]
         for name in computed[0]:
@@ -110,11 +110,11 @@ def figures_of_the_policy_are_the_oracles(run: Trace, oracle: Oracle) -> None:
 
 @invariant("old log-probabilities that are another policy's, or of another temperature")
 def on_policy_the_ratio_is_one(run: Trace) -> None:
-    """On completions of the weights before a step, ρ is exactly 1 and nothing is clipped."""
+    """On completions drawn by the current weights, ρ is exactly 1 and nothing is clipped."""
     for step in run.steps:
         for micro_batch in step.micro_batches:
             if micro_batch.old is None or micro_batch.log_probabilities is None:
-                continue  # the trainer takes π itself for π_old
+                continue  # the trainer uses π itself as π_old
             rho = torch.exp(micro_batch.log_probabilities - micro_batch.old)
             require(bool((rho == 1).all()), f"step {step.number}: ρ is up to {float(rho.max())}")
     for row in run.rows:
@@ -125,7 +125,7 @@ def on_policy_the_ratio_is_one(run: Trace) -> None:
 
 @invariant("ε that is not the recipe's, or ratios that are taken against the policy itself")
 def clipping_acts_off_policy(run: Trace, oracle: Oracle) -> None:
-    """On used completions, at a large rate, tokens are clipped at 1 ± ε, and not all of them."""
+    """On reused completions, at a large rate, some tokens are clipped at 1 ± ε, but not all."""
     (row,) = run.rows
     last = run.steps[-1]
     right = oracle.step(run, last).logged["clip_ratio/region_mean"]

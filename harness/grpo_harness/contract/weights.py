@@ -1,4 +1,4 @@
-"""Invariants of the weights: how every update moves them, and that nothing else does."""
+"""Invariants of the weights: each update is correct, and nothing else changes them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from grpo_harness.contract.trace import Tensors, Trace
 
 @invariant("a max_grad_norm that is dropped, or a norm taken of each tensor by itself")
 def gradients_are_clipped_as_asked(run: Trace) -> None:
-    """The optimizer is given the gradient, its norm at most ``max_grad_norm``; 0 is no limit.
+    """The optimizer gets the gradient, clipped to ``max_grad_norm``; 0 means no limit.
 
-    The factor is the same for every element, so the rounding of one product is all that differs:
-    1e-6 was the most that was seen.
+    The factor is the same for every element, so only the rounding of one product differs. The
+    largest difference seen was 1e-6.
     """
     most = AdamW.of(run.recipe).max_grad_norm
     for step in run.steps:
@@ -33,10 +33,11 @@ def gradients_are_clipped_as_asked(run: Trace) -> None:
 
 @invariant("another optimizer, schedule, decay or β than the recipe's, or a state that is lost")
 def every_update_is_adamws(run: Trace) -> None:
-    """Each step makes one update, and it is AdamW's at the schedule's rate for its gradients.
+    """Each step makes one AdamW update, at the schedule's rate and with its gradients.
 
-    What is allowed is the rounding of a weight in single precision (two of them, where it decays)
-    and a ten-thousandth of the rate. Seen were half of the first and a tenth of the second.
+    The tolerance is the rounding of a weight in single precision (two roundings with weight decay)
+    plus 1e-4 of the rate. The largest deviations seen were half of the first and a tenth of the
+    second.
     """
     require(
         [step.number for step in run.steps] == list(range(1, run.recipe.steps + 1)),
@@ -57,7 +58,7 @@ def every_update_is_adamws(run: Trace) -> None:
 
 @invariant("a second update, an average of weights or a decay beside the optimizer")
 def only_updates_move_the_weights(run: Trace) -> None:
-    """A step starts from the weights that the one before left, to the bit; the last are the end."""
+    """The weights do not change between steps or after the last one, to the bit."""
     starts = [*(step.weights for step in run.steps[1:]), run.after]
     for step, start in zip(run.steps, starts, strict=True):
         _same(f"after step {step.number}", start, step.after)
@@ -65,7 +66,7 @@ def only_updates_move_the_weights(run: Trace) -> None:
 
 @invariant("a schedule that is not the recipe's, or a rate that is logged after the scheduler")
 def rates_logged_are_the_schedules(run: Trace) -> None:
-    """The learning rate that is logged is the one by the schedule's formula of the row's step."""
+    """The logged learning rate is that of the schedule's formula for the row's step."""
     for row in run.rows:
         right = rate(run.recipe, int(row["step"]))
         equal(f"step {row['step']}: learning_rate", row["learning_rate"], right, 0.0, 1e-6)
@@ -73,11 +74,11 @@ def rates_logged_are_the_schedules(run: Trace) -> None:
 
 @invariant("weights that are saved in half precision, before the last update, or not all of them")
 def what_is_saved_is_what_was_trained(run: Trace) -> None:
-    """The checkpoint has the weights in memory, in their own dtype, to the bit."""
-    require(run.run is not None, f"the run left none: {run.error}")
+    """The checkpoint has the final weights, in their own dtype, to the bit."""
+    require(run.run is not None, f"the run left no checkpoint: {run.error}")
     assert run.run is not None
     saved = load_file(run.run.path / "model.safetensors")
-    # Whether a tensor that two layers share is saved twice is no matter.
+    # A tensor that two layers share may be saved once or twice.
     missing = sorted(run.after.keys() - saved.keys())
     require(not missing, f"not saved: {', '.join(missing)}")
     for name, right in run.after.items():
@@ -93,5 +94,5 @@ def _same(place: str, seen: Tensors, right: Tensors) -> None:
         if not torch.equal(seen[name], values):
             off = int((seen[name] != values).sum())
             raise BrokenInvariantError(
-                f"{place}: {off} of {values.numel()} elements of {name} are others"
+                f"{place}: {off} of {values.numel()} elements of {name} differ"
             )
