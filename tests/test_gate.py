@@ -81,7 +81,7 @@ def test_a_gain_passes_but_of_the_recorded_policy() -> None:
     assert accuracy(now, then, same_policy=False).verdict == "PASS"
     same = accuracy(now, then)
     assert same.verdict == "FAIL"
-    assert "what draws or scores its answers has changed" in same.reason
+    assert "what draws or scores its completions has changed" in same.reason
     assert same.delta > 0.05
     assert same.p == 2 * stratified_p(then, 16, now, 4)
 

@@ -395,7 +395,7 @@ def test_the_odds_ratio_of_a_drop_causes_it() -> None:
     assert (before - odds / (1 + odds)).mean() == pytest.approx(0.05)
     assert ratio < 1
     assert odds_ratio_of_drop([16] * 5, 16, 0.05) > 0, "a perfect record can still be lost"
-    with pytest.raises(ValueError, match=r"a drop by 0\.0 is none"):
+    with pytest.raises(ValueError, match=r"drop is 0\.0, not above 0"):
         odds_ratio_of_drop(then, 16, 0.0)
 
 

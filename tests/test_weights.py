@@ -91,7 +91,7 @@ class TestIncomplete:
     def test_a_tensor_too_many(self, copy, sharded):
         extra = {"model.layers.7.mlp.down_proj.weight": torch.zeros(2)}
         message = self.broken(copy, sharded, lambda tensors: tensors.update(extra))
-        assert "beside what the model has, the tensor model.layers.7.mlp.down_proj" in message
+        assert "in addition to the model's, the tensor model.layers.7.mlp.down_proj" in message
 
     def test_a_tensor_of_another_shape(self, copy, sharded):
         message = self.broken(copy, sharded, lambda t: t.update({LOST: torch.zeros(32, 60)}))

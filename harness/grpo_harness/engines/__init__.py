@@ -1,9 +1,9 @@
-"""How completions are drawn: requests in, samples out, in order. One file, one engine.
+"""Engines draw completions: requests in, samples out, in order. One file, one engine.
 
 ===================  ==================================================================
-``engine.py``        what every engine takes, gives and promises
-``weights.py``       a policy's weights in memory, proven to be those of its files
+``engine.py``        the interface of every engine
+``weights.py``       load a policy's weights, and check them against its files
 ``residency.py``     which policies' weights are in memory at once
-``transformers.py``  the engine of transformers, on this machine
+``transformers.py``  an engine that uses transformers, on this machine
 ===================  ==================================================================
 """

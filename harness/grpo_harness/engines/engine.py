@@ -1,4 +1,4 @@
-"""What every engine takes, gives and promises. Loads no torch."""
+"""The interface of every engine. Loads no torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from grpo_harness.errors import HarnessError
 
 
 class EngineError(HarnessError):
-    """Completions that cannot be drawn: one line with the policy, what happened, what to do."""
+    """Completions cannot be drawn. One line: the policy, what happened, what to do."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a completion is drawn from the policy's distribution.
 
     The logits are divided by ``temperature``, then the smallest set of most likely tokens whose
-    probability reaches ``top_p`` is kept. With ``greedy`` the most likely token is taken and
-    both play no part. At most ``max_new_tokens`` tokens are drawn. Raises ``ValueError``.
+    probability reaches ``top_p`` is kept. With ``greedy`` the most likely token is taken and both
+    are ignored. At most ``max_new_tokens`` tokens are drawn. Raises ``ValueError``.
     """
 
     temperature: Annotated[
@@ -47,7 +47,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
 
     def asdict(self) -> dict[str, Any]:
-        """Return the settings as a baseline keeps them: greedy ones without what they ignore."""
+        """Return the settings as a baseline stores them; if greedy, without those it ignores."""
         settings = msgspec.structs.asdict(self)
         if self.greedy:
             del settings["temperature"], settings["top_p"]
@@ -56,7 +56,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to draw: the rendered prompt, and the seed that alone decides the draw."""
+    """One completion to draw: the rendered prompt, and the seed of the draw."""
 
     prompt: str
     seed: int
@@ -64,9 +64,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """One drawn completion. ``tokens`` counts the end token; ``truncated`` means it never came.
+    """One drawn completion. ``tokens`` includes the end token; ``truncated`` means there is none.
 
-    ``error`` says why there is no completion, where the engine could not draw one.
+    ``error`` is the reason if the engine could not draw a completion.
     """
 
     text: str
@@ -76,21 +76,21 @@ class Sample:
 
 
 Progress = Callable[[int], object]
-"""Told how many more samples are done, each time some are."""
+"""Called with the number of samples that were done since the last call."""
 
 
 class Engine(Protocol):
     """Draws one sample per request, in the order of the requests.
 
-    The sample of a request depends on its prompt and seed, the policy and the settings, and on
-    nothing else: not on its neighbours, their number or their order (up to numerics).
+    The sample of a request depends only on its prompt and seed, the policy and the settings, not on
+    the other requests, their number or their order (up to numerics).
 
-    As a context manager it has the policy's weights in memory inside, and none outside. Asked
-    outside, it takes them at the first request.
+    As a context manager it holds the policy's weights in memory inside, and releases them at the
+    end. Outside, the first request loads them.
     """
 
     def __enter__(self) -> Self:
-        """Take the weights into memory. Raises ``PolicyError``."""
+        """Load the weights into memory. Raises ``PolicyError``."""
 
     def __exit__(
         self,
@@ -98,19 +98,19 @@ class Engine(Protocol):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let the weights go."""
+        """Release the weights."""
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting that decides a draw, as a baseline keeps them."""
+        """Return every setting that affects a draw, as a baseline stores them."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what draws: engine, device, number format. Other samples are another's."""
+        """Return engine, device and number format: samples of another identity are not reused."""
 
     def sample(self, requests: Sequence[Request], progress: Progress | None) -> list[Sample]:
         """Draw the samples. Raises ``PolicyError`` and ``EngineError``."""
 
 
 def sample_seed(run: int, problem: str, sample: int) -> int:
-    """Derive the seed of one sample from the run's seed, the problem's id and its number."""
+    """Derive a sample's seed from the run's seed, the problem's id and the sample's number."""
     digest = hashlib.sha256(f"{run}|{problem}|{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big")

@@ -16,17 +16,17 @@ class Holder(Protocol):
     policy: Policy
 
     def close(self) -> None:
-        """Let the weights go."""
+        """Release the weights."""
 
     def fits(self) -> bool:
-        """Tell whether the device has room for the weights, and as much again to draw with."""
+        """Tell whether the device has memory for the weights, and as much again to draw with."""
 
 
 class Residents:
     """The engines of a run whose weights are in memory.
 
-    ``mode`` says how many may be: ``one``, ``all``, or with ``auto`` as many as the device has
-    room for. No two of them may hold the same weights under two fingerprints.
+    ``mode`` is ``one``, ``all``, or ``auto``: as many as fit into the device's memory. Two policies
+    with different files must not have the same weights in memory.
     """
 
     def __init__(self, mode: Mode = "auto") -> None:
@@ -35,31 +35,31 @@ class Residents:
         self._known: dict[str, Policy] = {}
 
     def make_room(self, engine: Holder) -> None:
-        """Let weights go, the longest held first, before ``engine`` takes its own."""
+        """Release weights, the longest held first, before ``engine`` loads its own."""
         while self._held and self._mode != "all" and (self._mode == "one" or not engine.fits()):
             self._held[0].close()
 
     def take_in(self, engine: Holder, digest: str) -> None:
-        """Remember that ``engine`` holds weights, and by which digest they are known in memory.
+        """Register that ``engine`` holds weights, with their ``digest`` in memory.
 
-        Raises ``EngineError`` where a policy of other files was loaded with the same weights.
+        Raises ``EngineError`` if a policy with other files was loaded with the same weights.
         """
         self._held.append(engine)
         twin = self._known.setdefault(digest, engine.policy)
         if twin.fingerprint.weights != engine.policy.fingerprint.weights:
             raise EngineError(
-                f"{engine.policy.checkpoint} ({engine.policy.fingerprint}) has in memory the very "
-                f"weights of {twin.checkpoint} ({twin.fingerprint}), tensor by tensor, although "
-                "its files are others: one was loaded for the other, or they differ by less than "
+                f"{engine.policy.checkpoint} ({engine.policy.fingerprint}) has the same weights "
+                f"in memory as {twin.checkpoint} ({twin.fingerprint}), tensor by tensor, although "
+                "their files differ: one was loaded for the other, or they differ by less than "
                 "the number format can hold (--grpo-dtype)"
             )
 
     def leave(self, engine: Holder) -> None:
-        """Forget an engine that has let its weights go."""
+        """Remove an engine that has released its weights."""
         if engine in self._held:
             self._held.remove(engine)
 
     def close(self) -> None:
-        """Let all weights go."""
+        """Release all weights."""
         while self._held:
             self._held[0].close()

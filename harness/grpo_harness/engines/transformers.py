@@ -1,9 +1,9 @@
 """The engine of transformers: batched, left-padded ``generate`` with a seed for every row.
 
-``generate`` draws a whole batch from one random stream, so that a row's luck depends on its
-neighbours. Here the draw is made before ``generate`` sees the logits: one uniform number per
-row and step, fixed by the row's seed, is looked up in the row's cumulative distribution. What
-``generate`` gets has a single possible token left, and its own decoding is greedy.
+``generate`` draws a whole batch from one random stream, so a row's draws depend on the other rows.
+Here the draw is made before ``generate`` sees the logits: one uniform number per row and step, from
+the row's seed, is looked up in the row's cumulative distribution. ``generate`` gets logits with a
+single possible token, and decodes greedily.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ _PINNED = {
     "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
 }
-"""What would bend the policy's distribution, switched off whatever a checkpoint asks for.
+"""Settings that would change the policy's distribution, switched off whatever a checkpoint says.
 
-The cuts that only act on drawing (top_k, min_p, typical_p and their like) have no part in it: the
-draw is made here, by temperature and top_p alone.
+top_k, min_p, typical_p and similar settings act only on sampling in ``generate``. They have no
+effect, because the draw is made here, by temperature and top_p alone.
 """
 
 _LIKELY = 256
-"""How many of the likeliest tokens are looked at before the whole vocabulary is."""
+"""The number of most likely tokens that are searched before the whole vocabulary."""
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What a RuntimeError says where torch has no error of its own for it."""
+"""Texts of a RuntimeError that mean out of memory, where torch has no error class for it."""
 
 
 class TransformersEngine:
     """Samples a policy through transformers, ``batch_size`` rows at a time.
 
-    ``device`` is ``auto`` (CUDA where there is one, else the CPU) or any of torch's; ``dtype``
-    is ``auto`` (bfloat16 where CUDA supports it, else float16 on CUDA, else float32),
-    ``bfloat16``, ``float16`` or ``float32``. ``residents`` are the engines that share the device:
-    some of them let their weights go where there is no room for these.
+    ``device`` is ``auto`` (CUDA where there is one, else the CPU) or any of torch's; ``dtype`` is
+    ``auto`` (bfloat16 where CUDA supports it, else float16 on CUDA, else float32), ``bfloat16``,
+    ``float16`` or ``float32``. ``residents`` are the engines that share the device: some of them
+    release their weights if there is no memory for these.
 
-    A batch that does not fit into memory is halved, for the rest of the engine's life; a single
-    row that does not fit is a sample with an error. Raises ``PolicyError``.
+    If a batch does not fit into memory, the batch size is halved for the rest of the engine's life;
+    a single row that does not fit is a sample with an error. Raises ``PolicyError``.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class TransformersEngine:
         return self._model
 
     def __enter__(self) -> Self:
-        """Take the weights into memory."""
+        """Load the weights into memory."""
         _ = self.model
         return self
 
@@ -105,17 +105,17 @@ class TransformersEngine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let the weights go."""
+        """Release the weights."""
         self.close()
 
     def close(self) -> None:
-        """Let the weights go; the next request takes them into memory again."""
+        """Release the weights; the next request loads them again."""
         self._model = None
         self._residents.leave(self)
         _free()
 
     def fits(self) -> bool:
-        """Tell whether the device has room for the weights, and as much again to draw with."""
+        """Tell whether the device has memory for the weights, and as much again to draw with."""
         room = psutil.virtual_memory().available
         if self.device.type == "cuda":
             _free()
@@ -123,7 +123,7 @@ class TransformersEngine:
         return bool(room >= 2 * elements(self.policy.checkpoint) * self.dtype.itemsize)
 
     def settings(self) -> dict[str, Any]:
-        """Return the sampling settings, what is pinned beside them, and the end tokens."""
+        """Return the sampling settings, the pinned settings and the end tokens."""
         return {
             **self._sampling.asdict(),
             **_PINNED,
@@ -131,7 +131,7 @@ class TransformersEngine:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Return what draws: the engine, the kind of device and the number format."""
+        """Return the engine, the device, its hardware and the number format."""
         hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
             "engine": "transformers",
@@ -141,11 +141,11 @@ class TransformersEngine:
         }
 
     def generation_config(self) -> GenerationConfig:
-        """Return the generation config that is used, with nothing left to a model's own."""
+        """Return the generation config in use; the model's own is ignored."""
         return GenerationConfig(
             **_PINNED,
             max_new_tokens=self._sampling.max_new_tokens,
-            # The draw happens in _SeededDraw: what is left to generate is to take the maximum.
+            # The draw happens in _SeededDraw; generate only takes the maximum.
             do_sample=False,
             num_return_sequences=1,
             use_cache=True,
@@ -155,15 +155,15 @@ class TransformersEngine:
         )
 
     def sample(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Sample]:
-        """Draw one sample per request; the order of the samples is that of the requests.
+        """Draw one sample per request, in the order of the requests.
 
-        Raises ``PolicyError`` for weights that cannot be loaded, and ``EngineError`` where the
-        policy's logits are not numbers.
+        Raises ``PolicyError`` for weights that cannot be loaded, and ``EngineError`` if the
+        policy's logits are not finite.
         """
         if not requests:
             return []
-        # Neighbours of like length waste the least padding. The longest come first, so that
-        # memory runs out at once or never.
+        # Prompts of similar length need the least padding. The longest come first, so that a lack
+        # of memory shows at once.
         tokenized = self.tokens([request.prompt for request in requests])
         order = sorted(range(len(requests)), key=lambda i: -len(tokenized[i]))
         samples: dict[int, Sample] = {}
@@ -179,14 +179,14 @@ class TransformersEngine:
         return [samples[i] for i in range(len(requests))]
 
     def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of rendered prompts, to which nothing is added."""
+        """Return the token ids of rendered prompts, without added special tokens."""
         ids: list[list[int]] = self.policy.tokenizer(list(prompts), add_special_tokens=False)[
             "input_ids"
         ]
         return ids
 
     def _fitting(self, prompts: list[list[int]], seeds: list[int]) -> list[Sample] | None:
-        """Draw a batch; return ``None`` where it does not fit into memory and a part of it may."""
+        """Draw a batch; return ``None`` if it does not fit into memory and a part of it may."""
         try:
             with _out_of_memory_as_one_error():
                 return self._batch(prompts, seeds)
@@ -229,7 +229,7 @@ class TransformersEngine:
 
 
 class _NotFiniteError(Exception):
-    """Logits without a maximum; ``tokens`` are those before it, shape (1, tokens), unpadded."""
+    """Logits without a finite maximum; ``tokens`` are those before it, shape (1, tokens)."""
 
     def __init__(self, tokens: torch.Tensor) -> None:
         super().__init__()
@@ -249,9 +249,9 @@ class _SeededDraw(LogitsProcessor):
         self._step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return ``scores`` (rows × vocabulary) with all but the drawn token at -inf.
+        """Return ``scores`` (rows × vocabulary) with all except the drawn token at -inf.
 
-        Raises ``_NotFiniteError`` for a row that has no greatest finite score.
+        Raises ``_NotFiniteError`` for a row without a finite maximum.
         """
         greatest = scores.amax(-1)
         if not bool(greatest.isfinite().all()):
@@ -262,14 +262,14 @@ class _SeededDraw(LogitsProcessor):
         uniform = self._uniform[:, self._step, None]
         self._step += 1
         spread = (scores.float() / self._sampling.temperature).softmax(-1)
-        # top_p nearly always lies within the first few hundred tokens, and sorting those is many
+        # top_p is nearly always reached within a few hundred tokens, and sorting those is many
         # times cheaper than sorting a vocabulary of 150,000; the result is the same.
         probabilities, tokens = spread.topk(min(_LIKELY, spread.shape[-1]))
         if probabilities.sum(-1).min() < self._sampling.top_p:
             probabilities, tokens = spread.sort(-1, descending=True)
         cumulative = probabilities.cumsum(-1)
-        # A token stays while the more likely ones before it fall short of top_p, so the first
-        # always does; the draw is uniform over the mass that stays.
+        # A token is kept if the more likely ones together are below top_p, so the first is always
+        # kept; the draw is uniform over the kept mass.
         kept = (cumulative - probabilities < self._sampling.top_p).sum(-1, keepdim=True)
         mass = cumulative.gather(-1, kept - 1)
         place = torch.searchsorted(cumulative, uniform * mass, right=True)
@@ -279,7 +279,7 @@ class _SeededDraw(LogitsProcessor):
 
 @contextmanager
 def _out_of_memory_as_one_error() -> Iterator[None]:
-    """Raise ``MemoryError`` for whatever says that a device or the host has no memory left."""
+    """Raise ``MemoryError`` for every error that means out of memory, on device or host."""
     try:
         yield
     except torch.OutOfMemoryError as error:

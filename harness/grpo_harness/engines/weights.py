@@ -1,8 +1,8 @@
-"""A policy's weights in memory, proven to be those of its files.
+"""Load a policy's weights into memory, and check that they are those of its files.
 
-transformers fills a tensor that the files lack with random numbers, and warns. Here every tensor
-is accounted for: none is missing, left over or of another shape, each has the values of its file,
-and every value is a number.
+If the files lack a tensor, transformers fills it with random numbers and warns. Here every tensor
+is checked: none is missing, unexpected or of another shape, each has the values of its file, and
+every value is finite.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device: ``auto`` is CUDA where there is one, else the CPU.
+    """Return the device: ``auto`` is CUDA if there is one, else the CPU.
 
-    Raises ``PolicyError`` for one that this machine does not have.
+    Raises ``PolicyError`` for a device that this machine does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,9 +59,9 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 def load_weights(policy: Policy, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Return the policy's model on ``device`` with its weights as ``dtype``, ready to sample from.
 
-    Its own generation config is emptied, so that nothing of it can leak into sampling. Raises
-    ``PolicyError`` naming the tensor that is missing, left over, of another shape, of other
-    values than the files have, or not finite.
+    Its own generation config is emptied, so that it cannot affect sampling. Raises ``PolicyError``
+    with the tensor that is missing, unexpected, of another shape, different from its file, or not
+    finite.
     """
     source = source_of(policy.checkpoint)
     if not policy.checkpoint.gguf_file:
@@ -72,7 +72,7 @@ def load_weights(policy: Policy, device: torch.device, dtype: torch.dtype) -> Pr
                 policy.checkpoint.path,
                 dtype=dtype,
                 output_loading_info=True,
-                # Only so that what does not fit is named below, and not in a table of many lines.
+                # So that a wrong shape is reported below, in one line and not in a long table.
                 ignore_mismatched_sizes=True,
                 **source,
             )
@@ -100,9 +100,9 @@ def load_weights(policy: Policy, device: torch.device, dtype: torch.dtype) -> Pr
 
 
 def loaded_digest(model: PreTrainedModel) -> str:
-    """Return a digest of the weights as they are in memory, tensor by tensor (XXH3, 128 bits).
+    """Return a digest of the weights in memory, tensor by tensor (XXH3, 128 bits).
 
-    Two policies with one digest give the same answers, whatever their files are.
+    Two policies with the same digest draw the same completions, whatever their files are.
     """
     digest = xxh3_128()
     for name, tensor in _tensors(model):
@@ -135,11 +135,11 @@ def first_not_finite(model: PreTrainedModel, tokens: torch.Tensor) -> str:
 
 
 def _all_there(policy: Policy, info: dict[str, Any]) -> None:
-    # Each of the model's tensors is in the files, or tied to one that is; and the other way round.
+    # Each tensor of the model is in the files, or tied to one that is; and vice versa.
     for what, names in (
         ("lack the tensor", info["missing_keys"]),
         ("have another shape of the tensor", {name for name, *_ in info["mismatched_keys"]}),
-        ("hold, beside what the model has, the tensor", info["unexpected_keys"]),
+        ("have, in addition to the model's, the tensor", info["unexpected_keys"]),
     ):
         if names:
             raise PolicyError(
@@ -154,25 +154,25 @@ def _some(names: Collection[str]) -> str:
 
 
 def _the_files_own(policy: Policy, model: PreTrainedModel) -> None:
-    """Compare what is in memory with the files, wherever both call a tensor by one name."""
+    """Compare the tensors in memory with those of the same name in the files."""
     if policy.checkpoint.gguf_file:  # its tensors have other names, and are quantized
         return
     held = dict(_tensors(model, tied=True))
     for path in weight_files(policy.checkpoint):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
+            for name in file.keys():  # noqa: SIM118 - not a mapping
                 if (tensor := held.get(name)) is None or not tensor.is_floating_point():
                     continue
                 stored = file.get_tensor(name)
                 if stored.shape != tensor.shape or not stored.is_floating_point():
                     continue
-                # NaN is told below: here it would differ from itself.
+                # NaN is reported by load_weights; here it would differ from itself.
                 right = stored.to(tensor.device, tensor.dtype)
                 if not torch.equal(right.nan_to_num(), tensor.nan_to_num()):
                     raise PolicyError(
                         f"{policy.checkpoint}: the weights in memory are not those of its files: "
-                        f"{name} has other values than in {path}. Whatever loaded them, loaded "
-                        "another policy"
+                        f"{name} has other values than in {path}. Another policy was loaded "
+                        "instead"
                     )
 
 

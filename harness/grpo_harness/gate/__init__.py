@@ -1,8 +1,8 @@
 """Numbers in, verdict out. It knows no policy, no file and no engine.
 
 ===============  ==============================================================
-``bounds.py``    limits, and how large a change each rule tolerates and acts on
-``inputs.py``    numbers as callers hand them over, checked
+``bounds.py``    limits, and the sizes of change that each rule tolerates or acts on
+``inputs.py``    checks of the numbers that callers pass
 ``stats.py``     exact tests and intervals
 ``verdicts.py``  the rules: measurement against reference -> evidence, verdict
 ===============  ==============================================================

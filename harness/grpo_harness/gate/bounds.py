@@ -1,4 +1,4 @@
-"""What the gate is held to: its limits, and how large a change each rule tolerates and acts on."""
+"""The gate's limits, and the sizes of change that each rule tolerates or acts on."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ PASS_CONFIDENCE = 0.95
 PASS_LEVEL = 1 - PASS_CONFIDENCE
 
 MINIMUM_PROBLEMS = 64
-"""Fewer problems than this are not judged: the bounds are no longer to be trusted."""
+"""Fewer problems than this are not judged: the bounds would not be reliable."""
 
 MOST_SAMPLES = 500
-"""Samples of one problem at most: none of the exact tests' probabilities is then too small for a
-float.
-"""
+"""Maximum of samples per problem: every probability of the exact tests then fits into a float."""
 
 MOST_PROBLEMS = 1_000_000
-"""Problems at most: more than anybody asks, and few enough to be counted with."""
+"""Maximum of problems: more than anyone needs, and still computable."""
 
 LEAST_LEVEL = 1e-300
-"""No check is held to a stricter level: the p-values below it run out of floats."""
+"""The strictest level of a check: smaller p-values do not fit into a float."""
 
 NO_ROOM = 1e-9
-"""Differences of rates below this are what floating point left over, not differences."""
+"""Differences of rates below this are rounding errors."""
 
 LOOK = 16
-"""Problems between two looks of a run that stops at a decision."""
+"""Problems between two looks of a sequential run."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """A change of ``margin`` or more is what PASS rules out; one below ``minimum`` never fails.
+    """PASS rules out a change of ``margin`` or more; a change below ``minimum`` never fails.
 
     Both are in the unit of the rule: a share of completions, or a relative length (0.25 is a
     quarter longer, or shorter by the same factor).
@@ -46,10 +44,10 @@ class Bounds:
 
 
 RATE = Bounds(margin=0.05, minimum=0.01)
-"""Of accuracy and of the shares of truncated and unparsable completions."""
+"""For accuracy and the shares of truncated and unparsable completions."""
 
 LENGTH = Bounds(margin=0.25, minimum=0.05)
-"""Of the geometric mean length in tokens."""
+"""For the geometric mean length in tokens."""
 
 IMPROVEMENT = Bounds(margin=0.0, minimum=0.01)
-"""Of a gain: one is asked that lies above 0."""
+"""For a gain, which must be above 0."""

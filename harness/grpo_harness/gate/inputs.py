@@ -1,7 +1,7 @@
-"""Numbers as callers hand them over, checked: nothing that is no number gets to a test.
+"""Check the numbers that callers pass.
 
-Counts may come as lists, arrays, series or tensors, of Python's, numpy's or torch's own numbers.
-Everything else is a ValueError that names the argument, the problem (by index) and what it has.
+Counts may be lists, arrays, series or tensors of Python's, numpy's or torch's numbers. Everything
+else is a ValueError with the argument, the problem (by index) and its value.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Numbers: TypeAlias = Sequence[float] | npt.NDArray[Any]
 Samples: TypeAlias = int | Sequence[int] | npt.NDArray[Any]
 
 GREATEST_LOG = 700.0
-"""Logarithms up to here are those of numbers that a float can hold."""
+"""Numbers with logarithms up to here fit into a float."""
 
 
 def paired(now: Numbers, then: Numbers) -> tuple[Floats, Floats]:
-    """Two checked sequences of logarithms, one a problem, each as shape (n,).
+    """Check two sequences of logarithms, one per problem; returns both as shape (n,).
 
-    Raises ValueError naming the problem (by index) that has no counterpart, or no number from
+    Raises ValueError with the problem (by index) that has no counterpart, or no number from
     -`GREATEST_LOG` to `GREATEST_LOG`.
     """
     ours, theirs = _logarithms(now, "now"), _logarithms(then, "then")
@@ -38,13 +38,13 @@ def paired(now: Numbers, then: Numbers) -> tuple[Floats, Floats]:
 
 
 def brief(value: object) -> str:
-    """What to call a value in a message: its repr, on one line and shortened."""
+    """Return a value's repr on one line, shortened, for a message."""
     return " ".join(reprlib.repr(value).split())
 
 
 def plain(value: Any) -> Any:
-    """A number or many, of numpy, pandas or torch, in Python's own types; all else as it is."""
-    # Dates and durations would become whole numbers of nanoseconds.
+    """Convert numbers of numpy, pandas or torch to Python's types; return all else as it is."""
+    # Not dates and durations: they would become whole numbers of nanoseconds.
     if getattr(getattr(value, "dtype", None), "kind", "f") in "biufO":
         try:
             return value.tolist()
@@ -54,14 +54,14 @@ def plain(value: Any) -> Any:
 
 
 def is_real(value: Any, low: float, high: float) -> bool:
-    """Whether a `plain` value is one real number from `low` to `high`."""
+    """Tell whether a `plain` value is one real number from `low` to `high`."""
     return isinstance(value, (int, float, np.floating)) and bool(low <= value <= high)
 
 
 def whole(values: Any, name: str, least: int = 0) -> Ints:
-    """Checked whole numbers from `least` to `MOST_SAMPLES`, one a problem, shape (n,).
+    """Check whole numbers from `least` to `MOST_SAMPLES`, one per problem; returns shape (n,).
 
-    Raises ValueError with `name`, the problem (by index) and what it has instead.
+    Raises ValueError with `name`, the problem (by index) and its value.
     """
     entries = _entries(values, name)
     for i, entry in enumerate(entries):
@@ -75,9 +75,9 @@ def whole(values: Any, name: str, least: int = 0) -> Ints:
 
 
 def samples(k: Any, n: int, name: str) -> Ints:
-    """Checked numbers of samples, one for all `n` problems or one a problem, shape (n,).
+    """Check numbers of samples, one for all `n` problems or one per problem; returns shape (n,).
 
-    Raises ValueError as `whole` does, and where they are not `n`.
+    Raises ValueError as `whole` does, and if there are not `n`.
     """
     if isinstance(plain(k), (int, float, np.floating)):
         return np.repeat(whole([k], name, least=1), n)
@@ -93,9 +93,9 @@ def samples(k: Any, n: int, name: str) -> Ints:
 def real_number(
     value: Any, name: str, *, positive: bool = False, most: float = sys.float_info.max
 ) -> float:
-    """One checked number from 0, or above it if it must be ``positive``, to ``most``.
+    """Check a number from 0 to ``most``, above 0 if ``positive``.
 
-    Raises ValueError with `name` and what it is instead; true and false are no numbers.
+    Raises ValueError with `name` and the value; true and false are not numbers.
     """
     number = plain(value)
     fits = not isinstance(number, bool) and is_real(number, 0, most) and (number or not positive)
@@ -107,7 +107,7 @@ def real_number(
 
 
 def whole_number(value: Any, name: str, least: int, most: int = sys.maxsize) -> int:
-    """One checked whole number from ``least`` to ``most``, likewise."""
+    """Check a whole number from ``least`` to ``most``. Raises ValueError as `real_number` does."""
     number = plain(value)
     if isinstance(number, bool) or not is_real(number, least, most) or number % 1:
         end = "on" if most == sys.maxsize else f"to {most}"
@@ -116,20 +116,20 @@ def whole_number(value: Any, name: str, least: int, most: int = sys.maxsize) -> 
 
 
 def one_of(value: Any, name: str, known: Sequence[str]) -> None:
-    """Raise ValueError with `name` where a word is none of those that are known."""
+    """Raise ValueError with `name` if a value is not one of ``known``."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} {brief(value)} is none of {', '.join(known)}")
 
 
 def truth(value: Any, name: str) -> bool:
-    """Return a truth value, Python's or numpy's. Raises ValueError with `name` for all else."""
+    """Check a boolean, Python's or numpy's. Raises ValueError with `name` for all else."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name} is {brief(value)}, neither True nor False")
     return bool(value)
 
 
 def below(most: float, name: str, value: Any) -> float:
-    """One checked number from 0 to below ``most``. Raises ValueError with `name`."""
+    """Check a number from 0 to below ``most``. Raises ValueError with `name`."""
     number = plain(value)
     if isinstance(number, bool) or not is_real(number, 0.0, most) or number == most:
         raise ValueError(f"{name} is {brief(number)}, not a number from 0 to below {most:g}")
@@ -137,7 +137,7 @@ def below(most: float, name: str, value: Any) -> float:
 
 
 def sizes(margin: Any, minimum: Any, most: float = 1.0) -> tuple[float, float]:
-    """The checked sizes of a change that is harmless and of one that may matter."""
+    """Check that 0 <= minimum < margin < ``most``. Raises ValueError."""
     margin, minimum = below(most, "margin", margin), below(most, "minimum", minimum)
     if margin - minimum < NO_ROOM:
         raise ValueError(
@@ -147,10 +147,10 @@ def sizes(margin: Any, minimum: Any, most: float = 1.0) -> tuple[float, float]:
 
 
 def level(alpha: Any) -> float:
-    """The checked risk of a false alarm that one check may take."""
+    """Check the false-alarm risk of one check. Raises ValueError."""
     alpha = below(1.0, "alpha", alpha)
     if alpha < LEAST_LEVEL:
-        raise ValueError(f"alpha is {alpha!r}, less than {LEAST_LEVEL:g}: nothing proves so much")
+        raise ValueError(f"alpha is {alpha!r}, less than {LEAST_LEVEL:g}, the strictest level")
     return float(alpha)
 
 
@@ -171,7 +171,7 @@ def _logarithms(values: Any, name: str) -> Floats:
 
 
 def same_length(now: int, then: int) -> None:
-    """Raise ValueError where two measurements are not of the same problems, or of none."""
+    """Raise ValueError unless two measurements have equally many problems, and at least one."""
     if now != then:
         raise ValueError(
             f"now has {now} problems and then has {then}: "

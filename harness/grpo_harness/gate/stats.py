@@ -21,17 +21,17 @@ from grpo_harness.gate.bounds import NO_ROOM
 from grpo_harness.gate.inputs import Floats, Ints, Numbers, Samples, same_length, samples, whole
 
 POWER_Z = float(ndtri(0.9))
-"""Standard normal quantile of 90 % power, the one power this package speaks of."""
+"""Standard normal quantile of 90 % power, the only power used in this package."""
 
 PSEUDO_PROBLEMS = (1.0, -1.0)
 """Differences added to guard a variance: one problem fully gained, one fully lost.
 
-A saturated suite often shows no difference at all; its sample variance of zero would then claim
+A saturated suite often shows no difference at all, and its sample variance of zero would mean
 certainty. The two cancel in the sum, so they widen the interval and pull the mean to zero.
 """
 
 BETS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
-"""Shares of the wealth staked on every problem; the small ones win where little is won."""
+"""Shares of the wealth staked on every problem; small stakes win if gains are small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ class Counts:
 
     @classmethod
     def of(cls, now: Numbers, k: Samples, then: Numbers, k_then: Samples) -> Counts:
-        """Check and pair two sequences of counts, one entry a problem.
+        """Check and pair two sequences of counts, one entry per problem.
 
-        `k` and `k_then` are one number for all problems or one a problem, each at most
-        `MOST_SAMPLES`. Sequences, arrays, series and tensors will do. Raises ValueError naming
-        the problem (by index) where a count is not a whole number in 0..k or has no counterpart,
-        and where there are no problems at all.
+        `k` and `k_then` are one number for all problems or one per problem, each at most
+        `MOST_SAMPLES`. Sequences, arrays, series and tensors are accepted. Raises ValueError with
+        the problem (by index) if a count is not a whole number in 0..k or has no counterpart, and
+        if there are no problems.
         """
         ours, theirs = whole(now, "now"), whole(then, "then")
         same_length(len(ours), len(theirs))
@@ -71,7 +71,7 @@ class Counts:
         return counts
 
     def flipped(self) -> Counts:
-        """The same measurements, counting what did not happen: a rise becomes a drop."""
+        """The complementary counts, `k - now` and `k_then - then`: a rise becomes a drop."""
         return Counts(self.k - self.now, self.k, self.k_then - self.then, self.k_then)
 
     @property
@@ -86,24 +86,24 @@ def stratified_p(now: Numbers, k: Samples, then: Numbers, k_then: Samples) -> fl
     `now[i]` of `k` samples of problem i are correct now, `then[i]` of `k_then` were before. Given
     their sum m_i, and if nothing has changed, `now[i]` follows Hypergeometric(k + k_then, m_i, k)
     whatever the problem's difficulty; p is P(sum of now <= the observed sum). This is the exact
-    Cochran-Mantel-Haenszel test (Agresti, Categorical Data Analysis, 2013, section 7.3.5): at
-    one stratum Fisher's, at k = k_then = 1 McNemar's.
+    Cochran-Mantel-Haenszel test (Agresti, Categorical Data Analysis, 2013, section 7.3.5): Fisher's
+    with one stratum, McNemar's with k = k_then = 1.
 
-    The result is in 0..1 with a relative error near 1e-13 down to the smallest floats: all terms
-    of the convolution are positive, so nothing cancels. Raises ValueError as `Counts.of` does.
+    The result is in 0..1 with a relative error near 1e-13 down to the smallest floats: all terms of
+    the convolution are positive, so nothing cancels. Raises ValueError as `Counts.of` does.
     """
     return drop_p(Counts.of(now, k, then, k_then))
 
 
 def drop_p(counts: Counts) -> float:
-    """`stratified_p` of counts that are checked already."""
-    # One whole number a stratum: numpy groups those several times faster than rows.
+    """`stratified_p` of checked counts."""
+    # One whole number per stratum: numpy groups those several times faster than rows.
     width = int((counts.k + counts.k_then).max()) + 1
     strata = (counts.k * width + counts.k_then) * width + counts.now + counts.then
     keys, repeats = np.unique(strata, return_counts=True)
     kinds = np.stack([keys // width**2, keys // width % width, keys % width])
-    # The least possible sum is taken off, which leaves pmfs without leading zeros, and nothing
-    # above the observed sum is ever computed.
+    # The least possible sum is subtracted, so that pmfs have no leading zeros. Nothing above the
+    # observed sum is computed.
     least = np.maximum(0, kinds[2] - kinds[1])
     size = int(counts.now.sum() - (least * repeats).sum()) + 1
     order = count()
@@ -111,7 +111,7 @@ def drop_p(counts: Counts) -> float:
     for (k, k_then, m), times in zip(kinds.T.tolist(), repeats.tolist(), strict=True):
         total = _convolution_power(_hypergeometric(k, k_then, m), times, size)
         heap.append((len(total), next(order), total))
-    # The two shortest first: the long convolutions are the dear ones, and happen least often.
+    # The two shortest first, so that expensive long convolutions happen least often.
     heapq.heapify(heap)
     while len(heap) > 1:
         a, b = heapq.heappop(heap)[2], heapq.heappop(heap)[2]
@@ -123,16 +123,15 @@ def drop_p(counts: Counts) -> float:
 def odds_ratio_of_drop(then: Numbers, k_then: Samples, drop: float) -> float:
     """The odds ratio, below 1, that lowers the mean rate of these problems by `drop`.
 
-    Rates are shrunk by half a success and half a failure, else a problem without a failure could
-    not lose anything at any odds ratio. Where `drop` is more than half of the mean rate, that half
-    is lost: a rate below `drop` cannot drop by it, and the loss of nearly everything would be a
-    hypothesis that a single correct answer refutes. Raises ValueError where `drop` is not
-    positive.
+    Rates are shrunk by half a success and half a failure; otherwise a problem without a failure
+    could not lose anything at any odds ratio. If `drop` is more than half of the mean rate, half of
+    the rate is used: a rate below `drop` cannot drop by it, and a single correct completion would
+    refute the loss of nearly everything. Raises ValueError if `drop` is not positive.
     """
     counts = Counts.of(then, k_then, then, k_then)
     rates = (counts.then + 0.5) / (counts.k_then + 1)
     if not drop > 0.0:
-        raise ValueError(f"a drop by {drop!r} is none")
+        raise ValueError(f"drop is {drop!r}, not above 0")
     loss = min(drop, float(rates.mean()) / 2)
     # Imported late: only a sequential run needs it, and it slows down every start.
     from scipy.optimize import brentq
@@ -146,15 +145,15 @@ def odds_ratio_of_drop(then: Numbers, k_then: Samples, drop: float) -> float:
 def drop_evidence(counts: Counts, odds_ratio: float) -> Floats:
     """Log-likelihood ratio of a drop by `odds_ratio` against no change, after each problem.
 
-    Shape (n,), by Fisher's noncentral hypergeometric distribution of every `now[i]` given its
-    sum with `then[i]`. Without a change it exceeds log(1 / a) at any n with chance at most a
-    (Ville's inequality), so it may be looked at as often as one likes.
+    Shape (n,), by Fisher's noncentral hypergeometric distribution of every `now[i]` given its sum
+    with `then[i]`. If nothing has changed, the chance that it exceeds log(1 / a) at any n is at
+    most a (Ville's inequality), so it may be looked at after every problem.
     """
 
     @cache
     def normaliser(k: int, k_then: int, m: int) -> float:
         pmf = _hypergeometric(k, k_then, m)
-        # The least power is taken out: of many samples it is too small for a float.
+        # The least power is factored out: with many samples it is too small for a float.
         rest = math.log(float(pmf @ odds_ratio ** np.arange(len(pmf))))
         return max(0, m - k_then) * math.log(odds_ratio) + rest
 
@@ -166,10 +165,10 @@ def drop_evidence(counts: Counts, odds_ratio: float) -> Floats:
 def harmless_evidence(differences: Floats, margin: float) -> Floats:
     """Log-wealth of bets that the mean difference lies above `-margin`, after each problem.
 
-    Shape (n,). The stakes of `BETS` are played side by side. If the mean lies at `-margin` or
-    below, the wealth exceeds 1 / a at any n with chance at most a (Waudby-Smith and Ramdas,
-    Estimating means of bounded random variables by betting, 2024), however skewed the
-    differences are.
+    Shape (n,). The wealth is the mean over the stakes of `BETS`. If the mean lies at `-margin` or
+    below, the chance that the wealth exceeds 1 / a at any n is at most a (Waudby-Smith and Ramdas,
+    Estimating means of bounded random variables by betting, 2024), however skewed the differences
+    are.
     """
     returns = (differences + margin) / (1 - margin)
     logs = np.cumsum(np.log1p(np.multiply.outer(np.array(BETS), returns)), axis=1)
@@ -179,8 +178,9 @@ def harmless_evidence(differences: Floats, margin: float) -> Floats:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the order given: reject where the result is <= alpha.
 
-    Holm, Scandinavian Journal of Statistics 6 (1979). The smallest of m p-values counts m times,
-    the next m - 1 times, and none less than the one before it. One outside 0..1 raises ValueError.
+    Holm, Scandinavian Journal of Statistics 6 (1979). The smallest of m p-values is multiplied by
+    m, the next by m - 1, and so on; none becomes less than the one before it. A p-value outside
+    0..1 raises ValueError.
     """
     for i, p in enumerate(p_values):
         if not 0.0 <= p <= 1.0:
@@ -197,8 +197,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class Estimate:
     """A mean over problems with its standard error, in the unit of the observations.
 
-    `df` is the degrees of freedom of Student's t. One observation alone has an infinite standard
-    error: with n < 2 nothing is certain.
+    `df` is the degrees of freedom of Student's t. With a single observation the standard error is
+    infinite.
     """
 
     mean: float
@@ -207,7 +207,7 @@ class Estimate:
 
     @classmethod
     def of(cls, observations: Floats, *, guarded: bool = False) -> Estimate:
-        """The mean of one observation a problem, shape (n,), n >= 1.
+        """The mean of one observation per problem, shape (n,), n >= 1.
 
         `guarded` adds `PSEUDO_PROBLEMS`, for observations that lie in -1..1.
         """
@@ -222,14 +222,14 @@ class Estimate:
 
     @classmethod
     def expected(cls, variance: float, n: int) -> Estimate:
-        """The guarded estimate that `n` observations of mean 0 and this variance lead to."""
+        """The guarded estimate for `n` observations of mean 0 and this variance."""
         both = n + len(PSEUDO_PROBLEMS)
         spread = n * variance + sum(d * d for d in PSEUDO_PROBLEMS)
         return cls(0.0, math.sqrt(spread / (both - 1) / both), both - 1)
 
     def quantile(self, level: float) -> float:
         """Student's t that is exceeded with chance `level`, in standard errors."""
-        # By the lower tail: 1 - level is 1 for a tiny one.
+        # From the lower tail: for a tiny level, 1 - level is 1.
         return -float(stdtrit(self.df, level))
 
     def lower(self, confidence: float) -> float:
@@ -254,16 +254,16 @@ class Estimate:
     def detectable(self, alpha: float, at_least: float = 0.0) -> float:
         """The change that a one-sided test at `alpha` finds nine times in ten (MDE90).
 
-        `at_least` is the smallest observed change that the rule acts on: where the test itself
-        would see less, the change must still exceed that nine times in ten.
+        `at_least` is the smallest observed change that the rule acts on: even if the test alone
+        would find less, the observed change must exceed it nine times in ten.
         """
         return max(-float(ndtri(alpha)) * self.se, at_least) + POWER_Z * self.se
 
     def problems_needed(self, n: int, room: float, level: float) -> int | None:
         """Problems at which a one-sided bound at `level` clears `room` nine times in ten.
 
-        `n` is the number of problems behind this estimate and `room` the distance from the
-        expected mean to the limit. None where there is no room: no n would do.
+        `n` is the number of problems behind this estimate and `room` the distance from the expected
+        mean to the limit. None if there is no room: no number would be enough.
         """
         if room < NO_ROOM:
             return None
@@ -277,7 +277,7 @@ def _hypergeometric(k: int, k_then: int, m: int) -> Floats:
     """P(c of the m correct fall among the k of now), c from its least to its greatest value."""
     ways = math.comb(k + k_then, m)
     least, most = max(0, m - k_then), min(k, m)
-    # Python's integer division is correctly rounded, so each entry is good to the last bit.
+    # Python's integer division is correctly rounded, so each entry is exact to the last bit.
     pmf = [math.comb(k, c) * math.comb(k_then, m - c) / ways for c in range(least, most + 1)]
     return np.asarray(pmf, dtype=np.float64)
 

@@ -1,18 +1,17 @@
-"""Measurement against reference -> verdict. One rule a function, one conclusion behind them.
+"""Measurement against reference -> evidence and verdict. One function per rule.
 
-A verdict is FAIL only on proof of harm, PASS only on proof of the absence of harm, and UNPROVEN
-between the two: a run that is too small says so instead of turning green. See
-`grpo_harness.gate.stats` for the tests themselves.
+FAIL needs proof of harm, PASS needs proof that there is no harm, and everything between is
+UNPROVEN: a run that is too small says so instead of turning green. The tests are in
+`grpo_harness.gate.stats`.
 
-The recorded policy itself fails in both directions: nothing but changed code can have made it
-better. A PASS says the same of every policy: a loss of the margin or more is ruled out.
+The recorded policy fails in both directions: only changed code can have made it better. A PASS
+means the same for every policy: a loss of the margin or more is ruled out.
 
-Several checks share one risk of a false alarm, so each is told the part of it that is its own:
-`alpha`. Every check of a run is a test of its own that asserts its own verdict, whichever others
-were selected and wherever a parallel worker put them, so there is no place where all the p-values
-are at hand, as Holm's step-down needs. The price is small: the smallest p-value, which decides
-whether a run fails at all, meets the same threshold under both, so a single drop among many
-checks is caught as often (`make calibrate` prints both).
+The checks of a run share one false-alarm risk; `alpha` is the part of one check. Every check is a
+test that asserts its own verdict, whichever others were selected and in whichever process it runs.
+So all p-values are never together in one place, as Holm's step-down would need. The price is small:
+the smallest p-value, which decides whether a run fails at all, meets the same threshold in both, so
+a single drop among many checks is caught as often (`make calibrate` prints both).
 """
 
 from __future__ import annotations
@@ -57,16 +56,16 @@ from grpo_harness.gate.stats import (
 
 Verdict: TypeAlias = Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]
 
-NOT_THE_POLICY = "the policy is the recorded one: what draws or scores its answers has changed"
-"""What a proven change of the recorded policy means, in either direction."""
+NOT_THE_POLICY = "the policy is the recorded one: what draws or scores its completions has changed"
+"""The meaning of a proven change of the recorded policy, in either direction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run can find before it has drawn a sample.
+    """What a run can find, predicted before anything is drawn.
 
     `mde90` is the drop of the mean rate that `n` problems of `k` samples find nine times in ten,
-    `needed` the number of problems that find one of `margin`.
+    `needed` the number of problems that find a drop of `margin`.
     """
 
     n: int
@@ -78,17 +77,17 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one check concluded, and the numbers that this rests on.
+    """What one check concluded, and the numbers behind it.
 
     `now`, `then` and `delta` are mean rates in 0..1 and their difference; in `judge_length` they
-    are geometric mean lengths and the relative change (0.1 is 10 % longer). `lower` and `upper`
-    are guarded bounds of `delta`, one-sided at 95 % each: together they are a 90 % interval.
-    `p` belongs to the proof of harm (in `judge_improvement` to the proof of gain, unless a loss
-    is proven; of the recorded policy to the proof of any change), to be compared with the part of
-    `alpha` that is this check's. `mde90` is the change, in the unit of `delta`, that this run
-    would find nine times in ten. `needed` is the number of problems that would prove a PASS nine
-    times in ten, None where no number would. `k` is the largest number of samples of a problem:
-    they differ only where runs that stopped early are pooled.
+    are geometric mean lengths and the relative change (0.1 is 10 % longer). `lower` and `upper` are
+    guarded bounds of `delta`, one-sided at 95 % each: together they are a 90 % interval. `p`
+    belongs to the proof of harm (in `judge_improvement` to the proof of gain, unless a loss is
+    proven; for the recorded policy to the proof of any change) and is compared with the check's
+    part of `alpha`. `mde90` is the change, in the unit of `delta`, that this run would find nine
+    times in ten. `needed` is the number of problems that would prove a PASS nine times in ten, None
+    if no number would. `k` is the largest number of samples of a problem: they differ only if runs
+    that stopped early are pooled.
     """
 
     verdict: Verdict
@@ -116,10 +115,10 @@ def plan(
 ) -> Plan:
     """Predict what `judge` will find on the problems of a reference, `k` samples each.
 
-    The prediction is of the same policy, where all that a problem's difference varies by is the
-    drawing: with rate q its variance is q (1 - q) (1 / k + 1 / k_then). Rates are shrunk by half
-    a success and half a failure, else a problem that never failed would seem to be certain.
-    Another policy also differs by problem, by an amount that nobody knows beforehand.
+    The prediction is for the same policy, whose difference on a problem varies only by sampling:
+    with rate q its variance is q (1 - q) (1 / k + 1 / k_then). Rates are shrunk by half a success
+    and half a failure; otherwise a problem that never failed would seem certain. Another policy
+    also differs by problem, by an unknown amount.
 
     Raises ValueError as `judge` does.
     """
@@ -154,13 +153,12 @@ def judge(
     """Judge whether accuracy has dropped from `then` to `now`.
 
     `now[i]` of `k` completions of problem i are correct, in the reference `then[i]` of `k_then`
-    (each one number, or one a problem). FAIL: the exact p is at most `alpha` and the observed
+    (each one number, or one per problem). FAIL: the exact p is at most `alpha` and the observed
     drop at least `minimum`. PASS: not FAIL, and the guarded lower bound lies above `-margin`.
 
-    For another policy than the reference's (`same_policy=False`) a paired t test must agree to a
-    FAIL, because the drop must also hold for problems outside the suite. The same policy cannot
-    have changed: a proven rise of at least `minimum` is a FAIL too, each direction at half of
-    `alpha`.
+    For another policy than the reference's (`same_policy=False`) a paired t test must also show the
+    drop, because it must hold for problems outside the suite. The same policy cannot have changed:
+    a proven rise of at least `minimum` is a FAIL too, each direction at half of `alpha`.
 
     Raises ValueError on invalid counts, naming the problem by index, and on invalid settings.
     """
@@ -183,20 +181,20 @@ def judge_sequential(
 ) -> Evidence:
     """Judge accuracy after every `look` problems, and stop at the first decision.
 
-    The first look is at `MINIMUM_PROBLEMS` at the earliest, and the end of the plan is one even
-    where `look` does not divide it. `then` holds all planned problems in the order they are
-    sampled, `now` those sampled so far: call again with more until the verdict is not UNPROVEN or
-    the plan is used up. `n` of the evidence says how many problems it used. FAIL: the likelihood
-    ratio of a drop by `margin`, or of a rise by it, reaches `2 / alpha`, and the observed change
-    is at least `minimum`. PASS: bets against a drop by `margin` have won twenty times the stake.
-    All hold however often one looks, unlike `lower` and `upper`, which are those of a run of this
-    size. `p` is twice the smallest inverse likelihood ratio of all looks.
+    The first look is after at least `MINIMUM_PROBLEMS` problems; there is always one at the end of
+    the plan. `then` holds all planned problems in the order they are sampled, `now` those sampled
+    so far: call again with more until the verdict is not UNPROVEN or the plan is used up. `n` of
+    the evidence is the number of problems used. FAIL: the likelihood ratio of a drop by `margin`,
+    or of a rise by it, reaches `2 / alpha`, and the observed change is at least `minimum`. PASS:
+    bets against a drop by `margin` have won twenty times the stake. Both hold for any number of
+    looks; `lower` and `upper` do not, they are those of a run of this size. `p` is twice the
+    smallest inverse likelihood ratio of all looks.
 
-    Where the reference is below twice `margin`, the likelihood ratio is that of losing half of
-    it, see `odds_ratio_of_drop`: whichever drop it supposes, false alarms are as rare.
+    If the reference is below twice `margin`, the likelihood ratio supposes a loss of half of it,
+    see `odds_ratio_of_drop`. The supposed drop does not change the risk of a false alarm.
 
-    For the same policy only: another one differs by problem, which a likelihood ratio of one
-    common change takes for evidence. Raises ValueError as `judge` does, and where `now` is longer
+    For the same policy only: another policy differs by problem, which a likelihood ratio of one
+    common change would count as evidence. Raises ValueError as `judge` does, and if `now` is longer
     than `then`.
     """
     margin, minimum = sizes(margin, minimum)
@@ -251,10 +249,10 @@ def judge_rate(
 ) -> Evidence:
     """Judge whether the rate of a fault (truncated, unparsable) has risen.
 
-    `judge` in the mirror: `now[i]` of `k` completions of problem i show the fault, FAIL is a
-    proven rise of at least `minimum`, PASS a rise proven to stay below `margin`. By the exact
-    test alone: completions that can no longer be read are a fault on these prompts already. Of
-    the same policy a fall is a FAIL too, as in `judge`.
+    Like `judge`, for a rise: `now[i]` of `k` completions of problem i show the fault. FAIL is a
+    proven rise of at least `minimum`, PASS a rise proven to be below `margin`. Only the exact test
+    is used: completions that can no longer be read are a fault on these prompts already. For the
+    same policy a fall is a FAIL too, as in `judge`.
 
     Raises ValueError as `judge` does.
     """
@@ -278,7 +276,7 @@ def judge_improvement(
 
     PASS: the exact test and the paired t test both show a gain at `alpha`, and the guarded lower
     bound lies above `margin`. FAIL: both show a loss, and it is at least `minimum`. UNPROVEN:
-    everything else, so also a training that changed nothing.
+    everything else, also a training that changed nothing.
 
     Raises ValueError as `judge` does.
     """
@@ -294,7 +292,7 @@ def judge_improvement(
             counts,
             p=loss if lost else gain,
             mde90=guarded.detectable(alpha, margin),
-            # The test at `alpha` asks for more than the bound at 95 %, so it sets the price.
+            # The test at `alpha` is stricter than the bound at 95 %, so it decides the number.
             needed=guarded.problems_needed(len(counts.now), delta - margin, alpha),
         ),
         failed=lost,
@@ -313,15 +311,14 @@ def judge_length(
 ) -> Evidence:
     """Judge whether completions have become longer or shorter.
 
-    `now[i]` and `then[i]` are the mean natural logarithm of the lengths of problem i's
-    completions, `k` of them now. Their mean difference is the logarithm of a ratio of lengths.
-    FAIL: the two-sided interval of the ratio at `1 - alpha` lies wholly outside
-    [1 / (1 + minimum), 1 + minimum]. PASS: its 90 % interval lies inside
-    [1 / (1 + margin), 1 + margin]. No bound is guarded: a log-ratio has no greatest value that a
-    pseudo-problem could take.
+    `now[i]` and `then[i]` are the mean natural logarithm of the lengths of problem i's completions,
+    `k` of them now. Their mean difference is the logarithm of a ratio of lengths. FAIL: the
+    two-sided interval of the ratio at `1 - alpha` lies wholly outside [1 / (1 + minimum), 1 +
+    minimum]. PASS: its 90 % interval lies inside [1 / (1 + margin), 1 + margin]. The bounds are not
+    guarded: a log-ratio has no greatest value for a pseudo-problem.
 
-    Raises ValueError naming the problem (by index) where there is no logarithm of a length, and on
-    invalid settings.
+    Raises ValueError with the problem (by index) that has no logarithm of a length, and on invalid
+    settings.
     """
     margin, minimum = sizes(margin, minimum, most=1e300)
     alpha = level(alpha)
@@ -330,7 +327,7 @@ def judge_length(
     ratio = Estimate.of(ours - theirs)
     lower, upper = ratio.lower(PASS_CONFIDENCE), ratio.upper(PASS_CONFIDENCE)
     outside, inside = log(1 + minimum), log(1 + margin)
-    # An interval lies outside where one of two tests, each at half of alpha, says so.
+    # The interval lies outside if one of two tests, each at half of alpha, shows it.
     p = min(1.0, 2 * min(ratio.p_below(-outside), ratio.p_above(outside)))
     return _conclude(
         Evidence(
@@ -362,9 +359,9 @@ def _no_harm(
     same: bool,
     generalise: bool = False,
 ) -> Evidence:
-    """The rule that `good`, which is `counts` or its complement, has not dropped.
+    """Judge that `good`, which is `counts` or its complement, has not dropped.
 
-    Of the `same` policy it has not risen either, each at half of `alpha`.
+    For the `same` policy it must not have risen either, each at half of `alpha`.
     """
     p, drop = _drop_p(good, generalise), -float(good.differences.mean())
     if same:
@@ -380,7 +377,7 @@ def _no_harm(
 
 
 def _drop_p(counts: Counts, generalise: bool) -> float:
-    """The p of a drop on these problems, with `generalise` also on others like them."""
+    """The p of a drop on these problems; with `generalise`, also on new problems."""
     p = drop_p(counts)
     return max(p, Estimate.of(counts.differences).p_below(0.0)) if generalise else p
 
@@ -388,7 +385,7 @@ def _drop_p(counts: Counts, generalise: bool) -> float:
 def _undecided(
     counts: Counts, good: Counts, p: float, margin: float, minimum: float, alpha: float
 ) -> Evidence:
-    """The numbers of a check whose `good` may not drop, before anything is concluded from them."""
+    """The numbers of a check whose `good` must not drop, without a verdict."""
     drop = -float(good.differences.mean())
     guarded = Estimate.of(good.differences, guarded=True)
     return _numbers(
@@ -420,10 +417,10 @@ def _numbers(counts: Counts, *, p: float, mde90: float, needed: int | None) -> E
 def _conclude(
     e: Evidence, *, failed: bool, passed: bool, planned: int = 0, harm: str = ""
 ) -> Evidence:
-    """The one place where evidence becomes a verdict, the same for every rule.
+    """Turn evidence into a verdict: the only place where that happens, for every rule.
 
-    `planned` is the number of problems of a run that may stop before it has seen them all, and
-    `harm` says what a FAIL means beyond the change itself.
+    `planned` is the number of planned problems of a run that may stop early, and `harm` says what a
+    FAIL means beyond the change itself.
     """
     needed = None if e.needed is None else max(e.needed, MINIMUM_PROBLEMS)
     n = planned or e.n
@@ -445,5 +442,5 @@ def _conclude(
 
 
 def _relative(log_ratio: float) -> float:
-    """The relative change that a log-ratio means, infinite where a float cannot hold it."""
+    """The relative change of a log-ratio, infinite if a float cannot hold it."""
     return expm1(log_ratio) if log_ratio < GREATEST_LOG else inf
