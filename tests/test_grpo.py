@@ -462,7 +462,7 @@ INVALID = [
     (log_probabilities_of, {"tokens": IDS.bool()}, "tokens is of torch.bool"),
     (log_probabilities_of, {"tokens": IDS.to("meta")}, "tokens is on meta, and logits on cpu"),
     *(
-        (of, {}, f"{name} has not the shape of new, (2, 3), but (1, 3)")
+        (of, {}, f"{name} does not have the shape of new, (2, 3), but (1, 3)")
         for name, of in (
             ("old", lambda: importance(NEW, NEW[:1])),
             ("reference", lambda: kl(NEW, NEW[:1])),

@@ -25,17 +25,17 @@ from grpo_harness.tasks import Problem, TaskType, check_disjoint
 from grpo_harness.text import escape, one_line
 
 _CHUNK = 512
-"""Samples between two writes to the store: what an interruption can cost."""
+"""Samples between two writes to the store: at most these are lost by an interruption."""
 
 
 class EvaluationError(HarnessError):
-    """An evaluation that cannot be made: one line with what is wrong and what to do."""
+    """An evaluation is not possible. One line: what is wrong, and what to do."""
 
 
 class Tally(Protocol):
-    """The completions of one problem in numbers: what a rule looks at, now and then.
+    """The numbers of one problem that a rule compares.
 
-    Of ``k`` completions so many are ``correct``, ``truncated`` and ``unparsable``;
+    ``correct``, ``truncated`` and ``unparsable`` are counts among the ``k`` completions;
     ``mean_log_length`` is the mean natural logarithm of their lengths in tokens.
     """
 
@@ -55,9 +55,8 @@ class Tally(Protocol):
 class Completion:
     """One scored completion.
 
-    ``tokens`` counts the end token. ``strict`` tells whether it is the demanded answer and
-    nothing else, whatever the reward's lenient rule lets through. ``reward`` is NaN for a draw
-    that failed.
+    ``tokens`` includes the end token. ``strict`` tells whether the text is exactly the required
+    answer and nothing else; the reward is more lenient. ``reward`` is NaN for a draw that failed.
     """
 
     text: str
@@ -111,13 +110,13 @@ class Group:
     @property
     def mean_log_length(self) -> float:
         """The mean natural logarithm of the length in tokens."""
-        # Every drawn completion has a token; a failed draw has none and is an error elsewhere.
+        # A drawn completion has at least one token; a failed draw is an error elsewhere.
         return fmean(math.log(max(completion.tokens, 1)) for completion in self.completions)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What a policy is asked on a task type, and all that decides with what it can be compared.
+    """What a policy is asked on a task type, and everything that must be equal for a comparison.
 
     ``prompts`` are those of ``problems``, as the policy sees them. ``settings`` are the engine's
     and ``reward`` is a digest of the reward.
@@ -132,7 +131,7 @@ class Questions:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What the policy is."""
+        """The policy's fingerprint."""
         return self.policy.fingerprint
 
     @property
@@ -143,10 +142,10 @@ class Questions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that one run knows of one policy on one task type, in the order of the problems.
+    """The results of one run for one policy and task type, in the order of the problems.
 
-    ``groups`` holds the problems that were asked: all that were planned, but for a run that
-    stopped at a decision. ``engine`` says what drew.
+    ``groups`` holds the problems that were asked: all that were planned, unless a sequential run
+    stopped early. ``engine`` is the identity of the engine.
     """
 
     questions: Questions
@@ -157,7 +156,7 @@ class Evaluation:
 
     @property
     def policy(self) -> str:
-        """What the user called the policy."""
+        """The policy's name, as the user gave it."""
         return self.questions.policy.name
 
     @property
@@ -167,7 +166,7 @@ class Evaluation:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What the policy is."""
+        """The policy's fingerprint."""
         return self.questions.fingerprint
 
     @property
@@ -209,7 +208,7 @@ class Evaluation:
 
     @property
     def strict_accuracy(self) -> float:
-        """The share of completions that are the demanded answer and nothing else."""
+        """The share of completions that are exactly the required answer and nothing else."""
         strict = sum(completion.strict for group in self.groups for completion in group.completions)
         return strict / sum(self.samples)
 
@@ -267,12 +266,12 @@ def ask(
     settings: Mapping[str, Any],
     reward: RewardFunction = rule.reward_func,
 ) -> Questions:
-    """Word the first ``n`` problems of ``task_type`` for ``policy``, and try what will score them.
+    """Render the first ``n`` problems of ``task_type`` for ``policy``, and test the scoring.
 
     Nothing is drawn. Raises ``EvaluationError`` when there are not ``n`` problems, when the
-    policy's checkpoint says that it was trained on one of them, and when a problem's own answer
-    is not read as correct; ``PolicyError`` when the chat template cannot be applied, and
-    ``RewardError`` when the reward cannot score answers of this type.
+    policy's checkpoint says that it was trained on one of them, and when a problem's true answer is
+    not read as correct; ``PolicyError`` when the chat template cannot be applied, and
+    ``RewardError`` when the reward cannot score completions of this type.
     """
     try:
         problems = tuple(task_type.problems(n))
@@ -307,10 +306,10 @@ def evaluate(
 ) -> Evaluation:
     """Draw ``k`` completions of every problem of ``questions``, and score them.
 
-    Samples that the store has of the same policy, settings, engine, seed and ``code`` are not
-    drawn again. With ``until`` the problems are asked ``look`` at a time, until it says so of the
-    groups so far. Raises ``EvaluationError`` and ``RewardError`` when a drawn completion cannot
-    be scored, and what the engine raises.
+    Stored samples of the same policy, settings, engine, seed and ``code`` are reused. With
+    ``until``, ``look`` problems are asked at a time, until it returns true for the groups so far.
+    Raises ``EvaluationError`` and ``RewardError`` when a drawn completion cannot be scored, and
+    what the engine raises.
     """
     problems, policy = questions.problems, questions.policy
     identity = {
@@ -343,13 +342,13 @@ def evaluate(
 
 
 def _check_readable(task_type: TaskType, problems: Sequence[Problem]) -> None:
-    """Raise ``ValueError`` where the rule reward cannot read a task back out of its prompt."""
+    """Raise ``ValueError`` if the rule reward cannot read a task from its prompt."""
     for problem in problems:
         if rule.read(problem.prompt, task_type.canonical(problem.task)) != "correct":
             raise ValueError(
                 f"task type {task_type.name!r}, problem {problem.id}: the rule reward cannot read "
                 "TASK={…} back out of the prompt. It ends at the first '}', so no field may have "
-                "one in it: word the fields otherwise, or set a reward of your own"
+                "one in it: write the fields without it, or set a reward of your own"
             )
 
 
@@ -398,8 +397,8 @@ def _completion(
             and not sample.truncated
             and strictly_correct(task_type, problem.task, sample.text),
         )
-    except Exception as error:  # the type's own code, on a text that anything may stand in
+    except Exception as error:  # the type's own code, on an arbitrary text
         raise EvaluationError(
             f"task type {task_type.name!r}, problem {problem.id}: the completion "
-            f"'{escape(sample.text)}' cannot be read ({one_line(error)}): mend the type's read"
+            f"'{escape(sample.text)}' cannot be read ({one_line(error)}): fix the type's read"
         ) from error

@@ -1,9 +1,9 @@
-"""The algorithm in plain torch: the readable statement, and the oracle for TRL.
+"""GRPO in plain torch: to read, and as the oracle for TRL.
 
 ===============  =====================================================================
-``formulas.py``  GRPO's formulas, with TRL's departures from them as options
-``tensors.py``   tensors as callers hand them over, checked
-``guarded.py``   the formulas behind their guards: what the rest of the package calls
+``formulas.py``  GRPO's formulas, with TRL's deviations as options
+``tensors.py``   checks of the tensors that callers pass
+``guarded.py``   the formulas with checked arguments: what the other packages call
 ===============  =====================================================================
 """
 

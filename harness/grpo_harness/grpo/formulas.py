@@ -1,7 +1,7 @@
-"""GRPO in plain torch: to be read beside the paper.
+"""GRPO in plain torch, to be read with the paper.
 
 Group Relative Policy Optimization (Shao et al., 2024, "DeepSeekMath", section 4.1) draws a group
-of completions for each prompt, scores them, and makes those likelier that did better than their
+of completions for each prompt, scores them, and makes those more likely that did better than their
 group::
 
     A = (r - mean(r)) / (σ(r) + ε_σ)                        advantages
@@ -9,21 +9,21 @@ group::
     S = min(ρ A, clip(ρ, 1 - ε, 1 + ε) A)                   clipped_surrogate
     L = mean over completions of mean over tokens of -(S - β KL)        grpo_loss
 
-The defaults are these formulas as tutorials write them. TRL 1.16 departs from them, and every
-departure is an option here:
+The defaults are these formulas as tutorials write them. TRL 1.16 deviates from them, and every
+deviation is an option here:
 
 ==================  ==========================  ==========================================
                     the default                 TRL 1.16
 ==================  ==========================  ==========================================
 σ                   ``ddof=0``, population      ``ddof=1``, sample
 KL                  ``estimator="k1"``          ``"k3"``, times ρ (``kl_times_ratio=True``)
-mean over tokens    ``loss_type="grpo"``        ``"dapo"``: all tokens of the window alike
+mean over tokens    ``loss_type="grpo"``        ``"dapo"``: all tokens weigh the same
 log π               ``temperature=1.0``         of the logits over the sampling temperature
 ==================  ==========================  ==========================================
 
 Log-probabilities, ratios and masks have shape (completions, tokens), in nats where they have a
-unit; the mask is true on the tokens that were sampled. Nothing is checked here: what is given to
-`grpo_harness.grpo` is checked there, and comes here as it should be.
+unit; the mask is true on the tokens that were sampled. Arguments are not checked here, but in
+``guarded.py``, whose functions `grpo_harness.grpo` exports.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 def log_probabilities(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Return log π(token) of shape ``tokens.shape`` from logits of shape (*tokens.shape, vocab).
 
-    A policy that was sampled at a temperature is the one whose logits are divided by it.
+    Sampling at a temperature divides the logits by it.
     """
     every = torch.log_softmax(logits / temperature, dim=-1)
     return every.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -60,16 +60,16 @@ def advantages(
 ) -> Tensor:
     """Return each completion's reward relative to its group; both of shape (groups, size).
 
-    ``scale`` says by which σ to divide: the group's, the whole batch's, or none (Dr. GRPO). A
-    group whose rewards are all equal has advantage 0. A reward that is NaN counts neither in mean
-    nor in σ, and has advantage 0, as in TRL, where it is one that does not apply.
+    ``scale`` says by which σ to divide: the group's, the whole batch's, or none (Dr. GRPO). A group
+    whose rewards are all equal has advantage 0. A NaN reward is left out of mean and σ and has
+    advantage 0, as in TRL, where it is a reward that does not apply.
     """
     counted = ~rewards.isnan()
     n = counted.sum(1, keepdim=True)
     mean = rewards.nansum(1, keepdim=True) / n.clamp(min=1)
     lowest = torch.where(counted, rewards, math.inf).amin(1, keepdim=True)
     highest = torch.where(counted, rewards, -math.inf).amax(1, keepdim=True)
-    # Asked of the rewards themselves: the mean of equal numbers may be off by a rounding.
+    # By the rewards themselves: the mean of equal numbers may have a rounding error.
     relative = torch.where(counted & (lowest < highest), rewards - mean, 0.0)
     if scale == "none":
         return relative
@@ -78,7 +78,7 @@ def advantages(
         off = rewards[counted] - rewards[counted].mean()
         squares, n = (off**2).sum(), counted.sum()
     sigma = (squares / (n - ddof).clamp(min=1)).sqrt()
-    # Where σ is 0 so is the numerator; without this, eps = 0 would make 0 / 0 of it.
+    # If σ is 0, so is the numerator; without this, eps = 0 would give 0 / 0.
     return torch.where(sigma > 0, relative / (sigma + eps), 0.0)
 
 
@@ -95,8 +95,8 @@ def clipped_surrogate(
 ) -> Tensor:
     """Return min(ρ A, clip(ρ, 1 - ``low``, 1 + ``high``) A) per token, to be maximised.
 
-    Tutorials have one ε for both; DAPO's clip-higher has two. ``delta`` bounds ρ itself from
-    above, which the minimum leaves unbounded where A < 0.
+    Tutorials have one ε for both; DAPO's clip-higher has two. ``delta`` is an upper bound of ρ
+    itself, which the minimum leaves unbounded if A < 0.
     """
     bounded = rho if delta is None else rho.clamp(max=delta)
     return torch.minimum(bounded * advantages, rho.clamp(1 - low, 1 + high) * advantages)
@@ -107,7 +107,7 @@ def kl(new: Tensor, reference: Tensor, estimator: Estimator = "k1") -> Tensor:
 
     k1 = log π - log π_ref is unbiased as a value, but its gradient on-policy is zero in the mean:
     it regularises nothing. k3 = π_ref/π - log(π_ref/π) - 1 (Schulman, 2020, "Approximating KL
-    divergence") is never negative; times ρ, its mean gradient is the divergence's own.
+    divergence") is never negative; times ρ, its mean gradient is that of the divergence.
     """
     log_ratio = reference - new
     return -log_ratio if estimator == "k1" else log_ratio.exp() - log_ratio - 1
@@ -123,14 +123,14 @@ def loss(
 ) -> Tensor:
     """Return the loss of a (micro-)batch, a number, from the objective S - β KL of every token.
 
-    ``loss_type`` says what a token weighs:
+    ``loss_type`` is the weight of a token:
 
-    - ``grpo``: 1 / length of its completion, completions alike. On-policy the loss is 0 for
-      group-relative advantages, whatever was learned: its gradient is what counts.
+    - ``grpo``: 1 / length of its completion; all completions weigh the same. On-policy the loss is
+      0 for group-relative advantages, whatever was learned: only its gradient matters.
     - ``bnpo``: 1 / tokens of this micro-batch.
     - ``dr_grpo``: 1 / (completions × ``max_completion_length``), a constant.
     - ``dapo``: 1 / ``window_tokens``, the tokens of all micro-batches of one step (of this
-      one if it is left out): the parts of a step add up, where the others are averaged.
+      one if it is left out): micro-batches are added up; with the others they are averaged.
     """
     per_token = -objective * mask
     if loss_type == "grpo":

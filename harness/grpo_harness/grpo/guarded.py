@@ -1,6 +1,6 @@
-"""The formulas behind their guards: what does not fit is refused by name, and nothing is broadcast.
+"""The formulas with checked arguments; nothing is broadcast.
 
-Invalid arguments raise ``ValueError``. What the formulas are is said in ``formulas.py``.
+Invalid arguments raise ``ValueError`` with the argument's name. ``formulas.py`` has the formulas.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from grpo_harness.grpo.tensors import alike, require
 def log_probabilities(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Return log π(token) of shape ``tokens.shape`` from logits of shape (*tokens.shape, vocab).
 
-    A logit of -inf is a token that cannot be drawn; where nothing can, or NaN or inf stands, it
-    is NaN.
+    A logit of -inf is a token that cannot be drawn. The result is NaN if all logits are -inf, or if
+    one is NaN or inf.
     """
     temperature = real_number(temperature, "temperature", positive=True)
     return formulas.log_probabilities(logits, tensors.token_ids(tokens, logits), temperature)
@@ -45,8 +45,8 @@ def advantages(
 ) -> Tensor:
     """Return each completion's reward relative to its group, of shape (completions,).
 
-    ``rewards`` has shape (completions,), group after group. ``eps`` is added to σ; TRL adds 1e-4.
-    A NaN is an error, but with ``skip_nan``: then it is a reward that does not apply.
+    ``rewards`` has shape (completions,), group after group. ``eps`` is added to σ; TRL adds 1e-4. A
+    NaN is an error, unless ``skip_nan`` is set: then it is a reward that does not apply.
     """
     one_of(scale, "scale", get_args(Scale))
     ddof, eps = whole_number(ddof, "ddof", 0, 1), real_number(eps, "eps")
@@ -77,8 +77,8 @@ def clipped_surrogate(
 ) -> Tensor:
     """Return min(ρ A, clip(ρ, 1 - ε, 1 + ε) A) per token, to be maximised.
 
-    ``advantages`` has shape (completions,) or that of ``rho``. ``epsilon_high`` replaces ε above
-    1; ``delta`` bounds ρ itself from above. Infinity is no bound.
+    ``advantages`` has shape (completions,) or that of ``rho``. ``epsilon_high`` replaces ε above 1;
+    ``delta`` is an upper bound of ρ itself. Infinity is no bound.
     """
     low = real_number(epsilon, "epsilon", most=math.inf)
     high = low
@@ -115,9 +115,10 @@ def grpo_loss(
 ) -> Tensor:
     """Return the loss of a (micro-)batch, a number, from three log-probabilities per token.
 
-    ``new`` carries the gradient; ``old`` is the policy that sampled, ``reference`` the one that
-    ``beta`` holds π to; beyond the mask (1 on the tokens that were sampled, else 0) anything may
-    stand in them. ``advantages`` has shape (completions,), or (completions, tokens).
+    ``new`` carries the gradient, ``old`` is of the policy that sampled, ``reference`` of the policy
+    in the KL term, which has the factor ``beta``. ``mask`` is 1 on the tokens that were sampled,
+    else 0; the values elsewhere are ignored. ``advantages`` has shape (completions,), or
+    (completions, tokens).
     """
     one_of(loss_type, "loss_type", get_args(LossType))
     one_of(estimator, "KL estimator", get_args(Estimator))
@@ -132,7 +133,7 @@ def grpo_loss(
     reference = new if reference is None else reference
     alike(new=new, old=old, reference=reference)
     sampled = tensors.sampled(mask, new)
-    # Beyond the mask anything may stand; NaN times 0 would still be NaN.
+    # Values outside the mask are set to 0, because NaN times 0 would be NaN.
     new, old, reference = (torch.where(sampled, values, 0.0) for values in (new, old, reference))
     rho, divergence = formulas.ratio(new, old), torch.zeros_like(new)
     if beta:
@@ -151,9 +152,9 @@ def grpo_loss(
 
 
 def _unit(greatest: Tensor) -> Tensor:
-    """Return the power of two next to the greatest of some rewards, to divide them all by.
+    """Return the power of two next to the greatest reward, to divide all rewards by.
 
-    It takes no digit from them, and then no square of a difference vanishes or overflows.
+    The division is exact, and keeps squares of differences from underflow and overflow.
     """
     size = greatest.detach().clamp(min=torch.finfo(greatest.dtype).tiny)
     return size / (2 * torch.frexp(size).mantissa)

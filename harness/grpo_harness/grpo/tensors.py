@@ -1,8 +1,7 @@
-"""Tensors as callers hand them over, checked: nothing is broadcast, nothing stands for a number.
+"""Check the tensors that callers pass; nothing is broadcast.
 
-What does not fit is a ValueError that names the argument, what it is and what it should be. A
-question about the numbers in a tensor is asked of its device once, and the place of what is wrong
-only where something is.
+An error is a ValueError with the argument, what it is and what it should be. Values are checked on
+their device in one query; the place of a wrong value is looked up only if there is one.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from grpo_harness.gate.inputs import brief
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """Raise ValueError where something does not hold."""
+    """Raise ValueError with ``otherwise`` unless ``holds``."""
     if not holds:
         raise ValueError(otherwise)
 
 
 def real(**tensors: Any) -> None:
-    """Tensors of real numbers on one device."""
+    """Check that all are tensors of real numbers on one device."""
     for name, values in tensors.items():
-        # Not by `require`: a tensor's text is slow to make, and not needed if all is well.
+        # Without `require`, because formatting a tensor is slow and rarely needed.
         if not isinstance(values, Tensor):
             raise ValueError(f"{name} is {brief(values)}, not a tensor")
         numbers = not values.is_complex() and values.dtype != torch.bool
@@ -36,30 +35,30 @@ def real(**tensors: Any) -> None:
 
 
 def alike(**tensors: Any) -> None:
-    """Tensors of real numbers, on one device and of one shape: that of the first."""
+    """Check that all are tensors of real numbers, on one device, with the shape of the first."""
     real(**tensors)
     (first, one), *others = tensors.items()
     for name, values in others:
         shapes = f"{tuple(one.shape)}, but {tuple(values.shape)}"
-        require(values.shape == one.shape, f"{name} has not the shape of {first}, {shapes}")
+        require(values.shape == one.shape, f"{name} does not have the shape of {first}, {shapes}")
 
 
 def finite(**tensors: Tensor) -> None:
-    """Tensors of which only the sampled tokens are left, with a finite number for each."""
+    """Check that all values are finite; values outside the mask must have been set to 0."""
     if not torch.stack([values.isfinite().all() for values in tensors.values()]).all():
         for name, values in tensors.items():
             _nowhere(~values.isfinite(), values, f"{name} is not finite on every sampled token")
 
 
 def of_vocabulary(logits: Tensor) -> None:
-    """Logits of shape (..., vocab)."""
+    """Check for logits of shape (..., vocab)."""
     real(logits=logits)
     fits = logits.dim() > 0 and logits.shape[-1] > 0
     require(fits, f"logits have shape {tuple(logits.shape)}, not (..., vocab)")
 
 
 def token_ids(tokens: Tensor, logits: Tensor) -> Tensor:
-    """Tokens as int64, of which each has ``logits`` of its own and is an id among them."""
+    """Return tokens as int64; check that each has ``logits`` of its own and is a valid id."""
     of_vocabulary(logits)
     real(logits=logits, tokens=tokens)
     shapes = f"{tuple(logits.shape)} do not fit tokens of shape {tuple(tokens.shape)}"
@@ -72,10 +71,10 @@ def token_ids(tokens: Tensor, logits: Tensor) -> Tensor:
 
 
 def grouped(rewards: Tensor, group_size: int) -> Tensor:
-    """Rewards (completions,) as (groups, group_size) on the CPU: few enough to be asked much.
+    """Return rewards of shape (completions,) as (groups, group_size), on the CPU.
 
-    They keep their precision, by which TRL's advantages of nearly equal rewards can be told; half
-    of it becomes single, and whole numbers and truth values double.
+    They are few, and checked often. They keep their precision, as in TRL, because it matters for
+    nearly equal rewards; half precision becomes single, whole numbers and booleans become double.
     """
     rewards = _counting(rewards)
     real(rewards=rewards)
@@ -87,9 +86,9 @@ def grouped(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def per_completion(by_group: Tensor, rewards: Tensor) -> Tensor:
-    """What came of `grouped` as (completions,), on the device of ``rewards`` and in their type.
+    """Return a result of `grouped` as (completions,), with the device and dtype of ``rewards``.
 
-    Whole numbers and truth values give the default type.
+    For whole numbers and booleans it has the default dtype.
     """
     dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
     values = by_group.flatten().to(dtype)
@@ -98,7 +97,7 @@ def per_completion(by_group: Tensor, rewards: Tensor) -> Tensor:
 
 
 def per_token(advantages: Tensor, rho: Tensor) -> Tensor:
-    """Advantages, (completions,) or of the shape of ``rho``, so that they multiply ``rho``."""
+    """Return advantages, (completions,) or of the shape of ``rho``, ready to multiply ``rho``."""
     real(rho=rho, advantages=advantages)
     if advantages.shape == rho.shape:
         return advantages
@@ -109,7 +108,7 @@ def per_token(advantages: Tensor, rho: Tensor) -> Tensor:
 
 
 def sampled(mask: Tensor, new: Tensor) -> Tensor:
-    """Whether each token of ``new`` was sampled, from a mask of 1 and 0."""
+    """Return which tokens of ``new`` were sampled, from a mask of 1 and 0."""
     mask = _counting(mask)
     alike(new=new, mask=mask)
     shape = f"{tuple(new.shape)}, not (completions, tokens) with at least one completion"
@@ -119,7 +118,7 @@ def sampled(mask: Tensor, new: Tensor) -> Tensor:
 
 
 def _counting(values: Any) -> Any:
-    """True is 1 where something is counted."""
+    """Convert booleans to 1 and 0."""
     return values.byte() if isinstance(values, Tensor) and values.dtype == torch.bool else values
 
 

@@ -1,10 +1,10 @@
-"""Does GRPO still learn? A few short runs, judged by what they gain and never by their loss.
+"""Does GRPO still learn? Judges a few short runs by what they gain, never by their loss.
 
-The on-policy loss says nothing (it is about zero whatever is learned), and a mean reward alone can
-be gamed: where hardly an answer is right, only the length penalty differs within a group, and at a
-high rate the policy learns to say nothing, which earns a little. So four things are asked, each
-apart from the others: that the reward rises by more than brevity can earn, that held-out problems
-are answered better, that answers are not cut short, and that the run's own figures stay in bounds.
+The on-policy loss says nothing: it is about zero whatever is learned. A mean reward alone can be
+gamed: if hardly any completion is correct, only the length penalty differs within a group, and at a
+high rate the policy learns to write nothing, which gains a little. So there are four separate
+criteria: the reward rises by more than shorter completions can gain, held-out accuracy rises,
+completions do not become too short, and the run's own figures stay in bounds.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from grpo_harness.gate.stats import Estimate
 from grpo_harness.gate.verdicts import Evidence, judge_improvement
 
 FIFTH = 5
-"""The first and the last of so many equal parts of a run are compared."""
+"""A run is divided into this many equal parts; the first and the last are compared."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """How one policy answers held-out problems.
+    """The results of one policy on held-out problems.
 
-    Of each problem ``correct`` of ``k`` completions are right, and ``log_length`` is the mean
-    natural logarithm of their lengths in tokens; both of shape (problems,).
+    ``correct`` counts the correct ones of ``k`` completions, and ``log_length`` is the mean natural
+    logarithm of their lengths in tokens; both of shape (problems,).
     """
 
     correct: tuple[int, ...]
@@ -39,11 +39,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class Trial:
-    """One short run: its seed, what was logged of every step, its rewards and what it can do.
+    """One short run: its seed, the log of every step, its rewards and the trained policy's results.
 
     ``first`` and ``last`` are mean rewards in the first and in the last fifth of the steps, one
-    entry a problem, in the same order (see :func:`ends`). ``answers`` are those of the policy
-    that came out, to the same held-out problems in every trial.
+    entry per problem, in the same order (see :func:`ends`). ``answers`` are the trained policy's
+    results on held-out problems, which are the same in every trial.
     """
 
     seed: int
@@ -55,16 +55,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a learning run must reach and may not pass.
+    """The limits of the learning test.
 
-    ``gain`` is the least that the lower bound of the gain at ``confidence`` must exceed: more than
-    brevity alone can earn (0.002 a character, of answers that seldom have thirty), and more than
-    a policy that drifts under rewards without meaning has been seen to gain. ``length`` is the
-    least ratio of lengths, after over before, on held-out problems. The other figures bound the
-    mean over the last fifth of the steps, in every run on its own. They lie beyond the worst run
-    of the recipe ``learn`` by a factor of two or more (``nano/LEARNING.md`` has the runs and
-    their figures), and short of where the collapse ends: all groups without spread, a KL
-    above 5, an entropy below 0.05.
+    The lower bound of the gain at ``confidence`` must exceed ``gain``: more than shorter
+    completions alone can gain (0.002 per character, and few completions have thirty), and more than
+    the gains seen under meaningless rewards. ``length`` is the least ratio of lengths, after over
+    before, on held-out problems. The other figures bound the mean over the last fifth of the steps,
+    in every run on its own. They lie beyond the worst run of the recipe ``learn`` by a factor of
+    two or more (``nano/LEARNING.md`` has the runs and their figures). The collapse ends beyond
+    them: all groups without spread, a KL above 5, an entropy below 0.05.
     """
 
     gain: float = 0.1
@@ -96,11 +95,11 @@ class Gain:
 
 @dataclass(frozen=True)
 class Learning:
-    """What a learning test found.
+    """The result of a learning test.
 
-    ``broken`` holds a sentence for each criterion that does not hold, by name: ``gain``,
-    ``accuracy``, ``length`` or a logged figure. ``lower`` is the gain's lower bound, ``length``
-    the ratio of geometric mean lengths on held-out problems, after over before.
+    ``broken`` has a sentence for each criterion that does not hold, by name: ``gain``,
+    ``accuracy``, ``length`` or a logged figure. ``lower`` is the gain's lower bound, ``length`` the
+    ratio of geometric mean lengths on held-out problems, after over before.
     """
 
     gain: Gain
@@ -111,12 +110,12 @@ class Learning:
 
     @property
     def verdict(self) -> Literal["PASS", "FAIL"]:
-        """PASS where every criterion holds."""
+        """PASS if every criterion holds."""
         return "FAIL" if self.broken else "PASS"
 
     @property
     def reason(self) -> str:
-        """Name every criterion that is broken, with its number, or say what was learned."""
+        """The broken criteria with their numbers, or else what was gained."""
         if self.broken:
             return "; ".join(self.broken.values())
         return (
@@ -128,9 +127,9 @@ class Learning:
 def ends(steps: Sequence[Sequence[tuple[str, float]]]) -> tuple[list[float], list[float]]:
     """Return each problem's mean reward in the first and in the last fifth of ``steps``.
 
-    A step is its completions' prompts and rewards. Raises ``ValueError`` where there are fewer
-    than five steps, where a reward is not finite, and where a problem is asked in one of the two
-    fifths alone: the comparison is paired, so that easy problems cannot come late by chance.
+    A step is its completions' prompts and rewards. Raises ``ValueError`` if there are fewer than
+    five steps, if a reward is not finite, and if a problem is asked in only one of the two fifths:
+    the comparison is paired, so that easy problems cannot come late by chance.
     """
     if len(steps) < FIFTH:
         raise ValueError(f"{len(steps)} steps have no fifth: at least {FIFTH} are needed")
@@ -157,9 +156,9 @@ def _means(steps: Sequence[Sequence[tuple[str, float]]], number: int) -> dict[st
 def gain(trials: Sequence[Trial]) -> Gain:
     """Return how much the reward rose from the first to the last fifth, over all trials.
 
-    The unit is the problem within its trial: the same problems are asked in both fifths, so the
-    difference of a problem's two means is one observation. Raises ``ValueError`` for no trials,
-    and for a trial whose two sides are empty, of unequal length or not finite, by its seed.
+    The same problems are asked in both fifths; one observation is the difference of a problem's two
+    means in one trial. Raises ``ValueError`` for no trials, and for a trial whose two sides are
+    empty, of unequal length or not finite, with its seed.
     """
     if not trials:
         raise ValueError("there are no trials to judge")
@@ -181,12 +180,11 @@ def judge_learning(
     before: Answers,
     limits: Limits = Limits(),
 ) -> Learning:
-    """Judge whether ``trials`` have learned, where ``before`` is what their policy could do.
+    """Judge whether ``trials`` have learned; ``before`` are the results of their start policy.
 
-    Held-out accuracy is gated as an improvement (``judge_improvement`` of the gate), the
-    completions of all trials pooled by problem. Raises ``ValueError`` for what cannot be judged:
-    no trials, fewer than five steps, a figure that is missing or not finite, answers to other
-    problems.
+    Held-out accuracy is judged by the gate's ``judge_improvement``, with the completions of all
+    trials pooled by problem. Raises ``ValueError`` for what cannot be judged: no trials, fewer than
+    five steps, a figure that is missing or not finite, results on other problems.
     """
     found = gain(trials)
     lower = found.estimate.lower(limits.confidence)
@@ -208,7 +206,7 @@ def judge_learning(
     if length < limits.length:
         broken["length"] = (
             f"length: held-out answers are {length:.2f} times as long as before, and "
-            f"{limits.length:.2f} is the least: answers go empty"
+            f"{limits.length:.2f} is the least: completions become empty"
         )
     for name, least, most in limits.bands():
         values = {trial.seed: late(trial, name) for trial in trials}
@@ -225,8 +223,8 @@ def judge_learning(
 def late(trial: Trial, name: str) -> float:
     """Return the mean of a logged figure over the last fifth of a trial's steps.
 
-    Raises ``ValueError`` naming seed and step where it is missing or not finite, and where there
-    are fewer than five steps. A figure that has vanished is never taken for one in bounds.
+    Raises ``ValueError`` with seed and step if it is missing or not finite, and if there are fewer
+    than five steps. A missing figure never counts as one in bounds.
     """
     if len(trial.log) < FIFTH:
         raise ValueError(f"seed {trial.seed}: {len(trial.log)} logged steps, {FIFTH} are needed")
@@ -240,7 +238,7 @@ def late(trial: Trial, name: str) -> float:
 
 
 def _pooled(trials: Sequence[Trial], before: Answers) -> Answers:
-    """All trials' answers as those of one policy: the problems stay the units."""
+    """Pool all trials' results by problem, as if they were of one policy."""
     n = len(before.correct)
     for who, answers in [("before", before), *((f"seed {t.seed}", t.answers) for t in trials)]:
         if len(answers.correct) != n or len(answers.log_length) != n:

@@ -30,30 +30,30 @@ from grpo_harness.training import train
 from grpo_harness.training.recipes import RECIPES, Recipe
 
 TRIALS = 2
-"""Runs, each with a seed of its own, that one learning test rests on."""
+"""Runs of one learning test, each with a seed of its own."""
 
 PROBLEMS = 32
 """Held-out problems of each of the six task types."""
 
 SAMPLES = 2
-"""Completions of each held-out problem in one trial; the base answers as often as all trials."""
+"""Completions per held-out problem in one trial; the base draws as many as all trials."""
 
 LONG_LISTS = (37501, 57962, 72436)
-"""Problem seeds whose three problems are lists of nine numbers to sort: nano-base hardly ever
-gets one right, so within a group only the length penalty differs.
+"""Problem seeds whose three problems are to sort nine numbers. nano-base hardly ever solves one, so
+within a group only the length penalty differs.
 """
 
 Signal = Callable[[Random, Sequence[Any], list[float]], list[float]]
-"""What becomes of a step's rewards before the trainer sees them: (luck, prompts, rewards)."""
+"""Changes a step's rewards before the trainer sees them: (luck, prompts, rewards)."""
 
 
 def as_it_is(_luck: Random, _prompts: Sequence[Any], rewards: list[float]) -> list[float]:
-    """Leave the rewards alone."""
+    """Return the rewards unchanged."""
     return rewards
 
 
 def shuffled(luck: Random, prompts: Sequence[Any], rewards: list[float]) -> list[float]:
-    """Shuffle within each group: every group keeps its mean and spread, and nothing else."""
+    """Shuffle within each group: the group keeps its mean and spread, but carries no signal."""
     mixed: list[float] = []
     for _, group in itertools.groupby(zip(prompts, rewards, strict=True), key=itemgetter(0)):
         values = [reward for _, reward in group]
@@ -62,21 +62,22 @@ def shuffled(luck: Random, prompts: Sequence[Any], rewards: list[float]) -> list
 
 
 def constant(_luck: Random, _prompts: Sequence[Any], rewards: list[float]) -> list[float]:
-    """Give every completion the same."""
+    """Give every completion the same reward."""
     return [1.0] * len(rewards)
 
 
 def negated(_luck: Random, _prompts: Sequence[Any], rewards: list[float]) -> list[float]:
-    """Reward what is wrong: a sign lost in the reward or in the advantage."""
+    """Negate the rewards, like a sign lost in the reward or in the advantage."""
     return [-reward for reward in rewards]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A recipe and what its trainer is told. Without ``problem_seeds`` every seed asks others.
+    """A recipe, and the signal that its trainer gets instead of the rewards.
 
-    So many ``trials`` are enough to see that the learning test fails where it should: one where
-    the weights do not move at all or the wrong way, for which no number of runs makes up.
+    Without ``problem_seeds`` every seed has other problems. ``trials`` is the number of runs that
+    show that the learning test fails: one if the weights do not move, or move the wrong way,
+    because more runs would not change that.
     """
 
     recipe: Recipe
@@ -85,7 +86,7 @@ class Condition:
     trials: int = TRIALS
 
     def of(self, seed: int) -> Recipe:
-        """Return the recipe of one seed: its problems, their order and its samples."""
+        """Return the recipe for one seed, which decides problems, their order and samples."""
         seeds = self.problem_seeds
         problem_seed = seeds[seed % len(seeds)] if seeds else seed
         return dataclasses.replace(self.recipe, seed=seed, problem_seed=problem_seed)
@@ -111,9 +112,9 @@ CONDITIONS = {
 
 
 def trial(condition: str, seed: int, device: str = "auto") -> Trial:
-    """Train by a condition's recipe, and let the policy that comes out answer held-out problems.
+    """Train by a condition's recipe, and test the trained policy on held-out problems.
 
-    The gain is measured by the rule reward, whatever the trainer was told.
+    The gain is measured by the rule reward, whatever signal the trainer got.
     """
     chosen = CONDITIONS[condition]
     luck = Random(f"{condition} {seed}")
@@ -134,7 +135,7 @@ def trial(condition: str, seed: int, device: str = "auto") -> Trial:
 
 
 def held_out(policy: str, seed: int, k: int, device: str = "auto") -> Answers:
-    """Let a policy answer the held-out problems ``k`` times each, as sampled in training."""
+    """Draw ``k`` completions of every held-out problem, with the sampling of the training."""
     asked = load(policy)
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=48)
     with (
@@ -151,13 +152,13 @@ def held_out(policy: str, seed: int, k: int, device: str = "auto") -> Answers:
 
 
 def base_answers(seed: int, device: str = "auto") -> Answers:
-    """What nano-base answers, as often as all trials of a test together."""
-    # Minus: no draw is shared with a trial's.
+    """Return nano-base's results, with as many completions as all trials of a test."""
+    # A negative seed, so that no draw is shared with a trial.
     return held_out(_LEARN.policy, -1 - seed, TRIALS * SAMPLES, device)
 
 
 class Laboratory:
-    """Trials of several conditions, run ahead of the questions in processes of their own."""
+    """Trials of several conditions, started ahead in processes of their own."""
 
     def __init__(self, pool: ProcessPoolExecutor, conditions: Sequence[str], seeds: Sequence[int]):
         self._before: Future[Answers] = pool.submit(base_answers, seeds[0])
@@ -178,7 +179,7 @@ def laboratory(
     seeds: Sequence[int] = tuple(range(len(LONG_LISTS))),
     processes: int = 2,
 ) -> Iterator[Laboratory]:
-    """Start trials, ``processes`` at a time, each on one thread; stop what nobody waited for.
+    """Start trials, ``processes`` at a time, each on one thread; cancel the rest at the end.
 
     The matrices are so small that two processes are nearly twice as fast as two threads.
     """
