@@ -1,8 +1,8 @@
-"""The runs that did not pass, so that a rerun adds to their evidence instead of replacing it.
+"""Runs that did not pass: a rerun pools its samples with theirs.
 
-Who runs a red check again until it is green draws until chance helps. So a rerun of the same check
+Running a red check again until it is green would turn green by chance. So a rerun of the same check
 pools its samples with those of the runs before it and meets a stricter threshold. A pass ends the
-series, and so does whatever makes it another question: another policy, setting, baseline or code.
+series, and so does another policy, setting, baseline or code.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from grpo_harness.gate.verdicts import Verdict
 from grpo_harness.store import writing
 
 POOLED = 7
-"""Earlier attempts that are pooled at most: by then there are eight times the samples."""
+"""Maximum of earlier attempts that are pooled: eight times the samples with this run's."""
 
 MOST_ATTEMPTS = 64
-"""So many halve the risk at most, to a level that no more of them could matter to."""
+"""Maximum of attempts that halve the risk; more of them would not matter."""
 
 
 class Attempt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A run of a check: its seed, how many problems it asked, its verdict.
+    """A run of a check: its seed, the number of problems it asked, its verdict.
 
-    ``alpha`` is the part of its run's risk of a false alarm that was the check's own.
+    ``alpha`` is the check's part of its run's risk of a false alarm.
     """
 
     seed: int
@@ -46,10 +46,10 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Series:
-    """What a run of a check is judged under.
+    """The conditions that a run of a check is judged under.
 
     Its samples are pooled with those of ``earlier`` attempts, the last of ``attempts`` before it.
-    ``risk`` is the check's part of its run's, of which each earlier attempt takes a half.
+    ``risk`` is the check's part of the run's risk, which each earlier attempt halves.
     """
 
     earlier: tuple[Attempt, ...]
@@ -62,7 +62,7 @@ class Series:
         return self.risk * 0.5 ** min(self.attempts, MOST_ATTEMPTS)
 
     def __str__(self) -> str:
-        """Say what was pooled, for the end of a reason; nothing where nothing was."""
+        """Return what was pooled, for the end of a reason; empty if nothing was."""
         if not self.attempts:
             return ""
         runs = f"{self.attempts} earlier run{'s' if self.attempts > 1 else ''}"
@@ -71,9 +71,9 @@ class Series:
 
 
 class Reruns:
-    """The attempts in one folder, one a line, only ever appended.
+    """The attempts in one folder, one per line, append-only.
 
-    ``notices`` says what was damaged there, and left out.
+    ``notices`` lists what was damaged there, and left out.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,10 +81,10 @@ class Reruns:
         self.notices: list[str] = []
 
     def series(self, check: str, seed: int, n: int, alpha: float, *, pools: bool = True) -> Series:
-        """Return what the run of ``seed`` is judged under, which asks ``n`` problems.
+        """Return the series of the run of ``seed``, which asks ``n`` problems.
 
-        A run that repeats another's seed is judged as that was: under its risk, also where it is
-        asked alone. A check that never ``pools`` has no earlier attempts.
+        A run that repeats another's seed has the same risk as that run, even if it runs alone. A
+        check that never ``pools`` has no earlier attempts.
         """
         before = self.before(check, seed) if pools else []
         again = self.same(check, seed, n)
@@ -99,8 +99,8 @@ class Reruns:
     def before(self, check: str, seed: int) -> list[Attempt]:
         """Return the attempts of an open series of ``check`` that precede the run of ``seed``.
 
-        A seed draws the same samples again, so a run that repeats one is judged as it was then,
-        and is no attempt of its own.
+        The same seed draws the same samples, so a run that repeats one is judged as before, and is
+        not a new attempt.
         """
         series: list[Attempt] = []
         seen: set[int] = set()
@@ -119,7 +119,7 @@ class Reruns:
         with writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock(), self._path.open("a", encoding="utf-8") as file:
-                # The newline comes first: a line that a dying process cut short spoils itself.
+                # The newline comes first: a line that a crash cut short damages only itself.
                 file.write(f"\n{line}")
 
     def _of(self, check: str) -> Iterator[Attempt]:

@@ -1,19 +1,19 @@
-"""The pytest plugin: the only room that imports pytest. Silent where nobody asks for it.
+"""The pytest plugin: the only package that imports pytest. It does nothing unless it is used.
 
 In reading order:
 
 =================  =================================================================
-``options.py``     the options, and whether a run has anything to do with us
-``state.py``       what the parts share: one run's state, the rows that tests carry
-``planning.py``    for whom each test runs, by which rules it judges
+``options.py``     the options, and whether a run uses the harness
+``state.py``       shared: one run's state, and the rows that tests carry
+``planning.py``    which policies and task types each test runs for, and its rules
 ``assertions.py``  the gate's rules as a suite asserts them
-``fixtures.py``    what a suite builds on
-``summary.py``     what a person sees before and after, and the report
+``fixtures.py``    the fixtures for suites
+``summary.py``     the terminal output before and after a run, and the report
 =================  =================================================================
 
-A run is ours from the moment that an option, the project's table or a fixture of ours is seen:
-only then the settings are resolved and the summary's hooks registered. Nothing loads torch before
-a fixture asks for a policy, so collecting stays quick.
+A run uses the harness as soon as one of its options, its table in pyproject.toml or one of its
+fixtures is seen. Only then are the settings resolved and the summary's hooks registered. torch is
+not loaded before a fixture asks for a policy, so collecting stays quick.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from grpo_harness.plugin.state import PROPERTY, RUN, Run
 
 
 def activated(config: pytest.Config) -> Run:
-    """Return the run's state; the first to ask for it makes the run ours.
+    """Return the run's state; the first call activates the harness for the run.
 
     Raises ``pytest.UsageError`` for settings that cannot be used.
     """
@@ -68,7 +68,7 @@ def _fresh() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Resolve the settings before anything is collected, where the run is ours."""
+    """Resolve the settings before anything is collected, if the run uses the harness."""
     config.addinivalue_line(
         "markers",
         "grpo(rule, ...): the rules of the gate by which a test judges (grpo-harness)",
@@ -88,13 +88,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Give every worker of pytest-xdist the one seed of the run."""
+    """Give the run's seed to every worker of pytest-xdist."""
     config = node.config
     seed = config.getoption("grpo_seed")
     if RUN in config.stash:
         seed = config.stash[RUN].seed
     elif seed is None:
-        # Whether the run is ours, only the workers' tests will tell: they must agree even so.
+        # Only the workers find out whether the run uses the harness; they must have one seed.
         seed = config.stash.setdefault(_SEED, _fresh())
     node.workerinput[PROPERTY] = seed
 
@@ -104,7 +104,7 @@ _SEED: pytest.StashKey[int] = pytest.StashKey()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep our training suite in one worker: its tests look at the same few long runs.
+    """Keep the training suite in one worker: its tests use the same few long runs.
 
     By the file's name: `--dist loadgroup` forgets its groups under pytest 9.2 (pytest-xdist#1386).
     """
@@ -123,7 +123,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> pytest.ExitCode | None:
-    """Prune, or print the settings, instead of running tests, where that is asked."""
+    """Prune, or print the settings, instead of running tests, if an option says so."""
     if config.getoption("grpo_settings"):
         from grpo_harness.settings import shown
 

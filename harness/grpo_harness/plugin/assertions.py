@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 class Gate:
-    """The rules of the table as assertions: each judges, reports, and fails the test on harm.
+    """The rules as assertions, one method per rule: each judges, and fails the test on harm.
 
-    A method for each rule: ``gate.accuracy(evaluation, baseline)`` and its like judge against a
-    baseline, ``gate.no_loss(trained, base)`` and ``gate.improvement`` take lists of evaluations.
-    They return the check. FAIL and ERROR fail the test. UNPROVEN is reported and counted beside
-    passed and failed; it fails the test under ``--grpo-strict``.
+    ``gate.accuracy(evaluation, baseline)`` and similar rules judge against a baseline;
+    ``gate.no_loss(trained, base)`` and ``gate.improvement`` take lists of evaluations. They return
+    the check. FAIL and ERROR fail the test. UNPROVEN is counted beside passed and failed; it fails
+    the test under ``--grpo-strict``.
 
-    A test has the risk of the rules that it declares (``@pytest.mark.grpo("accuracy")``), once
-    each, or of one where it declares none: one more fails it.
+    A test has a part of the risk for each rule that it declares
+    (``@pytest.mark.grpo("accuracy")``), or for one rule if it declares none. It may use each part
+    once; another use fails the test.
     """
 
     def __init__(self, session: Session, node: pytest.Item, declared: Sequence[str]) -> None:
@@ -59,7 +60,7 @@ class Gate:
         return judge
 
     def _share(self, rule: Rule) -> float:
-        """Return the rule's part of the run's risk, which the test has once."""
+        """Return the rule's part of the run's risk, which a test can use once."""
         from grpo_harness.rules import UNDECLARED
 
         for name in (rule.name, UNDECLARED):
@@ -89,9 +90,9 @@ class Gate:
         return check
 
     def _again(self) -> str:
-        """The command that draws and judges the same once more.
+        """Return the command that repeats this test with the same samples and verdict.
 
-        By itself: the reruns know which part of the risk was its own when its samples were drawn.
+        It runs the test alone: the reruns know its part of the risk at the time of its samples.
         """
         from grpo_harness.plugin.options import settable
 

@@ -1,4 +1,4 @@
-"""The fixtures that a suite builds on."""
+"""The fixtures for suites."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def grpo_session(
     if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
         assert pytestconfig.cache is not None
         cache = Path(pytestconfig.cache.mkdir("grpo-harness"))
-    else:  # switched off, and with it all memory of earlier runs
+    else:  # switched off: earlier runs are not remembered
         cache = tmp_path_factory.mktemp("grpo-harness")
     run = pytestconfig.stash[RUN]
     session = Session(
@@ -57,7 +57,7 @@ def grpo_session(
 
 
 def _kept_in(config: pytest.Config) -> Callable[[Evaluation], None]:
-    """Return what becomes of an evaluation beside being judged: its samples go into the report."""
+    """Return a function that writes an evaluation's samples into the report, if there is one."""
     folder = config.getoption("grpo_report")
     if folder is None:
         return lambda _: None
@@ -69,8 +69,8 @@ def _kept_in(config: pytest.Config) -> Callable[[Evaluation], None]:
 def _own_plugins(config: pytest.Config) -> Iterator[Path]:
     """Yield the project's conftest.py files and the plugins that were not installed.
 
-    All of the project's, not those that were loaded: the same test is a rerun of itself whichever
-    others were named beside it.
+    All conftest.py files count, not only the loaded ones: a test is a rerun of itself whichever
+    other tests are selected.
     """
     skipped = config.getini("norecursedirs")
     for folder, below, files in os.walk(config.rootpath):
@@ -88,7 +88,7 @@ def _own_plugins(config: pytest.Config) -> Iterator[Path]:
 
 @contextmanager
 def _progress(config: pytest.Config, title: str, samples: int) -> Iterator[Progress]:
-    """Show a bar on a terminal, and nothing in a log: pytest's capture is lifted for it."""
+    """Show a progress bar on a terminal only; pytest's capture is suspended for it."""
     from tqdm import tqdm
 
     from grpo_harness.text import escape
@@ -129,19 +129,19 @@ def policy(role: str, grpo_session: Session) -> Policy:
 
 @pytest.fixture
 def engine(policy: Policy, grpo_session: Session) -> Engine:
-    """Return what draws from ``policy``, with its weights in memory."""
+    """Return the engine of ``policy``, with its weights in memory."""
 
     def loaded() -> Engine:
         engine = grpo_session.engine(policy)
         return engine.__enter__()
 
-    # It stays open: the session lets the weights go where another policy needs the room.
+    # It stays open: the session releases the weights if another policy needs the memory.
     return clearly(loaded)
 
 
 @pytest.fixture(scope="session")
 def task_type(request: pytest.FixtureRequest) -> TaskType:
-    """Take each configured task type in turn. Parametrized."""
+    """Return each configured task type in turn. Parametrized."""
     from grpo_harness.tasks import task_types
 
     return task_types()[request.param]
@@ -149,13 +149,13 @@ def task_type(request: pytest.FixtureRequest) -> TaskType:
 
 @pytest.fixture(scope="session")
 def all_task_types(grpo_session: Session) -> list[TaskType]:
-    """List the configured task types."""
+    """Return the configured task types."""
     return grpo_session.task_types
 
 
 @pytest.fixture(scope="session")
 def sample(grpo_session: Session) -> Callable[..., list[Sample]]:
-    """Return a function that answers prompts: ``sample(policy, prompts, seed=0)``."""
+    """Return a function that draws a completion per prompt: ``sample(policy, prompts, seed=0)``."""
 
     def sample(policy: Policy, prompts: list[str], *, seed: int = 0) -> list[Sample]:
         return clearly(lambda: grpo_session.sample(policy, prompts, seed=seed))
@@ -167,7 +167,7 @@ def sample(grpo_session: Session) -> Callable[..., list[Sample]]:
 def evaluate(
     request: pytest.FixtureRequest, grpo_session: Session
 ) -> Callable[[Policy, TaskType], Evaluation]:
-    """Return a function that evaluates a policy on a task type, once a session."""
+    """Return a function that evaluates a policy on a task type, once per session."""
 
     def evaluate(policy: Policy, task_type: TaskType) -> Evaluation:
         evaluation = clearly(lambda: grpo_session.evaluation(policy, task_type))
@@ -188,7 +188,7 @@ def evaluation(
 ) -> Evaluation:
     """Evaluate ``policy`` on ``task_type``; while recording, record its baseline instead.
 
-    Where the test also asks for the baseline, and the two could not be compared, nothing is drawn.
+    If the test also uses the baseline, and the two cannot be compared, nothing is drawn.
     """
     if not uses(request.node, "baseline"):
         return evaluate(policy, task_type)
@@ -211,7 +211,7 @@ def _comparable(
     task_type: TaskType,
     baseline: Baseline,
 ) -> None:
-    """Fail the test where its checks would be an ERROR, before anything is drawn."""
+    """Fail the test, before anything is drawn, if its checks would be an ERROR."""
     from grpo_harness.baselines.file import BaselineError
     from grpo_harness.gate.bounds import MINIMUM_PROBLEMS
 
@@ -231,7 +231,7 @@ def _comparable(
 def _cannot_judge(
     node: pytest.Item, policy: Policy, task_type: TaskType, reference: str, reason: str
 ) -> NoReturn:
-    """Fail a test with an ERROR of each rule that it asks, none of which can be judged."""
+    """Fail a test with an ERROR for each rule that it declares."""
     from grpo_harness.rules import RULES, UNDECLARED, opened
     from grpo_harness.text import plain
 
@@ -250,7 +250,7 @@ def baseline(
     policy: Policy,
     task_type: TaskType,
 ) -> Baseline:
-    """Load the baseline that ``policy`` is judged by on ``task_type``; none is an error."""
+    """Load the baseline to judge ``policy`` by on ``task_type``; a missing one is an error."""
     from grpo_harness.baselines.file import BaselineError
 
     try:
@@ -262,5 +262,5 @@ def baseline(
 
 @pytest.fixture
 def gate(request: pytest.FixtureRequest, grpo_session: Session) -> Gate:
-    """Judge evaluations against baselines and each other, all checks of the run together."""
+    """Return the gate, which judges evaluations against baselines and each other."""
     return Gate(grpo_session, request.node, declared(request.node))

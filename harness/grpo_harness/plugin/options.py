@@ -1,4 +1,4 @@
-"""The options of the command line, and whether a run has anything to do with us."""
+"""The options of the command line, and whether a run uses the harness."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PATHS = ("--grpo-base", "--grpo-trained", "--grpo-baselines", "--grpo-report")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Declare the options: those of the settings' model, and what a run is to do with them."""
+    """Declare the options: those of the settings model, and those for what a run does."""
     add = parser.getgroup("grpo-harness").addoption
     for setting in table_settings():
         if not setting.is_option:
@@ -35,13 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         else:
             told |= {"metavar": setting.metavar, "type": setting.kind}
         add(f"--grpo-{setting.name}", **told)
-    add("--grpo-greedy", action="store_true", default=None, help="take the most likely answer")
+    add("--grpo-greedy", action="store_true", default=None, help="greedy decoding, one completion")
     add("--grpo-seed", type=int, metavar="SEED", help="repeat the run that printed this seed")
     add("--grpo-strict", action="store_true", help="UNPROVEN fails, as for a release")
     add("--grpo-skip-unproven", action="store_true", help="UNPROVEN is a skip, with its reason")
     add("--grpo-record", action="store_true", help="record baselines instead of judging")
     add("--grpo-accept-regression", metavar="WHY", help="record a lower accuracy, and say why")
-    add("--grpo-prune", action="store_true", help="delete what no run asks for, and run nothing")
+    add("--grpo-prune", action="store_true", help="delete stale baselines, and run nothing")
     add("--grpo-settings", action="store_true", help="print every setting, and run nothing")
     add("--grpo-report", type=Path, metavar="DIR", help="write report.md, report.json, samples")
 
@@ -52,7 +52,7 @@ def settable() -> list[str]:
 
 
 def is_asked(config: pytest.Config) -> bool:
-    """Tell whether the command line or the project's file speaks of us."""
+    """Tell whether the command line or the project's file uses the harness."""
     if any(config.getoption(f"grpo_{name}") for name in _MODES):
         return True
     if any(config.getoption(f"grpo_{name}") is not None for name in (*settable(), *_OTHERS)):
@@ -88,11 +88,11 @@ def _check_modes(config: pytest.Config) -> None:
 
 
 def _check_root(config: pytest.Config) -> None:
-    """Raise ``UsageError`` where pytest took the value of an option for a place of tests.
+    """Raise ``UsageError`` if pytest took the value of an option for a test path.
 
-    It looks for the project before it knows the options of plugins, so it takes the path in
-    ``--grpo-trained /elsewhere`` for an argument of its own, and its settings would be those of
-    whatever lies around that path. Behind an equals sign there is no such mistake.
+    pytest looks for the project before it knows the options of plugins. It takes the path in
+    ``--grpo-trained /elsewhere`` for a test path, and would use the settings of the project around
+    that path. With an equals sign there is no such mistake.
     """
     if config.getoption("rootdir") or config.getoption("inifilename"):
         return
@@ -114,7 +114,7 @@ def _check_root(config: pytest.Config) -> None:
         return
     option, value = taken[0]
     raise pytest.UsageError(
-        f"pytest takes {plain(value)} for a place of tests and {config.rootpath} for the project: "
+        f"pytest takes {plain(value)} for a test path and {config.rootpath} for the project: "
         f"write {option}={plain(value)}"
     )
 
@@ -127,7 +127,7 @@ def _exists(path: Path) -> bool:
 
 
 def _project(place: Path) -> Path:
-    """Return the folder around ``place`` whose settings a run of its tests has."""
+    """Return the folder whose settings apply to a run of the tests in ``place``."""
     place = place.resolve()
     file = project_file(place)
     return place if file is None else file.parent

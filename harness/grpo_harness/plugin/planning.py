@@ -1,6 +1,6 @@
-"""What a run plans: for whom each test runs, by which rules it judges, what is recorded.
+"""What a run plans: policies and task types of each test, its rules, and what is recorded.
 
-A test is ours where the fixture that pytest resolved for it is ours, whatever it is called.
+A fixture is ours if pytest resolved its name to our function, whatever the name.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ MARKER = "grpo"
 
 
 def uses(item: Any, name: str) -> bool:
-    """Tell whether a test, or what is to become one, uses our fixture of that name."""
+    """Tell whether a test, or a function that becomes one, uses our fixture of that name."""
     info = getattr(item, "_fixtureinfo", None)
     if info is None or name not in info.names_closure:
         return False
-    # One that overrides ours and asks for it by the same name has ours beneath it.
+    # A fixture that overrides ours and uses its own name has ours beneath it.
     for definition in reversed(info.name2fixturedefs.get(name, ())):
         if getattr(definition.func, "__module__", None) == _FIXTURES:
             return True
@@ -30,9 +30,9 @@ def uses(item: Any, name: str) -> bool:
     return False
 
 
-@pytest.hookimpl(trylast=True)  # whoever parametrizes by a choice of their own comes first
+@pytest.hookimpl(trylast=True)  # after parametrizations of the user
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test for each policy and each task type that it asks for, but for its own choice."""
+    """Run a test for each policy and task type that it uses, unless it chooses its own."""
     from grpo_harness.plugin import activated
 
     for name in ("role", "task_type"):
@@ -48,10 +48,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def declared(item: pytest.Item) -> list[str]:
-    """Return the rules by which a test says that it judges.
+    """Return the rules that a test declares.
 
-    Those of its ``grpo`` marks; without one, a test that uses the gate judges by one rule.
-    Raises ``UsageError`` for a rule that there is not.
+    They are those of its ``grpo`` marks. Without one, a test that uses the gate judges by one rule.
+    Raises ``UsageError`` for an unknown rule.
     """
     from grpo_harness.rules import RULES, UNDECLARED
 
@@ -73,16 +73,17 @@ def records(item: pytest.Item) -> bool:
 
 
 def role_and_type(item: pytest.Item) -> tuple[Any, Any]:
-    """Return what a test is parametrized by: its policy's role and its task type."""
+    """Return the role and the task type that a test is parametrized by."""
     parameters = item.callspec.params  # type: ignore[attr-defined]
     return parameters.get("role"), parameters.get("task_type")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """While recording, run nothing but what records, and one test for each baseline.
+    """While recording, run only tests that record, and one for each baseline.
 
-    Of those that are left by ``-k`` and ``-m``: the first test of a baseline may not be.
+    They are chosen among those that ``-k`` and ``-m`` leave, which may lack a baseline's first
+    test.
     """
     if not config.getoption("grpo_record"):
         return
@@ -97,7 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)  # before the terminal shows what was planned
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Count the checks that the run planned: they share one risk of a false alarm."""
+    """Count the planned checks of the run: they share one risk of a false alarm."""
     from grpo_harness.plugin import activated
 
     if not any(uses(item, "grpo_session") for item in session.items):
@@ -108,7 +109,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def asked(run: Run, items: list[pytest.Item]) -> list[tuple[str, str]]:
-    """Return the roles and task types whose accuracy the tests judge, in the order of a table."""
+    """Return task type and role of each accuracy check, in the order of a table."""
     from grpo_harness.rules import UNDECLARED
     from grpo_harness.settings import ROLES
 

@@ -21,7 +21,7 @@ PROPERTY = "grpo-harness"
 
 @dataclass
 class Run:
-    """What a run is about: its settings, its seed, and the rule of every check that it planned."""
+    """The state of a run: its settings, its seed, and the rule of every planned check."""
 
     settings: Settings
     seed: int
@@ -29,29 +29,29 @@ class Run:
     files: int = 1
 
     def shares(self) -> dict[str, float]:
-        """Return the part of the risk of a false alarm that each check has, by its rule."""
+        """Return each check's part of the risk of a false alarm, by its rule."""
         from grpo_harness.rules import shares
 
         return shares(self.planned)
 
 
 RUN: pytest.StashKey[Run] = pytest.StashKey()
-"""Where a run that has anything to do with us keeps its state."""
+"""The key of the run's state in pytest's stash."""
 
 
 def carry(node: pytest.Item, kind: str, row: dict[str, Any]) -> None:
-    """Attach a row to a test: whichever process ran it, the report will have it."""
+    """Attach a row to a test; it reaches the report from any process."""
     node.user_properties.append((PROPERTY, json.dumps({"kind": kind, **row})))
 
 
 def carry_check(node: pytest.Item, row: dict[str, Any]) -> None:
-    """Attach a check: as a row, and in words for JUnit."""
+    """Attach a check: as a row, and as text for JUnit."""
     carry(node, "check", row)
     node.user_properties.append((f"{PROPERTY}.{row['rule']}", f"{row['verdict']}: {row['reason']}"))
 
 
 def carry_notices(node: pytest.Item, session: Session) -> None:
-    """Attach what has to be said of the caches and was not yet said."""
+    """Attach the new notices about the caches."""
     for notice in session.notices():
         carry(node, "notice", {"text": notice})
 
@@ -64,7 +64,7 @@ def rows(report: pytest.TestReport) -> Iterator[dict[str, Any]]:
 
 
 def clearly(action: Callable[[], _T]) -> _T:
-    """Let an error that is meant for a person reach them as that one line, once."""
+    """Run ``action``; an error that is a message to the user fails the test with that one line."""
     from grpo_harness.errors import HarnessError
     from grpo_harness.text import plain
 
@@ -72,5 +72,5 @@ def clearly(action: Callable[[], _T]) -> _T:
         return action()
     except HarnessError as error:
         message = plain(str(error))
-    # Outside, or Python would print the error a second time as the cause of the failure.
+    # Outside the except block: inside, Python would print the error again as the cause.
     pytest.fail(message, pytrace=False)

@@ -1,6 +1,6 @@
-"""What a person sees of a run: what it is about, what it can find, what it found; and the report.
+"""The terminal output of a run (what it is about, can find and found), and the report.
 
-One object for each run that is ours. Only the process that a person started shows and writes.
+There is one object per run that uses the harness. Only the main process prints and writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Summary:
-    """The hooks of a run that is ours, and what its tests have told so far."""
+    """The hooks of a run that uses the harness, and the results of its tests so far."""
 
     def __init__(self, config: pytest.Config, run: Run) -> None:
         self._config = config
@@ -48,7 +48,7 @@ class Summary:
         return Path(self._config.invocation_params.dir / folder)
 
     def _begin(self, folder: Path) -> None:
-        """Replace an earlier run's report by one that says that this run is under way."""
+        """Replace an earlier run's report by one with the status running."""
         from grpo_harness.report.files import ReportError, begin, write
 
         try:
@@ -56,18 +56,18 @@ class Summary:
             write(self._report("running"), folder)
         except ReportError as error:
             raise pytest.UsageError(plain(str(error))) from error
-        # What a cluster sends before it takes the machine away ends a run as Ctrl-C does.
+        # A cluster sends SIGTERM before it takes the machine away: handle it like Ctrl-C.
         self._handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def pytest_unconfigure(self) -> None:
-        """Leave signals as they were."""
+        """Restore the signal handler."""
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
 
     # --- before -------------------------------------------------------------------------------
 
     def pytest_report_header(self) -> list[str]:
-        """Show what the run is about, and what it takes to repeat it."""
+        """Show what the run is about, and what is needed to repeat it."""
         self._has_header = True
         settings, run = self._run.settings, self._run
         about = (
@@ -80,13 +80,13 @@ class Summary:
             f"grpo-harness: {sampling}, baselines in {plain(self._relative(settings.baselines))}",
         ]
         if not self._config.pluginmanager.hasplugin("cacheprovider"):
-            lines.append("grpo-harness: pytest's cache is off: reruns know nothing of each other")
+            lines.append("grpo-harness: pytest's cache is off: reruns are not pooled")
         return lines
 
     def pytest_report_collectionfinish(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> list[str]:
-        """Show what the run will be able to find: in a line, with ``--co`` check by check."""
+        """Show what the run will be able to find: in one line, or with ``--co`` check by check."""
         self._seen = {item.nodeid: False for item in items}
         header = [] if self._has_header else self.pytest_report_header()
         if not self._run.planned or config.getoption("grpo_record"):
@@ -135,7 +135,7 @@ class Summary:
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep what a test told and how it went."""
+        """Keep a test's rows and its outcome."""
         if not self._leads:
             return
         self._seen[report.nodeid] = report.when == "teardown"
@@ -143,25 +143,25 @@ class Summary:
             self._failed[report.nodeid] = _said(report)
         elif report.when == "call" and report.passed:
             self._passed.add(report.nodeid)
-        # The properties of a test grow from phase to phase, and the last has them all.
+        # Each phase of a test adds properties; the last one has them all.
         if report.when == "teardown":
             self._rows += rows(report)
         if reasons := _unproven(report):
             self._tell_junit(report, reasons)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Keep what could not even be collected."""
+        """Keep the errors of collection."""
         if self._leads and report.failed:
             self._failed[report.nodeid] = _said(report)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
-        """Know what pytest-xdist's workers are to run."""
+        """Keep the names of the tests that pytest-xdist's workers will run."""
         for name in ids:
             self._seen.setdefault(name, False)
 
     def _tell_junit(self, report: pytest.TestReport, reasons: list[str]) -> None:
-        """Write into JUnit's output of a test that nothing was proven, which it has no word for."""
+        """Write UNPROVEN into the test's JUnit output, because JUnit has no such status."""
         from _pytest.junitxml import xml_key
 
         junit = self._config.stash.get(xml_key, None)
@@ -174,7 +174,7 @@ class Summary:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Write the report, however the run ended; and see that all of it was one run."""
+        """Write the report, however the run ended; check that all of it has the run's seed."""
         if not self._leads:
             return
         for name in self._other_seeds():
@@ -264,7 +264,7 @@ class Summary:
 
 
 def _unproven(report: pytest.CollectReport | pytest.TestReport) -> list[str]:
-    """Return the reasons of the checks of a passed test that prove nothing."""
+    """Return the reasons of the UNPROVEN checks of a passed test."""
     if not isinstance(report, pytest.TestReport) or report.when != "call" or not report.passed:
         return []
     found = (row for row in rows(report) if row["kind"] == "check")
@@ -272,7 +272,7 @@ def _unproven(report: pytest.CollectReport | pytest.TestReport) -> list[str]:
 
 
 def _said(report: pytest.CollectReport | pytest.TestReport) -> str:
-    """Return the last lines of what a report has to say of its failure."""
+    """Return the last lines of a failure's message."""
     text = report.longreprtext.strip()
     return "\n".join(text.splitlines()[-20:])
 
@@ -287,7 +287,9 @@ def _plan_table(plans: list[tuple[str, str, Plan | str]], width: int) -> list[st
         if isinstance(found, str):
             row |= {"n × k": "", "baseline": "", caught: f"ERROR: {found}", needed: ""}
         else:
-            drop = f"{100 * found.mde90:.1f}" if found.mde90 < found.then else "more than there is"
+            drop = (
+                f"{100 * found.mde90:.1f}" if found.mde90 < found.then else "not even a drop to 0"
+            )
             size, then = f"{found.n} × {found.k}", f"{found.then:.1%}"
             row |= {"n × k": size, "baseline": then, caught: drop, needed: str(found.needed)}
         rows.append(row)

@@ -1,7 +1,7 @@
-"""A name -> files on disk, whole and known by their content: what a policy is, without weights.
+"""A name -> complete files on disk, identified by digest. No weights.
 
 =================  ===================================================================
-``checkpoint.py``  a name -> the files that it means, whole and digested
+``checkpoint.py``  a name -> its files, complete and digested
 ``policy.py``      those files -> tokenizer, chat template, end tokens, fingerprint
 =================  ===================================================================
 """

