@@ -125,7 +125,7 @@ def test_settings_are_those_of_a_run_with_where_each_comes_from(tmp_path, monkey
     assert lines["sampling.top_p"] == ["0.9", "default"]
     wrong = subprocess.run(command, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
-    assert "--grpo-greedy draws the one most likely answer" in wrong.stderr
+    assert "--grpo-greedy draws one completion per problem" in wrong.stderr
 
 
 def started(tiny, out, *options):
@@ -162,7 +162,7 @@ def test_interrupted_training_goes_on(sent, tiny, tmp_path, capsys):
     if sent != signal.SIGKILL:
         assert process.returncode == 130
         assert error == (
-            f"grpo-harness train: interrupted; {kept} is kept: the same again goes on from "
+            f"grpo-harness train: interrupted; {kept} is kept: the same command continues from "
             "there, another recipe needs another --out\n"
         )
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]

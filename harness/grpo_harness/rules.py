@@ -1,8 +1,8 @@
-"""The one table of what is asked: name, question, measure, judge. A new rule is one entry.
+"""The table of rules: name, question, measure, judge. A new rule is one entry.
 
 The methods of the ``gate`` fixture, the plan, the shares of the risk and the report derive from
-`RULES`. A rule looks at each problem's completions in numbers (`Tally`), now and then; where the
-reference comes from is the caller's affair.
+`RULES`. A rule compares the numbers of each problem's completions (`Tally`) with those of a
+reference, which the caller provides.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Unit = Literal["%", "tokens"]
 Family = Literal["quality", "form"]
 
 SHARES: Mapping[Family, float] = {"quality": 0.75, "form": 0.25}
-"""How the rules that a run asks share its risk of a false alarm, by what they ask about.
+"""How families of rules share the risk of a false alarm.
 
-Within a family all checks have equal parts; of a family that is not asked, the others have its.
+Within a family all checks have equal parts. The part of a family without checks goes to the others.
 """
 
 UNDECLARED = "undeclared"
-"""A test that judges by the gate and does not say by which rule; it counts as one of quality."""
+"""The rule of a test that uses the gate without declaring one; its family is quality."""
 
 _SHOWN = 3
 """Problems that a message shows, and completions of each."""
@@ -37,10 +37,10 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Terms:
-    """What a judgement is made under.
+    """The conditions of a judgement.
 
-    ``alpha`` is the part of the run's risk that is this check's own. With ``same_policy`` the
-    reference is of the very policy that is judged. ``sequential`` runs may stop at a decision.
+    ``alpha`` is the check's part of the run's risk. With ``same_policy`` the reference was recorded
+    from the policy that is judged. ``sequential`` runs may stop at a decision.
     """
 
     alpha: float
@@ -53,7 +53,7 @@ Judge = Callable[[Sequence[Tally], Sequence[Tally], Bounds, Terms], Evidence]
 
 @dataclass(frozen=True)
 class Measure:
-    """What a rule looks at in one problem, and how to say that it got worse."""
+    """The value that a rule measures on one problem, and how much worse it became."""
 
     of: Callable[[Tally], float]
     worse: Callable[[float, float], float]
@@ -61,7 +61,7 @@ class Measure:
     unit: Unit = "%"
 
     def show(self, value: float) -> str:
-        """Return a value of this measure as a person reads it."""
+        """Return a value of this measure, formatted for a message."""
         return f"{value:.1f}" if self.unit == "tokens" else f"{value:.0%}"
 
 
@@ -82,8 +82,8 @@ class Rule:
 def _accuracy(
     now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms
 ) -> Evidence:
-    # A likelihood ratio of one common drop takes the differences between two policies for
-    # evidence, so another policy is always judged on the whole plan.
+    # The likelihood ratio of one common drop would count differences between two policies as
+    # evidence, so another policy is always judged on all planned problems.
     if terms.sequential and terms.same_policy:
         sides = _correct(now) + _correct(then)
         return gate.judge_sequential(*sides, alpha=terms.alpha, **asdict(bounds))
@@ -214,13 +214,13 @@ RULES: Mapping[str, Rule] = {
         ),
     )
 }
-"""The rules by name, which is that of the ``gate`` fixture's method."""
+"""The rules by name; each is a method of the ``gate`` fixture."""
 
 
 def shares(planned: Iterable[str]) -> dict[str, float]:
-    """Return the part of the run's risk that each check of a rule has, by the rule's name.
+    """Return each check's part of the run's risk, by the name of its rule.
 
-    ``planned`` names the rule of every check of the run; a name may stand there many times.
+    ``planned`` has the rule's name for every check of the run, so a name can occur many times.
     """
     times = Counter(planned)
     families: Counter[Family] = Counter()
@@ -235,7 +235,7 @@ def _family(name: str) -> Family:
 
 
 def recorded_bounds() -> dict[str, Any]:
-    """Return what a baseline keeps of the bounds that it is to be judged by."""
+    """Return the bounds that a baseline stores, for its later judgement."""
     rules = [rule for rule in RULES.values() if rule.against == "baseline"]
     return {"alpha": ALPHA, **{rule.name: asdict(rule.bounds) for rule in rules}}
 
@@ -266,7 +266,7 @@ class Check:
         return self.evidence.verdict if self.evidence else "ERROR"
 
     def message(self) -> str:
-        """Say what was found, in a few lines for a person."""
+        """Return the result in a few lines for the user."""
         lines = [f"{self.verdict}: {self.title} of {escape(self.policy)} on {self.task_type}"]
         if e := self.evidence:
             tokens = self.unit == "tokens"
@@ -296,7 +296,7 @@ def against_baseline(
     records: Sequence[Tally],
     terms: Terms,
 ) -> Check:
-    """Judge an evaluation against what was recorded of all its planned problems, in its order."""
+    """Judge an evaluation against the records of all its planned problems, in the same order."""
     check = opened(rule, evaluation.task, evaluation.policy, reference)
     if reason := _failed([evaluation]):
         return replace(check, reason=reason)
@@ -304,7 +304,7 @@ def against_baseline(
         return replace(
             check,
             reason=f"{evaluation.n} of {evaluation.planned} planned problems were asked, and the "
-            "run was not to stop early: answers are missing",
+            "run was not to stop early: completions are missing",
         )
     evidence = rule.judge(evaluation.groups, records, rule.bounds, terms)
     return _closed(check, rule, evidence, evaluation.groups, records)
@@ -313,9 +313,9 @@ def against_baseline(
 def against_base(
     rule: Rule, trained: Sequence[Evaluation], base: Sequence[Evaluation], terms: Terms
 ) -> Check:
-    """Judge a trained policy against its base on the same problems, all of them together.
+    """Judge a trained policy against its base on the same problems, over all evaluations.
 
-    Raises ``ValueError`` where the two are not evaluations in pairs.
+    Raises ``ValueError`` unless the evaluations of the two are pairs, at least one.
     """
     if not trained or len(trained) != len(base):
         raise ValueError(
@@ -326,7 +326,7 @@ def against_base(
     check = opened(rule, name, trained[0].policy, base[0].policy)
     if reason := _no_pairs(trained, base) or _failed([*trained, *base]):
         return replace(check, reason=reason)
-    # Where runs stop at a decision, one side may have been asked more problems than the other.
+    # In sequential runs, one side may have been asked more problems than the other.
     pairs = [
         pair
         for ours, theirs in zip(trained, base, strict=True)
@@ -344,12 +344,12 @@ def decided(groups: Sequence[Group], records: Sequence[Tally], alpha: float) -> 
 
 
 def plan(records: Sequence[Tally], k: int, alpha: float) -> gate.Plan:
-    """Predict what the accuracy of the recorded policy's own problems can show to have dropped."""
+    """Predict which drop of accuracy a run of the recorded policy can find."""
     return gate.plan(*_correct(records), k, alpha=alpha, **asdict(RULES["accuracy"].bounds))
 
 
 def opened(rule: Rule, task_type: str, policy: str, reference: str, reason: str = "") -> Check:
-    """Return a check of which nothing is known yet, or only why it cannot be judged."""
+    """Return a check without evidence; ``reason`` says why it cannot be judged, if so."""
     return Check(
         rule.name,
         rule.title,
@@ -370,7 +370,7 @@ def _closed(
 
 
 def _worst(now: Sequence[Group], then: Sequence[Tally], measure: Measure) -> tuple[str, ...]:
-    """Show the problems that changed most the way that all of them did, and what is answered."""
+    """Show the problems that changed most in the direction of the whole, with completions."""
     # A sequential run may have asked fewer problems than the reference holds.
     sides = [(measure.of(b), measure.of(a)) for a, b in zip(now, then, strict=False)]
     harm = [measure.worse(before, after) for before, after in sides]
@@ -387,12 +387,12 @@ def _worst(now: Sequence[Group], then: Sequence[Tally], measure: Measure) -> tup
 
 
 def _quoted(text: str) -> str:
-    # Not as Python writes it: what is escaped would be escaped once more.
+    # Not repr(), which would escape the text a second time.
     return f"'{escape(text, 40)}'"
 
 
 def _no_pairs(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> str:
-    """Say why evaluations of trained and base cannot be compared with each other, if so."""
+    """Return why evaluations of trained and base cannot be compared, or an empty text."""
     for ours, theirs in zip(trained, base, strict=True):
         if ours.fingerprint.weights == theirs.fingerprint.weights:
             return (
@@ -407,7 +407,7 @@ def _no_pairs(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> str:
                 f"{ours.policy}, and {theirs.planned} of {theirs.task} of {theirs.policy}: ask "
                 "both the same"
             )
-        # Which tokens end an answer is the policy's own.
+        # End tokens may differ between policies.
         sampling = [{**e.questions.settings, "eos_token_ids": None} for e in (ours, theirs)]
         if sampling[0] != sampling[1]:
             return f"not comparable: {ours.policy} and {theirs.policy} were sampled differently"
@@ -423,6 +423,6 @@ def _failed(evaluations: Sequence[Evaluation]) -> str:
     if not failed:
         return ""
     return (
-        f"completions could not be drawn: {', '.join(failed)}. Nothing is judged with answers "
-        "missing: see the samples' errors, make room (--grpo-device, fewer samples), run again"
+        f"completions could not be drawn: {', '.join(failed)}. Nothing is judged if some are "
+        "missing: see the samples' errors, free memory (--grpo-device, fewer samples), run again"
     )

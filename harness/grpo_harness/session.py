@@ -29,14 +29,14 @@ from grpo_harness.tasks import TaskType, task_types
 from grpo_harness.text import digest
 
 Until = Callable[[Sequence[Group]], bool]
-"""Tells of the groups so far whether a run may stop."""
+"""Tells whether a run may stop after the groups so far."""
 
 
 def plan(settings: Settings, role: str, task_type: str, alpha: float) -> Plan | str:
     """Predict what the accuracy check of a role can find, from its baseline alone.
 
-    ``alpha`` is its part of the run's risk. Where the check will be an ERROR, say why in a few
-    words instead: the run says it in full.
+    ``alpha`` is its part of the run's risk. If the check will be an ERROR, return the reason in a
+    few words instead: the run says it in full.
     """
     path = _path(settings, role, settings.policy(role), task_type)
     if settings.problems < MINIMUM_PROBLEMS:
@@ -47,14 +47,14 @@ def plan(settings: Settings, role: str, task_type: str, alpha: float) -> Plan | 
         ids = [problem.id for problem in task_types()[task_type].problems(settings.problems)]
         stored = baselines.load(path)
     except (BaselineError, ValueError):
-        return "a damaged baseline, or not so many problems"
+        return "a damaged baseline, or too few problems"
     if not all(problem in stored.records for problem in ids):
         return f"problems that were not recorded (of {len(stored.records)} that were)"
     return rules.plan([stored.records[problem] for problem in ids], settings.samples, alpha)
 
 
 def stale_entries(settings: Settings) -> list[Stale]:
-    """List what is recorded below the baselines' folder and no run asks for any more."""
+    """List the stale baselines below the baselines folder."""
     names = {*settings.configured.values(), *(settings.policy(role) for role in ROLES)}
     types = {name: task_types()[name] for name in settings.tasks}
     slugs = {name.slug for name in names}
@@ -62,7 +62,7 @@ def stale_entries(settings: Settings) -> list[Stale]:
 
 
 def _path(settings: Settings, role: str, own: PolicyName, task_type: str) -> Path:
-    """Return the policy's own baseline, or else that of the policy it stands in for."""
+    """Return the policy's own baseline, or else that of the configured policy of its role."""
     folder = settings.baselines
     path = baselines.path_of(folder, own.slug, task_type)
     stands_for = settings.configured["base" if role == "base" else "trained"]
@@ -74,10 +74,10 @@ def _path(settings: Settings, role: str, own: PolicyName, task_type: str) -> Pat
 class Session:
     """One run: its settings and seed, its store of samples, its shares of the risk.
 
-    ``shares`` is the part of the risk of a false alarm that a check of each rule has. ``code``
-    digests the code that samples and judges: samples and attempts of other code are another
-    run's. ``progress`` makes a progress display for a title and a number of samples, and
-    ``evaluated`` is told of every evaluation of the run, once.
+    ``shares`` is the part of the false-alarm risk that a check of each rule has. ``code`` digests
+    the code that samples and judges: samples and attempts of other code are not used. ``progress``
+    makes a progress display for a title and a number of samples, and ``evaluated`` is called once
+    with every evaluation of the run.
     """
 
     settings: Settings
@@ -99,7 +99,7 @@ class Session:
         self._residents = Residents(self.settings.resident)
 
     def close(self) -> None:
-        """Let all weights go."""
+        """Release all weights."""
         self._residents.close()
 
     @property
@@ -110,7 +110,7 @@ class Session:
     def policy(self, role: str) -> Policy:
         """Return the policy in a role (``base`` or ``trained``). Raises ``PolicyError``.
 
-        A name that both roles share is read once, and so is one that cannot be.
+        A name is loaded once, even if both roles have it or it cannot be loaded.
         """
         name = self.settings.policy(role)
         if name not in self._policies:
@@ -124,10 +124,10 @@ class Session:
         return policy
 
     def engine(self, policy: Policy) -> Engine:
-        """Return what draws from a policy, as configured. It takes the weights when it draws."""
+        """Return the configured engine of a policy. It loads the weights when it draws."""
         key = str(policy.fingerprint)
         if key not in self._engines:
-            # Late, because it loads torch, and a run that only collects needs none.
+            # Imported late: it loads torch, which a run that only collects does not need.
             from grpo_harness.engines.transformers import TransformersEngine
 
             self._engines[key] = TransformersEngine(
@@ -140,7 +140,7 @@ class Session:
         return self._engines[key]
 
     def sample(self, policy: Policy, prompts: Sequence[str], *, seed: int = 0) -> list[Sample]:
-        """Answer each user prompt once, as configured; the same seed gives the same answers."""
+        """Draw one completion per user prompt, as configured; the same seed draws the same ones."""
         requests = [
             Request(policy.render(prompt), sample_seed(seed, prompt, number))
             for number, prompt in enumerate(prompts)
@@ -166,8 +166,8 @@ class Session:
     def evaluation(self, policy: Policy, task_type: TaskType) -> Evaluation:
         """Evaluate a policy on a task type as configured. Raises ``HarnessError``.
 
-        A sequential run stops where the accuracy check has its decision, whichever checks are
-        asked, if the policy is the recorded one; any other is asked the whole plan.
+        A sequential run of the recorded policy stops when accuracy is decided, whichever checks are
+        selected; any other policy is asked all planned problems.
         """
         key = (policy.name, str(policy.fingerprint), task_type.name)
         if key not in self._evaluations:
@@ -190,16 +190,16 @@ class Session:
         return self._draw(short, evaluation.k, run_seed)
 
     def baseline(self, role: str, policy: Policy, task_type: str) -> Baseline:
-        """Load the policy's own baseline, or else that of the policy it stands in for.
+        """Load the policy's own baseline, or else that of the configured policy of its role.
 
-        Raises ``BaselineError``, also when there is neither.
+        Raises ``BaselineError``, also if neither exists.
         """
         return baselines.load(_path(self.settings, role, policy.checkpoint.name, task_type))
 
     def against_baseline(
         self, rule: Rule, evaluation: Evaluation, baseline: Baseline, alpha: float
     ) -> Check:
-        """Judge an evaluation against a baseline at its part ``alpha`` of the run's risk."""
+        """Judge an evaluation against a baseline; ``alpha`` is its part of the run's risk."""
         reference = f"baseline of {baseline.policy}"
         try:
             records = baseline.select(evaluation.questions)
@@ -221,7 +221,7 @@ class Session:
         base: Sequence[Evaluation],
         alpha: float,
     ) -> Check:
-        """Judge a trained policy against its base at its part ``alpha`` of the run's risk."""
+        """Judge a trained policy against its base; ``alpha`` is its part of the run's risk."""
 
         def judge(evaluations: Sequence[Evaluation], alpha: float) -> Check:
             sides = evaluations[: len(trained)], evaluations[len(trained) :]
@@ -234,13 +234,13 @@ class Session:
     ) -> Recording:
         """Record the baseline of a policy on a task type, from fresh samples of several seeds.
 
-        It is one of ``files`` that the run records. Raises ``HarnessError``, and then nothing is
+        It is one of ``files`` that the run records. Raises ``HarnessError``; then nothing is
         written.
         """
         key = (policy.name, task_type.name)
         if key not in self._recorded:
             questions = self.questions(policy, task_type)
-            # The most likely answer is the same whatever the seed: one sample says it all.
+            # Greedy decoding draws the same completion with any seed: one sample is enough.
             greedy = self.settings.sampling.greedy
             seeds = 1 if greedy else recording.SEEDS
             samples = 1 if greedy else recording.SAMPLES
@@ -259,7 +259,7 @@ class Session:
         return self._recorded[key]
 
     def notices(self) -> list[str]:
-        """Return what has to be said of the caches and was not yet said."""
+        """Return the new notices about the caches."""
         said = [*self.store.notices, *self.reruns.notices]
         self.store.notices.clear()
         self.reruns.notices.clear()
@@ -276,8 +276,8 @@ class Session:
         """Judge evaluations, pooled with those of earlier runs that did not pass."""
         key = self._key(rule.name, evaluations, reference)
         asked = max(evaluation.n for evaluation in evaluations)
-        # The most likely answers of a rerun are the same ones, not further evidence; and what a
-        # suite evaluated by itself, this session cannot evaluate again.
+        # Greedy completions of a rerun are the same ones, not new evidence. Evaluations that a
+        # suite made itself cannot be repeated by this session.
         own = all(any(e is mine for mine in self._evaluations.values()) for e in evaluations)
         series = self.reruns.series(
             key,
@@ -287,7 +287,7 @@ class Session:
             pools=own and not self.settings.sampling.greedy,
         )
         if series.attempts:
-            # Where to stop was decided by this run's samples alone, and the pool is another one.
+            # This run may have stopped early on its own samples alone; the pool needs all problems.
             evaluations = [self._whole(evaluation) for evaluation in evaluations]
         pooled = [
             evaluation.pooled([self._of(evaluation, attempt) for attempt in series.earlier])
@@ -299,18 +299,18 @@ class Session:
         return replace(check, reason=f"{check.reason}{series}")
 
     def _key(self, rule: str, evaluations: Sequence[Evaluation], reference: str) -> str:
-        """Name what makes two runs of a check attempts at the same thing."""
+        """Return a key that is the same for all attempts of one check."""
         same = [[str(e.fingerprint), e.task, dict(e.questions.settings)] for e in evaluations]
         return digest(json.dumps([rule, self.code, reference, same], sort_keys=True))[:16]
 
     def _whole(self, evaluation: Evaluation) -> Evaluation:
-        """Return the evaluation of this run with the whole plan asked."""
+        """Return the evaluation of this run with all planned problems."""
         if evaluation.n == evaluation.planned:
             return evaluation
         return self._draw(evaluation.questions, evaluation.k, evaluation.run_seed)
 
     def _of(self, evaluation: Evaluation, attempt: Attempt) -> Evaluation:
-        """Return the evaluation of an earlier attempt; what the store has lost is drawn again."""
+        """Return the evaluation of an earlier attempt; samples not in the store are drawn again."""
         return self._draw(
             evaluation.questions,
             evaluation.k,
@@ -319,7 +319,7 @@ class Session:
         )
 
     def _until_decided(self, questions: Questions) -> Until | None:
-        """Tell when the accuracy check of a recorded policy has its decision."""
+        """Return a function that tells when a recorded policy's accuracy is decided."""
         stored = self._recorded_of(questions)
         if stored is None or not all(problem in stored.records for problem in questions.ids):
             return None
@@ -329,7 +329,7 @@ class Session:
         return lambda groups: rules.decided(groups, records, alpha)
 
     def _recorded_of(self, questions: Questions) -> Baseline | None:
-        """Return the baseline that was recorded of this very policy, if there is one."""
+        """Return the baseline that was recorded from this policy, if there is one."""
         for role in ROLES:
             if self.settings.policy(role) != questions.policy.checkpoint.name:
                 continue

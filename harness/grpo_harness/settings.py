@@ -1,7 +1,7 @@
-"""What a run is to do: options over ``[tool.grpo-harness]`` over defaults, in one model.
+"""The settings of a run: options over ``[tool.grpo-harness]`` over defaults, in one model.
 
-The options of the command line, the keys of the table, their types and what is said of a wrong
-value derive from :class:`Table`. Reading the model imports nothing heavy, and no task or reward.
+The options of the command line, the keys of the table, their types and the messages about wrong
+values derive from :class:`Table`. Importing the model loads nothing heavy, no task and no reward.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 Role = Literal["base", "trained"]
 ROLES: tuple[Role, ...] = ("base", "trained")
-"""What a policy can be in a run."""
+"""The roles of policies in a run."""
 
 TABLE = "tool.grpo-harness"
 
 
 class SettingsError(HarnessError):
-    """A setting that cannot be used: which, where it stands, and what it may be."""
+    """A setting cannot be used. One line: which, where it is set, and what it may be."""
 
 
 def _option(metavar: str | None = None) -> dict[str, Any]:
-    """Mark a key that is an option of the command line too."""
+    """Mark a key that is also an option of the command line."""
     return {"option": True, "metavar": metavar}
 
 
@@ -56,7 +56,9 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     trained: Annotated[
         str,
         Meta(
-            min_length=1, description="the GRPO-trained policy, likewise", extra=_option("POLICY")
+            min_length=1,
+            description="the GRPO-trained policy, named like the base policy",
+            extra=_option("POLICY"),
         ),
     ] = "nano-trained"
     tasks: Annotated[
@@ -139,9 +141,9 @@ def table_settings() -> Iterator[Setting]:
 class Settings:
     """Every setting of a run, resolved.
 
-    ``root`` is the project's folder. ``configured`` names, for each role, the policy whose
-    baseline a policy without one of its own is judged by: the one that the project configured.
-    ``sources`` says of each key where its value comes from.
+    ``root`` is the project's folder. ``configured`` has the project's policy of each role; its
+    baseline is used for a policy that has none. ``sources`` says where the value of each key comes
+    from.
     """
 
     root: Path
@@ -188,7 +190,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         sampling = msgspec.structs.replace(sampling, greedy=True)
     if sampling.greedy and set_here.get("samples", 1) != 1:
         raise SettingsError(
-            "--grpo-greedy draws the one most likely answer, so more --grpo-samples than 1 would "
+            "--grpo-greedy draws one completion per problem, so more --grpo-samples than 1 would "
             "count it several times: leave one of the two out"
         )
     configured: dict[Role, PolicyName] = {
@@ -250,7 +252,7 @@ def project_file(place: Path) -> Path | None:
 
 
 def has_table(place: Path) -> bool:
-    """Tell whether the project around a folder has a table of ours, without parsing others'."""
+    """Tell whether the project around a folder has our table; other files are not parsed."""
     file = project_file(place)
     try:
         if file is None or b"grpo-harness" not in file.read_bytes():
@@ -278,7 +280,7 @@ def nearest_table(place: Path) -> tuple[Path | None, Mapping[str, Any] | None]:
 
 
 def _converted(given: Mapping[str, Any], where: Callable[[list[str]], str]) -> Table:
-    """Make a table of what was given. Raises ``SettingsError`` with the first wrong key."""
+    """Convert what was given to a table. Raises ``SettingsError`` with the first wrong key."""
     try:
         return msgspec.convert(given, Table)
     except msgspec.ValidationError as error:
@@ -290,7 +292,7 @@ def _converted(given: Mapping[str, Any], where: Callable[[list[str]], str]) -> T
         close = difflib.get_close_matches(unknown[1], fields, 1)
         hint = f": did you mean {close[0]}?" if close else f"; it has {', '.join(fields)}"
         raise SettingsError(f"{where([*path, ''])}has no key '{escape(unknown[1])}'{hint}")
-    if not message.startswith(("Expected", "Invalid")):  # said by the model itself
+    if not message.startswith(("Expected", "Invalid")):  # a message of the model itself
         raise SettingsError(f"{where([*path, ''])}{message}")
     value: Any = given
     for part in path:
@@ -318,7 +320,7 @@ _KINDS: Mapping[Any, str] = {
 def _description(path: list[str]) -> str:
     hints = get_type_hints(Sampling if len(path) > 1 else Table, include_extras=True)
     kind, meta = get_args(hints[path[-1]])
-    if kind not in _KINDS:  # a choice or a list, of which the description says all
+    if kind not in _KINDS:  # a choice or a list: the description is complete
         return str(meta.description)
     return f"{_KINDS[kind]} ({meta.description})"
 
@@ -330,7 +332,7 @@ def _short(path: Path | None, cwd: Path) -> str:
 
 
 def _distinct(base: PolicyName, trained: PolicyName) -> None:
-    """Raise ``SettingsError`` where two policies would keep their baselines in one folder."""
+    """Raise ``SettingsError`` if two policies would keep their baselines in one folder."""
     folders = [policy.folder.resolve() if policy.folder else None for policy in (base, trained)]
     same = base.text == trained.text and base.folder == trained.folder
     if folders[0] is not None:

@@ -1,9 +1,9 @@
-"""Every sample, once, on disk: what an interrupted run had drawn, the next one does not draw again.
+"""Samples on disk, each drawn once: a run uses what an interrupted run had drawn.
 
-One JSON Lines file for each key (what was sampled, how, and with which run's seed), one sample a
-line. Lines are only ever appended, under a lock, so that parallel workers share the work instead
-of doing it twice, and a process that dies in the middle of a line loses that line alone. Each line
-carries a check of its content and of the file it belongs to: what does not fit is drawn again.
+One JSON Lines file for each key (what was sampled, how, and with which run's seed), one sample per
+line. Lines are only appended, under a lock, so that parallel workers share the work, and a process
+that dies in the middle of a line loses only that line. Each line has a check of its content and of
+its file's key: a line that does not match is drawn again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Key = tuple[str, int]
 
 
 class StoreError(HarnessError):
-    """A store that cannot be read or written: one line with the place, the cause, what to do."""
+    """A store cannot be read or written. One line: the place, the cause, what to do."""
 
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One stored sample. ``check`` is the digest of all the rest, and of the file's own key."""
+    """One stored sample. ``check`` is a digest of the other fields and of the file's key."""
 
     problem: str
     sample: Annotated[int, Meta(ge=0)]
@@ -47,7 +47,7 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Store:
-    """The samples below one folder. ``notices`` says what was damaged, and will be drawn again."""
+    """The samples below one folder. ``notices`` lists what was damaged and will be drawn again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -55,9 +55,9 @@ class Store:
 
     @contextmanager
     def open(self, name: str, what: Mapping[str, Any]) -> Iterator[Samples]:
-        """Lock and read the samples of ``what``; ``name`` begins the file's name for a reader.
+        """Lock and read the samples of ``what``; the file's name begins with ``name``.
 
-        Raises ``StoreError`` where the folder or a file of it cannot be read or written.
+        Raises ``StoreError`` if the folder or a file of it cannot be read or written.
         """
         key = digest(json.dumps(what, sort_keys=True))[:16]
         path = self._folder / f"{name}-{key}.jsonl"
@@ -79,9 +79,9 @@ class Store:
 
 
 class Samples(dict[Key, Sample]):
-    """The samples of one file; what is added is on disk before ``add`` returns.
+    """The samples of one file; ``add`` writes them to disk before it returns.
 
-    ``damaged`` counts the lines that were none: they are taken out of the file.
+    ``damaged`` counts the invalid lines, which are removed from the file.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -93,7 +93,7 @@ class Samples(dict[Key, Sample]):
         sound = []
         for line in lines:
             try:
-                # By the standard library: it takes half of a surrogate pair, which is a text too.
+                # The standard library's json accepts half of a surrogate pair, as texts may have.
                 entry = msgspec.convert(json.loads(line), _Line)
                 if entry.check != entry.right_check(key):
                     raise ValueError
@@ -102,14 +102,14 @@ class Samples(dict[Key, Sample]):
                 continue
             sound.append(line)
             self[entry.problem, entry.sample] = Sample(entry.text, entry.tokens, entry.truncated)
-        # What has no end was being written when the process died: no damage, and no sample.
+        # A line without an end was being written when the process died: not damage, no sample.
         if self.damaged or cut:
             replacement = path.with_suffix(".mended")
             replacement.write_bytes(b"".join(line + b"\n" for line in sound))
             replacement.replace(path)
 
     def add(self, samples: Mapping[Key, Sample]) -> None:
-        """Keep ``samples``, in memory and on disk. Failed draws are not kept."""
+        """Keep ``samples``, in memory and on disk. Failed draws are not written to disk."""
         lines = [
             _Line(problem, number, sample.text, sample.tokens, sample.truncated, "")
             for (problem, number), sample in samples.items()
@@ -124,7 +124,7 @@ class Samples(dict[Key, Sample]):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise ``StoreError`` for whatever the file system has against a file of the cache."""
+    """Raise ``StoreError`` for an ``OSError`` on a file of the cache."""
     try:
         yield
     except OSError as error:

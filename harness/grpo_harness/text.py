@@ -1,8 +1,8 @@
-"""Completions as text: read without trust, shown without harm. Standard library only.
+"""Untrusted text: parse it, display it safely. Standard library only.
 
 A completion is untrusted input, and so is every name from outside: of a policy, a task type, a
-file. Whatever reads a completion is linear in its length and never raises; whatever shows a
-foreign text sends it through :func:`escape` (a terminal, a log) or :func:`markdown`.
+file. Functions that read a completion are linear in its length and never raise. Untrusted text is
+displayed through :func:`escape` (a terminal, a log) or :func:`markdown`.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ _INTEGER = re.compile(r"-?\d+")
 # gives the same scores, and so that the quadratic int() stays bounded.
 _MOST_DIGITS = 4300
 
-# Letters, marks and symbols by their Unicode category, and yet nothing to see: the grapheme
+# Letters, marks and symbols by their Unicode category, but invisible: the grapheme
 # joiner, Hangul fillers, Khmer and Mongolian marks, the blank Braille pattern, variation selectors.
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
     "\U000e0100-\U000e01ef]"
 )
 
-# What Markdown may read as a mark inside a line. An underscore within a word is none; the dot
-# behind www makes a link of what follows.
+# Characters that Markdown may interpret inside a line. An underscore within a word is not one;
+# the dot after www makes a link of what follows.
 _MARK = re.compile(r"[!\"#$&*:<>@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.", re.IGNORECASE)
 
-# What CI systems take for a command: two colons that begin a line, and two hashes anywhere.
+# CI systems read as a command: two colons that begin a line, and two hashes anywhere.
 _COMMAND = re.compile(r"^\s*::|##(?=\[|vso)", re.MULTILINE)
 
 
 def first_line(completion: str) -> str:
-    """Return the line that holds the answer: of a closed code fence if the text starts with one.
+    """Return the first line of the text, or of its closed code fence if it starts with one.
 
-    White space is trimmed; inside a fence, a first line of letters only is a language tag and
-    is passed over when another line follows it. Returns the empty string when nothing is left.
+    White space is trimmed. Inside a fence, a first line of letters only is a language tag and is
+    skipped if another line follows it. Returns the empty string when nothing is left.
     """
     text = completion.strip()
     if text.startswith(_FENCE):
@@ -54,7 +54,7 @@ def first_line(completion: str) -> str:
 def integers(text: str) -> Iterator[int | None]:
     """Yield every integer written in ``text``, in order; ``None`` for one too long to convert.
 
-    Digits are all Unicode decimal digits, as Python's ``int`` takes them.
+    Digits are all Unicode decimal digits, as for Python's ``int``.
     """
     for match in _INTEGER.finditer(text):
         digits = match.group()
@@ -71,11 +71,11 @@ def unquoted(text: str) -> str:
 def escape(text: str, limit: int = 200) -> str:
     r"""Make a completion safe and readable on one line of a terminal, log or report.
 
-    Control characters, line breaks, bidirectional marks and everything else without a glyph of
-    its own, save the plain space, become ``\n``-style or ``\uXXXX`` escapes; a backslash is
-    doubled, so that the escaped text is unambiguous. The markers that CI systems read as commands
-    (``::``, ``##[``, ``##vso``) are broken up. Longer texts are cut to ``limit`` characters with
-    a note of how many were left out.
+    Control characters, line breaks, bidirectional marks and all other invisible characters except
+    the space become ``\n``-style or ``\uXXXX`` escapes; a backslash is doubled, so that the escaped
+    text is unambiguous. The markers that CI systems read as commands (``::``, ``##[``, ``##vso``)
+    are broken up. Longer texts are cut to ``limit`` characters with a note of how many were left
+    out.
     """
     left_out = len(text) - limit
     if left_out > 0:
@@ -86,10 +86,10 @@ def escape(text: str, limit: int = 200) -> str:
 
 
 def plain(text: str) -> str:
-    r"""Write out whatever in a message of ours has no glyph of its own, whoever put it there.
+    r"""Escape every invisible character in a message of the harness.
 
-    For text that is escaped where it should be, and may still hold a path or a name that is not:
-    unlike in :func:`escape` a backslash stays one, line breaks stay and nothing is cut.
+    For text whose untrusted parts should be escaped already, but which may still hold a path or a
+    name that is not. Unlike in :func:`escape`, backslashes and line breaks stay and nothing is cut.
     """
     shown = "".join(
         character if character == "\n" or character == "\\" else _visible(character)
@@ -99,22 +99,22 @@ def plain(text: str) -> str:
 
 
 def markdown(text: str, limit: int = 1000) -> str:
-    """Make a foreign text safe in Markdown: escaped as by :func:`escape`, and shown as it stands.
+    """Make untrusted text safe in Markdown: escaped as by :func:`escape`, and shown literally.
 
-    Every character that Markdown, HTML or GitHub's own links could read as a mark becomes a
-    numeric character reference, so that nothing of it is a link, an image, a tag or a table.
+    Every character that Markdown, HTML or GitHub's own links could interpret becomes a numeric
+    character reference, so that no part of it is a link, an image, a tag or a table.
     """
     return _MARK.sub(lambda mark: f"&#{ord(mark.group())};", escape(text, limit))
 
 
 def one_line(error: BaseException) -> str:
-    """Write a foreign error on one line, escaped, for the end of a sentence of ours."""
+    """Return an error of other code on one line, escaped, for the end of a message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {escape(text, 300)}" if text else type(error).__name__
 
 
 def digest(text: str) -> str:
-    """Return the SHA-256 of a text, in hexadecimal; half of a surrogate pair is a text too."""
+    """Return the SHA-256 of a text, in hexadecimal; half of a surrogate pair is allowed."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 

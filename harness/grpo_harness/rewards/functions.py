@@ -1,6 +1,6 @@
-"""Any reward function of TRL's calling convention: loaded, called, checked, known by what it does.
+"""Load, call and check any reward function with TRL's calling convention.
 
-One door for evaluation and training: what is wrong with a reward is one line that names it.
+Evaluation and training both use it: an error of a reward is one line that names the reward.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ RewardFunction = Callable[..., Sequence[float | None]]
 """Scores completions pairwise, ``(prompts, completions, **columns)``, as TRL calls it."""
 
 GREATEST = 1e18
-"""No reward is larger: the squares of more are beyond the float32 in which TRL adds them up."""
+"""The largest reward: the square of a larger one would not fit into TRL's float32 sums."""
 
 
 class RewardError(HarnessError):
-    """A reward that cannot be had or cannot be used: one line with its name and what it did."""
+    """A reward cannot be loaded or used. One line: its name, and what it did."""
 
 
 def load_reward(source: str) -> RewardFunction:
@@ -31,7 +31,7 @@ def load_reward(source: str) -> RewardFunction:
     module, _, function = source.partition(":")
     try:
         reward = getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as error:  # the module is anybody's code
+    except (Exception, SystemExit) as error:  # the module is user code
         raise RewardError(
             f"'{escape(source)}' is not the module:function of a reward that can be imported "
             f"({one_line(error)})"
@@ -43,7 +43,7 @@ def load_reward(source: str) -> RewardFunction:
 
 
 def reward_name(reward: RewardFunction) -> str:
-    """Return what a reward is called, a function or not: TRL logs it by that name."""
+    """Return the name by which TRL logs a reward, which may be any callable."""
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
@@ -55,12 +55,12 @@ def score(
     where: str,
     **columns: Any,
 ) -> list[float | None]:
-    """Return one reward a completion, in order; ``None`` is a reward that does not apply.
+    """Return one reward per completion, in order; ``None`` is a reward that does not apply.
 
-    The function gets copies of ``prompts`` and ``completions``, so that it can change nothing but
-    its own. ``columns`` are passed on as they are; ``where`` begins the message of an error.
-    Raises ``RewardError`` where the function raises or exits, and where it returns anything but
-    one number or ``None`` for each completion; infinities and NaN are no numbers.
+    The function gets copies of ``prompts`` and ``completions``, so that it cannot change the
+    originals. ``columns`` are passed on as they are; ``where`` begins the message of an error.
+    Raises ``RewardError`` if the function raises or exits, or returns anything but one number or
+    ``None`` for each completion; infinities and NaN are not numbers.
     """
     named = f"{where}: the reward {escape(reward_name(reward))}"
     try:
@@ -69,7 +69,7 @@ def score(
         )
     except (Exception, SystemExit) as error:
         raise RewardError(
-            f"{named} raised {one_line(error)}: mend it, or let it return None for what it "
+            f"{named} raised {one_line(error)}: fix it, or let it return None for what it "
             "cannot score"
         ) from error
     scores = returned.tolist() if hasattr(returned, "tolist") else returned
@@ -95,10 +95,10 @@ def score(
 
 
 def reward_digest(reward: RewardFunction, task_type: TaskType) -> str:
-    """Digest what a reward does on a task type: its scores of right and wrong answers.
+    """Digest what a reward does on a task type: its scores of correct and wrong completions.
 
-    The scores are hashed and not the source, so that a reworded comment changes nothing and a
-    changed rule does, wherever in the code it hides. Raises ``RewardError``.
+    The scores are hashed, not the source: a changed comment changes nothing, and a changed rule
+    does, wherever in the code it is. Raises ``RewardError``.
     """
     prompts, completions = [], []
     for problem in task_type.problems(32):
@@ -129,7 +129,7 @@ def _copies(texts: Sequence[Any]) -> list[Any]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a score as a float, or ``None`` for what is no finite number."""
+    """Return a score as a float, or ``None`` if it is not a finite number."""
     if value is None or isinstance(value, str | bytes):
         return None
     try:

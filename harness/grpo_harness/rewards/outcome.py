@@ -1,6 +1,6 @@
-"""What one completion of a problem is: exactly one outcome, read from the problem itself.
+"""The outcome of a completion: exactly one, read by the task type of its problem.
 
-Standard library only. Nothing is parsed back out of a prompt: a task type reads its own task.
+Standard library only. Nothing is parsed from the prompt: a task type reads its own task.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "unparsable", "truncated", 
 
 
 def read(task_type: TaskType, task: Mapping[str, Any], completion: str) -> Reading:
-    """Tell whether ``completion`` answers ``task`` by the lenient rule of its type.
+    """Judge whether ``completion`` answers ``task``, by the lenient rule of its type.
 
     Raises what the type's ``read`` raises on a task that it cannot read.
     """
@@ -26,10 +26,10 @@ def read(task_type: TaskType, task: Mapping[str, Any], completion: str) -> Readi
 def outcome(
     task_type: TaskType, task: Mapping[str, Any], completion: str | None, *, truncated: bool
 ) -> Outcome:
-    """Sort one completion into exactly one outcome. Raises what the type's ``read`` raises.
+    """Return exactly one outcome for a completion. Raises what the type's ``read`` raises.
 
-    No completion at all (``None``: the engine failed) is an error. One that the token limit
-    cut off is truncated, whatever stands in it: it is an answer, and not a correct one.
+    ``None`` (the engine failed) is an error. A completion that the token limit cut off is
+    truncated, whatever its text, and counts as not correct.
     """
     if completion is None:
         return "error"
@@ -37,17 +37,17 @@ def outcome(
 
 
 def strictly_correct(task_type: TaskType, task: Mapping[str, Any], completion: str) -> bool:
-    """Tell whether the completion is the demanded answer and nothing else.
+    """Tell whether the completion is exactly the required answer and nothing else.
 
-    This is the reading beside the reward's: their difference is what the rule lets through.
+    The reward is more lenient; the difference is what its rule accepts in addition.
     """
     return completion.strip() == task_type.canonical(task)
 
 
 def check_answers(task_type: TaskType, problems: Iterable[Problem]) -> None:
-    """Raise ``ValueError`` where a problem's own answer, as it is demanded, is not read as correct.
+    """Raise ``ValueError`` if a problem's true answer in the required form is not read as correct.
 
-    Such a type would measure 0 % of any policy.
+    With such a type the accuracy of any policy would be 0 %.
     """
     for problem in problems:
         where = f"task type {task_type.name!r}, problem {problem.id}"
@@ -57,10 +57,10 @@ def check_answers(task_type: TaskType, problems: Iterable[Problem]) -> None:
         except Exception as error:
             raise ValueError(
                 f"{where}: its own answer cannot be read ({type(error).__name__}: "
-                f"{escape(str(error))}): mend canonical and read of the type"
+                f"{escape(str(error))}): fix canonical and read of the type"
             ) from error
         if found != "correct":
             raise ValueError(
                 f"{where}: its own answer '{escape(right)}' is read as {found}, and no policy "
-                "could be correct: mend canonical and read of the type"
+                "could be correct: fix canonical and read of the type"
             )

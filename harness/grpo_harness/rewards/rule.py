@@ -1,7 +1,7 @@
 """The rule reward: prompt and completion in, number out. Standard library only.
 
-The truth travels in the prompt (``TASK={…}``), so the reward needs neither the problem nor its
-task type's state, and TRL's ``GRPOTrainer`` can call it as it is. No text is ever run as code.
+The prompt contains the task (``TASK={…}``), so the reward needs neither the problem nor the state
+of its task type, and TRL's ``GRPOTrainer`` can call it directly. No text is ever run as code.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ LENGTH_PENALTY = 0.002
 """Reward lost per character of a completion."""
 
 LONGEST_PENALISED = 200
-"""Characters past which a completion costs no more."""
+"""Characters beyond this number cost nothing."""
 
 Conversation = list[dict[str, Any]]
 """Messages with ``role`` and ``content``, as TRL passes them for conversational data sets."""
 
 
 def rule_reward(prompt: str | None, completion: str | None) -> float:
-    """Score one completion: +1 if correct, else -1, less 0.002 a character up to 200.
+    """Score one completion: +1 if correct, else -1, minus 0.002 per character up to 200.
 
     The length is that of the whole completion, in characters. A prompt without a readable
     ``TASK={…}`` scores as incorrect. ``None`` is the empty text. Never raises for any two texts.
@@ -41,8 +41,8 @@ def reward_func(
 ) -> list[float]:
     """Score completions pairwise: the reward function that TRL's ``GRPOTrainer`` takes.
 
-    Texts and conversations (the last message counts) are both understood; what else TRL passes
-    by keyword is not needed. Raises ``ValueError`` when the two lists differ in length.
+    Accepts texts and conversations (the last message counts); other keyword arguments of TRL are
+    ignored. Raises ``ValueError`` when the two lists differ in length.
     """
     if len(prompts) != len(completions):
         raise ValueError(
@@ -55,9 +55,9 @@ def reward_func(
 
 
 def read(prompt: str, completion: str) -> Reading:
-    """Tell whether ``completion`` answers ``prompt`` by the reward's own, lenient rule.
+    """Judge whether ``completion`` answers ``prompt``, by the reward's own, lenient rule.
 
-    ``"wrong"`` also stands for a prompt without a readable task: nothing can answer it.
+    Also ``"wrong"`` for a prompt without a readable task.
     """
     if (found := task_of(prompt)) is None:
         return "wrong"
@@ -70,8 +70,8 @@ def read(prompt: str, completion: str) -> Reading:
 
 
 def task_of(prompt: str) -> tuple[TaskType, Mapping[str, Any]] | None:
-    """Return the task that stands in a prompt with its type, if one can be read there."""
-    # str.find instead of a regular expression: linear in the prompt whatever stands in it.
+    """Return the task type and the task in a prompt, or ``None`` if they cannot be read."""
+    # str.find instead of a regular expression: linear in the prompt for any text.
     start = prompt.find("TASK={")
     end = prompt.find("}", start)
     if start < 0 or end < 0:

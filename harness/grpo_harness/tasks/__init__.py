@@ -1,7 +1,7 @@
-"""What is asked: problems with a known answer. One file, one task type.
+"""Problems with a known answer. One file, one task type.
 
 ===================  ================================================================
-``task.py``          what a problem and a task type are; who may see which problem
+``task.py``          problems and task types; which problems are held out
 ``arithmetic.py`` …  the six built-in types
 ``sources.py``       where types come from: this folder, and files of your own
 ``training_set.py``  problems to train on, none of which an evaluation may ask

@@ -15,7 +15,7 @@ _VERDICT = re.compile("YES|NO", re.IGNORECASE)
 class Palindrome(TaskType):
     """A half of two to four letters, mirrored, or followed by one to three random letters.
 
-    The second kind can be a palindrome by chance, so the answer is computed, never assumed.
+    The second kind can be a palindrome by chance, so the answer is always computed.
     """
 
     name = "palindrome"

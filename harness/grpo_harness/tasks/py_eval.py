@@ -9,8 +9,8 @@ from typing import Any
 
 from grpo_harness.tasks.task import Reading, TaskType, letters, read_integer, read_text, str_field
 
-# Narrower than Python, never wider: what Python would refuse (a leading zero, a no-break space, a
-# null character) has no value here either.
+# A subset of Python: what Python would refuse (a leading zero, a no-break space, a null
+# character) has no value here either.
 _STRING = r"""(?P<q>['"])(?P<text>[^'"\\\r\n\0\ud800-\udfff]*)(?P=q)"""
 _INTEGER = r"[+-]?(?:0|[1-9][0-9]{0,3999})"
 _INTEGERS = rf"(?P<numbers>[ \t]*{_INTEGER}(?:[ \t]*,[ \t]*{_INTEGER})*[ \t]*)"
@@ -19,8 +19,8 @@ _INTEGERS = rf"(?P<numbers>[ \t]*{_INTEGER}(?:[ \t]*,[ \t]*{_INTEGER})*[ \t]*)"
 class PyEval(TaskType):
     """Seven kinds of expression, uniformly.
 
-    The answer comes from matching the expression against a closed list of forms (any string or
-    integers may stand in them); an expression of another form has no answer here.
+    The answer comes from matching the expression against a fixed list of forms, with any string or
+    integers in them. Other expressions have no answer.
     """
 
     name = "py_eval"

@@ -22,7 +22,7 @@ from grpo_harness.tasks.task import TaskType
 from grpo_harness.text import escape
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")
-"""What a task type may be called: its name is that of a file, and a part of every test's."""
+"""Valid names of task types, which are used in names of files and of tests."""
 
 _NO_TYPES = {"task", "sources", "training_set"}
 
@@ -45,9 +45,9 @@ def task_types() -> dict[str, TaskType]:
 def load_task_type(source: str) -> TaskType:
     """Return the task type named ``source``, or load the one that a ``.py`` file defines.
 
-    Raises ``ValueError`` when there is no such type or file, when the file does not define
-    exactly one, and when its name is not a name or is already that of another type. Whatever the
-    file raises comes as it is.
+    Raises ``ValueError`` when there is no such type or file, when the file does not define exactly
+    one, and when its name is invalid or already that of another type. Whatever the file raises is
+    passed on.
     """
     if source in task_types():
         return task_types()[source]
@@ -65,12 +65,12 @@ def load_task_type(source: str) -> TaskType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Before it runs: a dataclass in the file looks its own module up.
+    # Before it runs, because a dataclass in the file looks up its own module.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
         task_type = _only_task_type(module)
-        # Upper and lower case count alike, as they do for the names of files on some systems.
+        # Upper and lower case are the same, as in the names of files on some systems.
         if task_type.name.lower() in map(str.lower, task_types()):
             raise ValueError(
                 f"{source} defines the task type {task_type.name!r}, which exists already"

@@ -1,10 +1,10 @@
-"""What a problem is, and what a task type is: how its problems are drawn, worded and read.
+"""Problems, and task types: how problems are drawn, written and read.
 
-Two rules keep training and evaluation apart and every run comparable:
+Two rules keep training and evaluation separate and every run comparable:
 
-* **Held-out prompts.** A prompt belongs to the evaluation or to training by its own hash
-  (one in eight is held out), so no seed and no size can make the two overlap.
-* **Problems come from a seed alone.** Only ``random.Random`` and integers are used, so the
+* **Held-out prompts.** The hash of a prompt decides whether it is for evaluation or training
+  (one in eight is held out), so the two never overlap, whatever the seed and size.
+* **Problems come only from a seed.** Only ``random.Random`` and integers are used, so the
   same seed gives the same problems on every machine and every supported Python.
 """
 
@@ -29,8 +29,8 @@ Reading = Literal["correct", "wrong", "unparsable"]
 class Problem:
     """One prompt with its true answer.
 
-    ``id`` is the task type and a hash of the prompt; a prompt that a training set draws twice
-    gets ``.2``, ``.3`` behind it, so ids are unique within a list and stable across lists.
+    ``id`` is the task type and a hash of the prompt. A prompt that a training set draws twice gets
+    ``.2``, ``.3`` at the end, so ids are unique within a list and stable across lists.
     """
 
     id: str
@@ -41,11 +41,11 @@ class Problem:
 
 
 class TaskType(ABC):
-    """How one type of problem is drawn, worded, answered and read.
+    """How one type of problem is drawn, written, answered and read.
 
-    A subclass sets ``name`` (the ``"type"`` field of its tasks), bumps ``version`` whenever a
-    change makes old and new results incomparable, and fills in the abstract methods. ``task``
-    is always the JSON object of the prompt, and may come from anywhere: ``answer`` raises
+    A subclass sets ``name`` (the ``"type"`` field of its tasks), increases ``version`` whenever a
+    change makes old and new results incomparable, and implements the abstract methods. ``task`` is
+    always the JSON object of the prompt, and may come from anywhere: ``answer`` raises
     ``ValueError``, ``KeyError`` or ``TypeError`` on one that it cannot read.
     """
 
@@ -58,11 +58,11 @@ class TaskType(ABC):
 
     @abstractmethod
     def statement(self, task: Mapping[str, Any]) -> str:
-        """Word the question: what stands above the requirement."""
+        """Write the question, which comes before the requirement."""
 
     @abstractmethod
     def requirement(self, task: Mapping[str, Any]) -> str:
-        """Word the demanded form of the answer: one line."""
+        """Write the required form of the answer: one line."""
 
     @abstractmethod
     def answer(self, task: Mapping[str, Any]) -> Answer:
@@ -143,7 +143,7 @@ def read_integer(text: str, answer: int) -> Reading:
 
 
 def read_text(text: str, answer: str) -> Reading:
-    """Compare ``text``, less one pair of surrounding quotes, with ``answer``."""
+    """Compare ``text``, without one pair of surrounding quotes, with ``answer``."""
     if unquoted(text) == answer:
         return "correct"
     return "wrong" if text else "unparsable"

@@ -13,7 +13,7 @@ MATH = "math"
 """The one task type that ``make_problems`` counts as mathematics; the others are programming."""
 
 PROGRAMMING = ("gcd", "sort", "palindrome", "reverse", "py_eval")
-"""The task types of the programming half. The order is part of what a seed means."""
+"""The task types of the programming half. Their order affects what a seed draws."""
 
 
 def make_problems(n_math: int, n_prog: int, seed: int) -> list[Problem]:
@@ -54,6 +54,6 @@ def check_disjoint(training: Iterable[str], evaluation: Iterable[str]) -> None:
     if shared:
         raise ValueError(
             f"{len(shared)} problems of the evaluation were trained on, the first of them "
-            f"{shared[0]!r}: remove them from the training set (is_held_out tells them) and "
+            f"{shared[0]!r}: remove them from the training set (is_held_out finds them) and "
             "train again"
         )
