@@ -80,9 +80,9 @@ def test_unknown_key_is_an_error_that_names_the_right_one(key, right, tmp_path):
         ("num_train_epochs", "a recipe calls it steps"),
         ("per_device_train_batch_size", "a recipe calls it prompts_per_step"),
         ("save_strategy", "a recipe calls it save_steps"),
-        ("output_dir", "the folder that the run is told to leave"),
+        ("output_dir", "the folder that the run writes"),
         ("logging_nan_inf_filter", "not the recipe's to set"),
-        ("logging_strategy", "what the run is known by"),
+        ("logging_strategy", "judged by what it logs"),
         ("save_only_model", "a resumed run is the same as an uninterrupted one"),
     ],
 )
@@ -101,7 +101,7 @@ def test_key_that_the_recipe_or_the_run_decides_is_an_error(key, why, tmp_path):
         ("max_grad_norm", "1", "a number from 0 on"),
         ("adam_beta1", float("nan"), "finite"),
         ("logging_steps", 5, "of 4 steps none would be logged"),
-        ("optim", "adamm", "GRPOConfig of TRL .* refuses it .*adamm.*: mend that field"),
+        ("optim", "adamm", "GRPOConfig of TRL .* refuses it .*adamm.*: fix that field"),
     ],
 )
 def test_value_that_no_run_is_made_of_is_an_error(key, value, wanted, tmp_path):

@@ -1,14 +1,14 @@
-"""A recipe becomes TRL's GRPOTrainer, and that a trained policy on disk.
+"""Train a policy by a recipe, with TRL's GRPOTrainer.
 
 =================  ===================================================================
-``recipes.py``     what a GRPO run is made of, and the runs that have a name
+``recipes.py``     the settings of a GRPO run, and the named recipes
 ``config.py``      a recipe -> one exact GRPOConfig
-``recorded.py``    what the recipes resolved to, and what has changed since
+``recorded.py``    the recorded configs of the recipes, and what has changed since
 ``curves.py``      what a training logged, as files
 ``resources.py``   what a training took: time, tokens, memory
 ``unfinished.py``  a training's checkpoints until it is finished
-``trainer.py``     TRL's GRPOTrainer under watch
-``run.py``         the run itself
+``trainer.py``     TRL's GRPOTrainer with checks
+``run.py``         one training run
 ``processes.py``   several processes that train one policy
 =================  ===================================================================
 """
@@ -36,7 +36,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Late, because they load torch and TRL: the command line answers without them.
+    # Imported late: they load torch and TRL, which the command line often does not need.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,7 +1,7 @@
 """A recipe becomes one exact ``GRPOConfig`` of the installed TRL.
 
-A key that the installed TRL does not have is an error, never dropped, and what TRL would take
-from a default that has changed before is pinned.
+A key that the installed TRL does not have is an error, never dropped. Settings whose default in TRL
+has changed before are pinned.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _SHARED = (
     "top_p",
     "seed",
 )
-"""Fields of a recipe that are GRPOConfig's as they stand."""
+"""Fields of a recipe that have the same name in GRPOConfig."""
 
 _FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig) if field.init}
 
-# The newer name where the installed transformers has it: the older one warns there.
+# The newer name if the installed transformers has it, because the older one warns there.
 _CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _FIELDS
 )
@@ -56,19 +56,19 @@ _BY_FIELD = {
     "save_strategy": "save_steps",
     "save_total_limit": "save_steps",
 }
-"""What GRPOConfig calls otherwise than a recipe does."""
+"""Fields of GRPOConfig that a recipe names differently."""
 
 _ELSEWHERE = {
-    "output_dir": "it is the folder that the run is told to leave",
-    "resume_from_checkpoint": "a run goes on from its own last checkpoint by itself",
+    "output_dir": "it is the folder that the run writes",
+    "resume_from_checkpoint": "a run continues from its own last checkpoint by itself",
     "use_cpu": "it follows the device",
     "logging_nan_inf_filter": "a figure that is not finite ends the run",
-    "logging_strategy": "what is logged is what the run is known by",
+    "logging_strategy": "a run is judged by what it logs",
     **dict.fromkeys(
         ("save_only_model", "ignore_data_skip"), "a resumed run is the same as an uninterrupted one"
     ),
 }
-"""What a run decides by itself."""
+"""Fields that a run sets by itself, and why."""
 
 _LEAST = {
     "num_iterations": 1,
@@ -76,7 +76,7 @@ _LEAST = {
     "logging_steps": 1,
     **dict.fromkeys(("epsilon_high", "max_grad_norm", "weight_decay", "warmup_steps"), 0),
 }
-"""The least value of what TRL would take at any."""
+"""The least value of fields for which TRL accepts any value."""
 
 _RIGHT_NAMES = {
     **dict.fromkeys(
@@ -107,19 +107,19 @@ _RIGHT_NAMES = {
     "save_safetensors": "nothing, weights are always saved as safetensors",
     "logging_dir": "nothing, what was logged lies beside the weights",
 }
-"""What a GRPO run's settings are called elsewhere, the tutorial's names among them."""
+"""Names of these settings in other libraries and in the tutorial, with the right names."""
 
 
 def processes_here() -> int:
-    """Return how many processes train together, as torch's or accelerate's launcher says it."""
+    """Return how many processes train together, as torch's or accelerate's launcher has set it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def batch_per_process(recipe: Recipe, processes: int = 1) -> int:
-    """Return how many completions one process takes through the model at once.
+    """Return the number of completions of one micro-batch of one process.
 
-    The batch of a recipe is that of all processes together. Raises ``ValueError`` when it cannot
-    be shared equally.
+    The batch of a recipe is that of all processes together. Raises ``ValueError`` when it cannot be
+    shared equally.
     """
     completions = recipe.prompts_per_step * recipe.num_generations
     parts = recipe.gradient_accumulation_steps * processes
@@ -134,12 +134,12 @@ def batch_per_process(recipe: Recipe, processes: int = 1) -> int:
 
 
 def resolve(recipe: Recipe, out: Path, *, device: str = "auto") -> GRPOConfig:
-    """Return the one ``GRPOConfig`` that ``recipe`` means on ``device`` (auto, cpu or cuda).
+    """Return the ``GRPOConfig`` of ``recipe`` on ``device`` (auto, cpu or cuda).
 
-    What ``recipe.config`` sets comes before what is pinned here. Raises ``ValueError`` for a key
-    that the installed ``GRPOConfig`` does not have, with the right one where it is known, for
-    one that the recipe has a field for, for a value that it does not take, and for a batch that
-    cannot be divided into groups or among the processes.
+    ``recipe.config`` overrides what is pinned here. Raises ``ValueError`` for a key that the
+    installed ``GRPOConfig`` does not have, with the right name if it is known, for a key that the
+    recipe has a field for, for a value that it does not accept, and for a batch that cannot be
+    divided into groups or among the processes.
     """
     cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     bf16 = cuda and torch.cuda.is_bf16_supported()
@@ -160,7 +160,7 @@ def resolve(recipe: Recipe, out: Path, *, device: str = "auto") -> GRPOConfig:
         "max_grad_norm": 1.0,
         "weight_decay": 0.0,
         "data_seed": recipe.seed,
-        # The weights stay in fp32: in half precision the steps of such rates are rounded away.
+        # The weights stay in fp32: in half precision, updates at such rates are rounded away.
         "bf16": bf16,
         "fp16": cuda and not bf16,
         "use_cpu": not cuda,
@@ -171,7 +171,7 @@ def resolve(recipe: Recipe, out: Path, *, device: str = "auto") -> GRPOConfig:
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
         "report_to": "none",
-        # The run saves by itself, where a generation batch is used up; the last two are kept.
+        # The run saves by itself, at the end of a generation batch; the last two are kept.
         "save_strategy": "no",
         "save_total_limit": 2,
     }
@@ -193,10 +193,10 @@ def resolve(recipe: Recipe, out: Path, *, device: str = "auto") -> GRPOConfig:
         )
     try:
         return GRPOConfig(**resolved)
-    except Exception as error:  # each of its own checks, and of the libraries that it asks for
+    except Exception as error:  # its own checks, and those of libraries that it needs
         raise ValueError(
             f"recipe {recipe.name!r}: GRPOConfig of TRL {version('trl')} refuses it "
-            f"({one_line(error)}): mend that field"
+            f"({one_line(error)}): fix that field"
         ) from error
 
 
@@ -231,12 +231,12 @@ def _no_such(recipe: Recipe, key: str) -> str:
 
 
 def checkpointing(config: GRPOConfig) -> bool:
-    """Say whether activations are computed again in the backward pass instead of kept."""
+    """Tell whether activations are recomputed in the backward pass instead of kept."""
     return bool(getattr(config, _CHECKPOINTING))
 
 
 def described(config: GRPOConfig) -> str:
-    """Write a resolved config for a reader: first what is not TRL's default, then all the rest."""
+    """Format a resolved config: first the values that are not TRL's defaults, then the rest."""
     device = {key: getattr(config, key) for key in ("bf16", "fp16", "use_cpu", _CHECKPOINTING)}
     defaults = settings(GRPOConfig(output_dir=str(config.output_dir), **device))
     values = sorted(settings(config).items())

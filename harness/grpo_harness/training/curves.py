@@ -1,4 +1,4 @@
-"""What a training run logged, as files: one row a step, and the curves of it."""
+"""What a training run logged, as files: one row per step, and the curves of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_curves(rows: Sequence[Row], folder: Path) -> None:
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
     """Draw reward, length, entropy and gradient norm over the steps into a PNG file."""
-    # Figure instead of pyplot: no display is looked for and no global state is left.
+    # Figure instead of pyplot: it needs no display and leaves no global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")

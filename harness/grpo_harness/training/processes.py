@@ -1,6 +1,6 @@
-"""Several processes of this machine that train one policy, by torch's own launcher.
+"""Train one policy in several processes of this machine, with torch's launcher.
 
-For several machines there is ``accelerate launch``, which needs nothing of this.
+For several machines there is ``accelerate launch``, which does not need this module.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from grpo_harness.errors import HarnessError
 
 
 class ProcessError(HarnessError):
-    """What ended one of several processes, and with it all of them."""
+    """The error that ended one of several processes, and so all of them."""
 
 
 def launched() -> bool:
-    """Say whether a launcher has started this process as one of several."""
+    """Tell whether a launcher has started this process as one of several."""
     return "RANK" in os.environ
 
 
 def launch(work: Callable[[Any], None], argument: Any, processes: int) -> None:
     """Call ``work(argument)`` in each of ``processes`` new processes, and wait for all.
 
-    Raises ``ProcessError`` with what the first one that failed said, ``KeyboardInterrupt`` when
-    it was that which ended them. The others are ended then.
+    Raises ``ProcessError`` with the message of the first one that failed, or ``KeyboardInterrupt``
+    if that ended them. The others are ended then.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -42,9 +42,9 @@ def launch(work: Callable[[Any], None], argument: Any, processes: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    # As many threads as there are processors, over all of them.
+    # All processes together have as many threads as there are processors.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # What the launcher would say of a failure, at length, is said once in what is raised here.
+    # The launcher's long report of a failure is replaced by the error that is raised here.
     logging.disable(logging.ERROR)
     try:
         elastic_launch(config, _worker)(work, argument)
@@ -63,7 +63,7 @@ def _first(failures: Iterable[tuple[int, Any]]) -> ProcessError:
         told = failure.message
         text = str(told["message"] if isinstance(told, dict) else told)
         said.append((rank, text.removeprefix("ProcessError: "), text.startswith("ProcessError: ")))
-    # One that lost its peer may have been quicker to say so than the peer what was wrong.
+    # A process that lost its peer may report that before the peer reports its own error.
     rank, text, _ = next((entry for entry in said if entry[2]), said[0])
     return ProcessError(f"process {rank}: {text}")
 
@@ -77,6 +77,6 @@ def _worker(work: Callable[[Any], None], argument: Any) -> None:
         sys.exit(130)
     except (ValueError, OSError, HarnessError) as error:
         raise ProcessError(str(error)) from None
-    # Not after an error: the others would learn of it before it is written down.
+    # Not after an error: the other processes would fail before this error is written.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

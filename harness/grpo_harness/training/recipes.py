@@ -1,4 +1,4 @@
-"""What a GRPO run is made of, and the runs that have a name."""
+"""The settings of a GRPO run, and the named recipes."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ _Config = Annotated[dict[str, Any], Meta(description="a mapping from names to va
 
 @dataclass(frozen=True)
 class Recipe:
-    """A GRPO run. Fields that TRL has too carry TRL's names and meanings.
+    """The settings of a GRPO run. Fields that TRL has too have TRL's names and meanings.
 
-    A step draws ``num_generations`` completions for each of ``prompts_per_step`` prompts and
-    makes one update, in ``gradient_accumulation_steps`` equal parts. ``max_prompt_length`` and
-    ``max_completion_length`` count tokens; a longer prompt is an error, since TRL truncates
-    none. A checkpoint to go on from is kept every ``save_steps`` steps, or at the first end of a
-    generation batch behind; with 0 there is none. ``config`` holds further fields of
-    ``GRPOConfig`` by name.
+    A step draws ``num_generations`` completions for each of ``prompts_per_step`` prompts and makes
+    one update, in ``gradient_accumulation_steps`` equal parts. ``max_prompt_length`` and
+    ``max_completion_length`` count tokens; a longer prompt is an error, since TRL does not truncate
+    prompts. A checkpoint to resume from is kept every ``save_steps`` steps, or at the next end of a
+    generation batch; with 0 there is none. ``config`` has further fields of ``GRPOConfig`` by name.
 
-    Raises ``ValueError`` with the recipe, the field and what it has instead of what it may have.
+    Raises ``ValueError`` with the recipe, the field, its value and what it may be.
     """
 
     name: _Text
@@ -73,7 +72,7 @@ class Recipe:
                 raise ValueError(
                     f"recipe {self.name!r}: {name} is {value!r}, not {wanted}"
                 ) from None
-        # A copy: recipes made from one another share nothing that can be changed.
+        # A copy, so that recipes made from one another do not share a mutable object.
         object.__setattr__(self, "config", dict(self.config))
 
 
@@ -94,7 +93,7 @@ _NANO = Recipe(
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        # Batch 1 and G = 2 would be refused: the batch is counted in completions, so it is 2.
+        # TRL would refuse batch 1 with G = 2: it counts completions, so the batch is 2.
         Recipe(
             name="tutorial",
             policy="qwen/Qwen2-0.5B-Instruct",
@@ -109,8 +108,8 @@ RECIPES: Mapping[str, Recipe] = {
             scale_rewards="group",
         ),
         _NANO,
-        # What goes wrong at a high rate: in a group without a right answer only the length
-        # penalty differs, and dividing by that tiny spread makes it count as much as the truth.
+        # What goes wrong at a high rate: in a group without a correct completion only the length
+        # penalty differs, and divided by that tiny spread it counts as much as correctness.
         dataclasses.replace(
             _NANO,
             name="collapse",
@@ -122,9 +121,9 @@ RECIPES: Mapping[str, Recipe] = {
         dataclasses.replace(
             _NANO, name="smoke", n_math=8, n_prog=24, prompts_per_step=8, steps=4, save_steps=2
         ),
-        # The shortest run seen to learn whatever its seed. Every step asks all of its few problems,
-        # so that the last steps are compared with the first on the same ones. beta is too small
-        # to hold the policy back: it is there for kl to be logged.
+        # The shortest run that was seen to learn with every seed. Every step asks all problems, so
+        # that the first and last steps are compared on the same ones. beta is too small to hold
+        # the policy back: it makes TRL log kl.
         dataclasses.replace(
             _NANO,
             name="learn",
@@ -140,11 +139,11 @@ RECIPES: Mapping[str, Recipe] = {
         ),
     )
 }
-"""The recipes that have a name."""
+"""The named recipes."""
 
 
 def named(name: str) -> Recipe:
-    """Return the recipe of that name. Raises ``ValueError`` with the names that there are."""
+    """Return the recipe of that name. Raises ``ValueError`` with the known names."""
     if name not in RECIPES:
         raise ValueError(f"no recipe {name!r}: there are {', '.join(RECIPES)}")
     return RECIPES[name]

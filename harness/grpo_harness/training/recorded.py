@@ -1,7 +1,8 @@
-"""What every named recipe resolved to when it was recorded, and what has changed since.
+"""The recorded configs of the named recipes, and what has changed since.
 
-A default that flips in an upgrade of TRL or transformers shows as a difference with a name. What
-was recorded is the project's, in git beside its baselines: ``<baselines>/recipes/<name>.json``.
+A default that changes in an upgrade of TRL or transformers shows as a difference with a name. The
+recorded configs are the project's, in git beside its baselines:
+``<baselines>/recipes/<name>.json``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from grpo_harness.training.config import resolve, settings
 from grpo_harness.training.recipes import Recipe
 
 FOLDER = "recipes"
-"""The folder among the baselines that holds ``<name>.json`` for each recipe."""
+"""The folder below the baselines that holds ``<name>.json`` for each recipe."""
 
 _OF_THE_MACHINE = {
     "output_dir",
@@ -35,7 +36,7 @@ _OF_THE_MACHINE = {
     "gradient_checkpointing",
     "per_device_train_batch_size",
 }
-"""What follows from the folder, the device and the number of processes, not from the recipe."""
+"""Keys that depend on the folder, the device or the number of processes, not on the recipe."""
 
 
 class _Absent:
@@ -64,19 +65,19 @@ class Difference:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide what a config says."""
+    """Return the versions of the libraries that affect a config."""
     return {name: version(name) for name in ("trl", "transformers")}
 
 
 def path_of(name: str, baselines: Path) -> Path:
-    """Return where what a recipe resolved to is kept among a project's ``baselines``."""
+    """Return the path of a recipe's recorded config below a project's ``baselines``."""
     return baselines / FOLDER / f"{name}.json"
 
 
 def recorded(name: str, baselines: Path) -> Mapping[str, Any]:
-    """Return what was recorded of the recipe ``name``: ``versions`` and ``config``.
+    """Return the recorded ``versions`` and ``config`` of the recipe ``name``.
 
-    Raises ``HarnessError`` when there is nothing, or what is there cannot be read.
+    Raises ``HarnessError`` when there is no record, or it cannot be read.
     """
     path = path_of(name, baselines)
     try:
@@ -96,9 +97,9 @@ def recorded(name: str, baselines: Path) -> Mapping[str, Any]:
 def differences(
     recipe: Recipe, against: Mapping[str, Any], *, device: str = "auto"
 ) -> tuple[Difference, ...]:
-    """Compare what ``recipe`` resolves to with what was ``recorded`` of it, key by key.
+    """Compare the config of ``recipe`` with the ``recorded`` one, key by key.
 
-    What follows from the folder, the device and the number of processes is left out. Raises as
+    Keys that depend on the folder, the device or the number of processes are left out. Raises as
     ``resolve``.
     """
     was = against["config"]
@@ -111,7 +112,7 @@ def differences(
 
 
 def record(recipe: Recipe, baselines: Path) -> Path:
-    """Write down what ``recipe`` resolves to now, with the versions, and return the file."""
+    """Record the current config of ``recipe``, with the versions, and return the file."""
     config = _portable(resolve(recipe, Path("out"), device="cpu"))
     path = path_of(recipe.name, baselines)
     path.parent.mkdir(parents=True, exist_ok=True)

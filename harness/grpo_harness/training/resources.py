@@ -1,6 +1,6 @@
-"""What a training run cost: time, tokens and memory, and on which hardware.
+"""What a training run took: time, tokens and memory, and on which hardware.
 
-Figures of two runs are compared only when their hardware is of the same class.
+Figures of two runs are compared only if their hardware is of the same class.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from grpo_harness.training.curves import Row
 FILE = "resources.json"
 _FIGURES = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
 _MOST = 1e15
-"""More than this (an hour is 3600 seconds, a TiB 1.1e12 bytes) is no figure of a run."""
+"""Larger figures are not plausible (an hour is 3600 seconds, a TiB 1.1e12 bytes)."""
 
 
 class ResourcesError(HarnessError):
-    """Figures that cannot be read, or not be compared: one line that says why."""
+    """Figures cannot be read or compared. One line with the reason."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def resources(
     rows: Sequence[Row], *, completions: int, processes: int, peak: int, cuda: bool
 ) -> Resources:
     """Sum up the logged ``rows`` of a run that drew ``completions`` in a generation batch."""
-    # A step that uses completions again logs no length of its own.
+    # A step that reuses completions logs no length of its own.
     tokens = sum(row.get("completions/mean_length") or 0.0 for row in rows) * completions
     seconds = [row["step_time"] for row in rows]
     return Resources(
@@ -84,7 +84,7 @@ def hardware(*, cuda: bool) -> str:
 
 
 def peak_memory(*, cuda: bool) -> int:
-    """Return the most memory, in bytes, that this process has had."""
+    """Return the peak memory of this process, in bytes."""
     if cuda:
         import torch
 
@@ -119,14 +119,14 @@ def read_resources(folder: Path) -> Resources:
             f"{path} cannot be read ({one_line(error)}): "
             "name a folder that `grpo-harness train` left"
         ) from error
-    # It reaches a terminal, and may come with anybody's checkpoint.
+    # Untrusted: it may come with a downloaded checkpoint, and is shown on a terminal.
     return replace(measured, hardware=escape(measured.hardware))
 
 
 def compare(now: Resources, then: Resources) -> Mapping[str, float]:
-    """Return now over then for seconds a step, tokens a second and peak memory.
+    """Return now over then for seconds per step, tokens per second and peak memory.
 
-    Raises ``ResourcesError`` where hardware or number of processes differ.
+    Raises ``ResourcesError`` if hardware or number of processes differ.
     """
     for name in ("hardware", "processes"):
         if getattr(now, name) != getattr(then, name):

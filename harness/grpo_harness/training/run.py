@@ -1,7 +1,7 @@
 """One run: a recipe, trained from a policy on disk to a policy on disk.
 
-A :class:`Recipe` is the whole of a run, and the rule reward its only signal. A run
-that ended early goes on from its last checkpoint when the same is asked again. Several
+A :class:`Recipe` has all settings of a run, and the rule reward is its only signal. A run that
+ended early continues from its last checkpoint when the same run is started again. Several
 processes, started by torch's or accelerate's launcher, train one policy together.
 """
 
@@ -54,10 +54,10 @@ from grpo_harness.training.unfinished import Unfinished, check_new, folder_of
 
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """A finished run: the folder it left, what was logged of every step, and the trained model.
+    """A finished run: its folder, the log of every step, and the trained model.
 
-    ``weights_moved`` is the share of elements that changed, of the tensor where it is least, and
-    ``fingerprint`` what the folder's policy is known by.
+    ``weights_moved`` is the share of changed elements in the tensor that changed least, and
+    ``fingerprint`` that of the trained policy.
     """
 
     path: Path
@@ -77,27 +77,27 @@ def train(
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> TrainingRun:
-    """Train ``recipe.policy`` by ``recipe`` on ``reward``, and leave the result in ``out``.
+    """Train ``recipe.policy`` by ``recipe`` on ``reward``, and write the result to ``out``.
 
     The folder holds the checkpoint in safetensors with its tokenizer, ``recipe.json`` (recipe,
-    resolved config, versions, fingerprint), ``problems.txt`` (the ids of what it was trained on,
-    which no evaluation of it may ask), ``curves.csv``, ``log.json``, ``curves.png`` and
-    ``resources.json``. It appears when it is complete and not before. Until then
-    ``<out>.unfinished`` keeps the last two checkpoints: a run that ended early goes on from
-    there, to the same weights as if it had not, and ``notice`` is told so.
+    resolved config, versions, fingerprint), ``problems.txt`` (the ids of the training problems,
+    which no evaluation of the policy may ask), ``curves.csv``, ``log.json``, ``curves.png`` and
+    ``resources.json``. It appears only when it is complete. Until then ``<out>.unfinished`` keeps
+    the last two checkpoints: a run that ended early continues from there, to the same weights as
+    without the interruption, and passes a message to ``notice``.
 
-    The reward is known by its name: a run may go on with one that was mended in between.
+    The reward is identified by its name: a run may continue with one that was fixed in between.
 
     Raises ``FileExistsError`` when ``out`` exists, ``UnfinishedError`` when another run's
-    checkpoints are where this one's would go, ``ValueError`` for a recipe that cannot be resolved
+    checkpoints are in the place of this one's, ``ValueError`` for a recipe that cannot be resolved
     or a prompt that is too long, ``PolicyError`` for a policy that cannot be loaded, and
-    ``TrainingError`` when the reward fails, a figure is not finite or a file cannot be written.
-    With a checkpoint to go on from, the error has a note that says where.
+    ``TrainingError`` when the reward fails, a figure is not finite or a file cannot be written. If
+    there is a checkpoint to continue from, the error has a note that names it.
     """
     out, scored = Path(out), checked(reward)
     check_new(out)
     config = resolve(recipe, folder_of(out), device=device)
-    # Each of several processes has a device of its own, and the trainer brings the model there.
+    # Each of several processes has its own device, and the trainer moves the model there.
     on = device if config.world_size == 1 else "cpu"
     policy = load(recipe.policy)
     model = load_weights(policy, device_of(on), torch.float32)
@@ -108,7 +108,7 @@ def train(
         )
     problems = _problems(recipe, (config.generation_batch_size or 0) // recipe.num_generations)
     prompts = _prompts(recipe, policy, problems)
-    # What has to be the same for one run to go on from the checkpoints of another.
+    # What has to be the same for a run to continue from the checkpoints of another.
     identity = {
         "config": settings(config),
         "policy": dataclasses.asdict(policy.fingerprint),
@@ -117,7 +117,7 @@ def train(
         "processes": config.world_size,
         "versions": _versions(),
     }
-    # Of several processes the first one writes; the others have their part in every step.
+    # Only the first of several processes writes.
     unfinished = Unfinished(out, identity) if config.process_index == 0 else None
     try:
         watch = Watch(save_every(config, recipe.save_steps), progress if unfinished else None)
@@ -125,7 +125,7 @@ def train(
         trainer = _trainer(recipe, config, policy, model, prompts, scored, watch)
         trainer.unfinished = unfinished
         _go(trainer, model, notice)
-        # Every process has its part in these two, wherever the weights and the memory are.
+        # All processes must call these two, because each has a part of the result.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         peak = max(gather_object([peak_memory(cuda=not config.use_cpu)]))
         told: list[Any] = [None]
@@ -171,7 +171,7 @@ def train(
 
 
 def _problems(recipe: Recipe, asked: int) -> list[Problem]:
-    """The problems of a recipe, of which ``asked`` are asked at once."""
+    """Return the problems of a recipe, of which ``asked`` are asked at once."""
     problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
     if len(problems) < asked:
         raise ValueError(
@@ -194,7 +194,7 @@ def _prompts(recipe: Recipe, policy: Policy, problems: Sequence[Problem]) -> lis
 
 def _once_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     # The chat template has written the special tokens, and TRL tokenizes a string prompt with
-    # those that the tokenizer adds by itself: a beginning must not stand there twice.
+    # those that the tokenizer adds itself: the begin token must not be there twice.
     wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer(text)["input_ids"] == wanted:
         return text
@@ -217,7 +217,7 @@ def _trainer(
     watch: Watch,
 ) -> Trainer:
     model = model.requires_grad_(True)
-    # What ends an answer is all that the checkpoint's generation config may still say.
+    # Only the end tokens of the checkpoint's generation config are used.
     model.generation_config = GenerationConfig(
         eos_token_id=list(policy.eos_token_ids), pad_token_id=policy.tokenizer.pad_token_id
     )
@@ -230,10 +230,10 @@ def _trainer(
             processing_class=policy.tokenizer,
             callbacks=[watch],
         )
-    except Exception as error:  # each of its own checks, and of the libraries that it asks for
+    except Exception as error:  # its own checks, and those of libraries that it needs
         raise TrainingError(
             f"recipe {recipe.name!r}: the trainer of TRL {version('trl')} refuses it "
-            f"({one_line(error)}): mend it, or install what it asks for"
+            f"({one_line(error)}): fix it, or install what it needs"
         ) from error
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -257,26 +257,26 @@ def _go(trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] 
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             trainer.epochs_done = int(state["epoch"])
         with warnings.catch_warnings(), _guarded():
-            # TRL asks the model by a name that transformers calls deprecated: not our doing.
+            # TRL uses a name that is deprecated in transformers.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)
-    except Exception as error:  # whatever torch, json and safetensors have to say of a file
+    except Exception as error:  # torch, json and safetensors raise various errors
         if folder is None or trainer.begun:
             raise
         raise TrainingError(
-            f"{folder} cannot be read ({one_line(error)}): remove it, and the same again goes on "
-            "from the one before"
+            f"{folder} cannot be read ({one_line(error)}): remove it, and the same command "
+            "continues from the one before"
         ) from error
     model.config.use_cache = caches
 
 
 @contextmanager
 def _guarded() -> Iterator[None]:
-    # With this torch refuses every pickle that is more than tensors and numbers, whoever loads it.
+    # With this torch refuses every pickle that has more than tensors and numbers, in any library.
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     was, shown = os.environ.get(name), logging.get_verbosity()
     os.environ[name] = "1"
-    # transformers warns of what is meant: tied weights, the tokenizer's special tokens.
+    # transformers warns about what is intended: tied weights, the tokenizer's special tokens.
     logging.set_verbosity_error()
     try:
         yield
@@ -295,7 +295,7 @@ def _write(
     problems: Sequence[Problem],
     rows: Sequence[Row],
 ) -> str:
-    """Write the trained policy, what it was trained on and its curves; return its fingerprint."""
+    """Write the trained policy, its problems and its curves; return its fingerprint."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     with quiet():
@@ -305,8 +305,8 @@ def _write(
     (folder / TRAINED_ON).write_text(ids, encoding="utf-8")
     write_curves(rows, folder)
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors leaves what only the owner may read
-    # Read back, a checkpoint is known to be one.
+        path.chmod(0o644)  # safetensors writes files that only the owner may read
+    # Loading it shows that the checkpoint is complete.
     return str(load(str(folder)).fingerprint)
 
 

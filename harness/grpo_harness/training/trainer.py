@@ -1,6 +1,6 @@
-"""TRL's trainer under watch: its reward, its figures, its checkpoints.
+"""TRL's trainer, with checks of its reward, figures and checkpoints.
 
-Whatever goes wrong in one of them ends the run with one line that names the step.
+An error in one of them ends the run with one line that names the step.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ Progress = Callable[[Row], None]
 
 
 class TrainingError(HarnessError):
-    """A run that cannot go on: one line with the step, what happened and what to do."""
+    """A run cannot continue. One line: the step, what happened and what to do."""
 
 
 class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
-    """TRL's trainer, with checkpoints that are known to be whole and the run's own.
+    """TRL's trainer, with checkpoints that are checked to be complete and of this run.
 
-    ``unfinished`` is where they are kept, in the process that leads; ``epochs_done`` says how
-    often a resumed run has been through its problems, and ``begun`` that all it needs is read.
+    ``unfinished`` is where they are kept, in the first process; ``epochs_done`` is the number of
+    epochs that a resumed run has finished, and ``begun`` tells that training has started and
+    nothing more is read.
     """
 
     unfinished: Unfinished | None = None
@@ -47,10 +48,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
     begun = False
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: ``recipe.json`` says more."""
+        """Write no model card: ``recipe.json`` says more."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Make a part of a step. Raises ``TrainingError`` for what a recipe can be changed for."""
+        """Make a part of a step. Raises ``TrainingError`` if a change of the recipe can help."""
         self.begun = True
         step = self.state.global_step + 1
         try:
@@ -62,7 +63,7 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
             ) from error
         except ValueError as error:
             raise TrainingError(
-                f"step {step}: TRL {version('trl')} refuses the recipe ({one_line(error)}): mend it"
+                f"step {step}: TRL {version('trl')} refuses the recipe ({one_line(error)}): fix it"
             ) from error
         except RuntimeError as error:
             if "probability tensor" not in str(error):
@@ -73,8 +74,8 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
             ) from error
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
-        # TRL draws a new order of the problems for each epoch from one generator, which a
-        # resumed run begins anew: what the finished epochs drew has to be drawn again.
+        # TRL draws a new order of the problems for each epoch from one generator. A resumed run
+        # starts it from the beginning, so the orders of finished epochs are drawn again.
         sampler = super()._get_train_sampler(dataset)
         for _ in range(self.epochs_done):
             next(iter(sampler))
@@ -93,12 +94,12 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
 
 @contextmanager
 def writing(folder: Path, what: str) -> Iterator[None]:
-    """Let ``folder`` be written whole or not at all. Raises ``TrainingError``."""
+    """Remove ``folder`` if writing it fails. Raises ``TrainingError``."""
     try:
         yield
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        # What a full disk is to Python, to torch and to safetensors.
+        # A full disk raises one of these in Python, torch and safetensors.
         if not isinstance(error, OSError | RuntimeError | SafetensorError):
             raise
         raise TrainingError(
@@ -108,9 +109,9 @@ def writing(folder: Path, what: str) -> Iterator[None]:
 
 
 def check_finite(weights: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
-    """Raise ``TrainingError`` with the tensor that a step has left with other than numbers.
+    """Raise ``TrainingError`` with a tensor that is not finite after a step.
 
-    Nothing of the step itself shows that: it is its update, which no loss has been seen of yet.
+    The step's own figures do not show it, because its loss was computed before the update.
     """
     for name, weight in weights:
         if not bool(torch.isfinite(weight).all()):
@@ -120,10 +121,10 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]], step: int) -> None
 
 
 def save_every(config: GRPOConfig, save_steps: int) -> int:
-    """Return how many steps lie between two checkpoints: ``save_steps`` or a little more.
+    """Return the number of steps between two checkpoints: ``save_steps`` or a little more.
 
-    Completions that are drawn and not yet used up are not part of a checkpoint: a resumed run is
-    the same only from where a generation batch ends.
+    A checkpoint does not have completions that are drawn but not yet used: a resumed run is the
+    same only from the end of a generation batch.
     """
     accumulated = config.gradient_accumulation_steps
     drawn = (config.steps_per_generation or accumulated) * config.num_iterations
@@ -132,7 +133,7 @@ def save_every(config: GRPOConfig, save_steps: int) -> int:
 
 
 class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Passes every logged step on, asks for checkpoints, and ends the run at a bad figure."""
+    """Passes every logged step on, requests checkpoints, and ends the run at a bad figure."""
 
     def __init__(self, save_every: int, progress: Progress | None) -> None:
         self.rows: list[Row] = []
@@ -140,11 +141,11 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._progress = progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over what a resumed run has logged before."""
+        """Take over the log of a resumed run."""
         self.rows = [{"step": row["step"], **row} for row in state.log_history if "loss" in row]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint where one is due; at the last step the result follows."""
+        """Request a checkpoint when one is due; the last step is followed by the result instead."""
         due = self._save_every > 0 and state.global_step % self._save_every == 0
         control.should_save = due and state.global_step < state.max_steps
 
@@ -161,11 +162,11 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
             return
         row = {"step": state.global_step, **logs}
         for name in ("loss", "grad_norm", "reward"):
-            # A step that uses completions again has no reward of its own. The trainer logs None
-            # for a number that JSON does not have.
+            # A step that reuses completions has no reward of its own. The trainer logs None for a
+            # number that JSON does not have.
             value = row.get(name, 0.0)
             if value is None or not math.isfinite(value):
-                what = "mend the reward" if name == "reward" else "lower the learning rate"
+                what = "fix the reward" if name == "reward" else "lower the learning rate"
                 raise TrainingError(
                     f"step {row['step']}: {name} is {value}, which no step recovers from: {what}"
                 )
@@ -175,9 +176,9 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def checked(reward: RewardFunction) -> RewardFunction:
-    """Return ``reward`` such that whatever is wrong with it ends the run and names the step.
+    """Return ``reward`` such that an error in it ends the run and names the step.
 
-    Raises ``ValueError`` for what cannot be called.
+    Raises ``ValueError`` if it cannot be called.
     """
     if not callable(reward):
         raise ValueError(f"the reward is {brief(reward)}, not a function")
@@ -191,9 +192,9 @@ def checked(reward: RewardFunction) -> RewardFunction:
         if all(value is None for value in scores):
             raise TrainingError(
                 f"{where}: the reward {reward_name(reward)} scored none of {len(scores)} "
-                "completions: mend it"
+                "completions: fix it"
             )
         return scores
 
-    scored.__name__ = reward_name(reward)  # which TRL logs it by
+    scored.__name__ = reward_name(reward)  # the name in TRL's logs
     return scored

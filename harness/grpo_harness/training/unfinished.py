@@ -1,8 +1,8 @@
-"""A training run that is not finished: its last good checkpoints, in a folder beside the result.
+"""The checkpoints of a training run that is not finished, in a folder beside the result.
 
-``<out>.unfinished`` holds ``run.json``, which says what run this is, and one folder for each
-checkpoint with a manifest: the digest of every file, written last. What the manifest does not
-vouch for, cut short or foreign, is never read. Nothing here loads torch.
+``<out>.unfinished`` holds ``run.json``, which identifies the run, and one folder for each
+checkpoint with a manifest: the digest of every file, written last. A checkpoint that does not match
+its manifest, because it is incomplete or foreign, is never read. Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _RUN, _MANIFEST, _LOCK, _HALF = "run.json", "manifest.json", ".lock", "run.json.
 
 
 class UnfinishedError(HarnessError):
-    """An unfinished run that this one cannot go on from: one line with why and what to do."""
+    """An unfinished run cannot be continued by this one. One line: why, and what to do."""
 
 
 class Unfinished:
     """The folder of a run under way, held by one process at a time.
 
-    ``run`` says what the run is: only its like may go on from its checkpoints. ``notices`` tells
-    which checkpoints were left out and why. Raises ``UnfinishedError`` when another process holds
-    the folder, or when it keeps the checkpoints of another run.
+    ``run`` identifies the run: only an equal one may continue from its checkpoints. ``notices``
+    tells which checkpoints were left out and why. Raises ``UnfinishedError`` when another process
+    holds the folder, or when it keeps the checkpoints of another run.
     """
 
     def __init__(self, out: Path, run: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Unfinished:
             (self.folder / _HALF).replace(path)
 
     def last(self) -> Path | None:
-        """Return the folder of the last good checkpoint; newer ones are removed."""
+        """Return the folder of the last valid checkpoint, or None; newer ones are removed."""
         for path in _checkpoints(self.folder):
             wrong = _wrong(path, self._run)
             if wrong is None:
@@ -95,14 +95,14 @@ class Unfinished:
         return None
 
     def seal(self, checkpoint: Path) -> None:
-        """Vouch for a checkpoint that is complete."""
-        # Pickles that nothing needs: they would only wait for someone to load them.
+        """Write the manifest of a complete checkpoint."""
+        # A pickle that nothing needs; somebody might load it.
         (checkpoint / "training_args.bin").unlink(missing_ok=True)
         manifest = {"run": _digest(self._run), "files": _files(checkpoint)}
         (checkpoint / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     def leave(self) -> str | None:
-        """Let go of the folder. Returns what is kept, in words; with nothing to keep it is gone."""
+        """Unlock the folder. Returns what is kept, in words; without a checkpoint it is removed."""
         self._lock.release()
         return leave(self.folder)
 
@@ -113,23 +113,24 @@ class Unfinished:
 
 
 def check_new(out: Path) -> None:
-    """Raise ``FileExistsError`` where ``out`` exists already, if only as a link to nowhere."""
+    """Raise ``FileExistsError`` if ``out`` exists already, also as a broken link."""
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: name another folder, or remove it")
 
 
 def folder_of(out: Path) -> Path:
-    """Return where the checkpoints of the run that shall become ``out`` are kept."""
+    """Return the folder for the checkpoints of a run that will write ``out``."""
     return out.with_name(f"{out.name}.unfinished")
 
 
 def leave(folder: Path) -> str | None:
-    """Say what the folder of a run that ended early keeps; one without a checkpoint is removed."""
+    """Return what the folder of a run that ended early keeps; remove it if it has no checkpoint."""
     run = _json(folder / _RUN)
     kept = _last(folder, run) if run is not None else None
     if kept is not None:
         return (
-            f"{kept} is kept: the same again goes on from there, another recipe needs another --out"
+            f"{kept} is kept: the same command continues from there, another recipe needs "
+            "another --out"
         )
     if run is not None:
         shutil.rmtree(folder, ignore_errors=True)
