@@ -1,1 +1,1 @@
-"""What is asserted: one file, one question."""
+"""The suites: one file, one question."""

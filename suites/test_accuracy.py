@@ -1,9 +1,9 @@
-"""Does each policy still answer as well as its baseline?"""
+"""Is each policy still as accurate as its baseline?"""
 
 import pytest
 
 
 @pytest.mark.grpo("accuracy")
 def test_accuracy(evaluation, baseline, gate):
-    """The share of correct answers has not dropped."""
+    """The share of correct completions has not dropped."""
     gate.accuracy(evaluation, baseline)

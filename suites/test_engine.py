@@ -1,6 +1,6 @@
-"""Does the engine draw what it is asked for: each row by its own seed, and by nothing else?
+"""Does the engine draw correctly: each row from its own seed, and from nothing else?
 
-What is asked here of the draws themselves would elsewhere read as a policy that changed.
+In other suites, a fault in the draws would look like a policy that changed.
 """
 
 import json
@@ -31,7 +31,7 @@ def test_the_seed_is_the_runs(grpo_session, pytestconfig):
 
 
 def test_every_sample_has_a_seed_of_its_own(task_type):
-    """Seeds differ by run, problem and number, and are always the same."""
+    """Seeds differ by run, problem and number, and are the same every time."""
     problems = [problem.id for problem in task_type.problems(64)]
     parts = [(run, problem, k) for run in (0, 1, 2) for problem in problems for k in range(4)]
     seeds = [sample_seed(*part) for part in parts]
@@ -40,9 +40,9 @@ def test_every_sample_has_a_seed_of_its_own(task_type):
 
 
 def test_another_run_draws_others(evaluation, grpo_session):
-    """With another run's seed the same problems get other answers: a rerun is new evidence.
+    """With another run's seed the same problems get other completions: a rerun is new evidence.
 
-    Through the store, which must not give one run's samples to another.
+    This includes the store, which must not give one run's samples to another.
     """
     if grpo_session.settings.sampling.greedy:
         pytest.skip("greedy decoding has one answer, whatever the seed")
@@ -53,7 +53,7 @@ def test_another_run_draws_others(evaluation, grpo_session):
         for a, b in zip(ours.completions, theirs.completions, strict=False)
     ]
     varied = any(len({c.text for c in group.completions}) > 1 for group in evaluation.groups)
-    # A policy that always answers alike would do so for every seed.
+    # A policy that draws the same completion each time would do so for every seed.
     assert not varied or any(a != b for a, b in pairs), (
         f"{len(pairs)} completions of {AGAIN} problems are the same with seed "
         f"{evaluation.run_seed} and with {again.run_seed}: the run's seed does not reach the "
@@ -62,11 +62,11 @@ def test_another_run_draws_others(evaluation, grpo_session):
 
 
 def test_the_samples_of_a_problem_differ(evaluation, baseline):
-    """Where the baseline's answers to a problem were sometimes right, today's are not all alike."""
+    """Samples differ on problems where only some of the baseline's completions were correct."""
     records = [baseline.records[group.problem.id] for group in evaluation.groups]
     rates = [record.correct / record.k for record in records]
-    # So many problems should have one of two answers right and the other wrong; that none has,
-    # where 20 should, happens once in 5e8 runs.
+    # The expected number of problems with one of two samples correct and the other wrong. If it
+    # is 20, no such problem is found once in 5e8 runs.
     expected = sum(2 * rate * (1 - rate) for rate in rates)
     for one, two in combinations(range(evaluation.k), 2):
         pairs = [(group.completions[one], group.completions[two]) for group in evaluation.groups]
@@ -79,10 +79,10 @@ def test_the_samples_of_a_problem_differ(evaluation, baseline):
 
 
 def test_an_answer_does_not_depend_on_its_batch(engine, policy):
-    """Alone, in company, in odd batches and in another order a request has the same answer.
+    """A request gets the same completion alone, in any batch and in another order.
 
-    In full precision but for numerical ties. In half precision the numbers of a batch do depend on
-    its shape, and a token in some tens falls the other way: there the first one is compared.
+    In full precision, except for numerical ties. In half precision the numbers of a batch do depend
+    on its shape, and one token in some tens differs: there only the first character is compared.
     """
     problems = [p for name in task_types() for p in task_types()[name].problems(4)]
     requests = [
@@ -119,7 +119,7 @@ def test_an_answer_does_not_depend_on_its_batch(engine, policy):
 
 
 def test_rewards_belong_to_their_completions(evaluation, grpo_session):
-    """Some completions, each scored again by itself, have the rewards that they were given."""
+    """Some completions, each scored again by itself, get the rewards that they had."""
     scored = [(g.problem, c) for g in evaluation.groups for c in g.completions]
     chosen = random.Random(evaluation.run_seed).sample(scored, min(RESCORED, len(scored)))
     for problem, completion in chosen:
@@ -138,7 +138,7 @@ def test_rewards_belong_to_their_completions(evaluation, grpo_session):
 
 @pytest.fixture(scope="module")
 def two_ended(tmp_path_factory):
-    """A policy with a second end token, whose tokenizer begins every text by itself."""
+    """A policy with a second end token, whose tokenizer adds a begin token to every text."""
     from grpo_harness.contract.policies import two_ended
     from grpo_harness.policy import load
 
@@ -146,7 +146,7 @@ def two_ended(tmp_path_factory):
 
 
 def test_a_prompt_begins_once_and_any_end_token_ends_it(two_ended, grpo_session):
-    """What the chat template wrote is what the model reads, and each end token is an end."""
+    """The model reads exactly what the chat template wrote, and any end token ends a completion."""
     prompts = [p.prompt for p in task_types()["math"].problems(32)]
     engine, given = grpo_session.engine(two_ended), []
     with engine:

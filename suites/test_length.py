@@ -1,6 +1,6 @@
-"""Does each policy still answer at the length, and in the form, that its baseline does?
+"""Do the completions of each policy still have the length and form of its baseline?
 
-Kept apart from accuracy and reward: a policy that learns to write less to save the length penalty
+Separate from accuracy and reward: a policy that learns to write less to save the length penalty
 shows here first.
 """
 
@@ -9,17 +9,17 @@ import pytest
 
 @pytest.mark.grpo("length")
 def test_length(evaluation, baseline, gate):
-    """Answers have become neither longer nor shorter."""
+    """Completions have become neither longer nor shorter."""
     gate.length(evaluation, baseline)
 
 
 @pytest.mark.grpo("truncation")
 def test_truncation(evaluation, baseline, gate):
-    """No more answers are cut off by the token limit."""
+    """The share of completions that the token limit cuts off has not risen."""
     gate.truncation(evaluation, baseline)
 
 
 @pytest.mark.grpo("unparsable")
 def test_unparsable(evaluation, baseline, gate):
-    """No more answers are without anything that reads as an answer."""
+    """The share of completions without a readable answer has not risen."""
     gate.unparsable(evaluation, baseline)

@@ -1,10 +1,10 @@
-"""Are the policies what they are said to be: whole, sane, and two?"""
+"""Are the policies what they should be: complete, working, and two different ones?"""
 
 from grpo_harness.text import escape
 
 
 def test_logits_are_finite(engine, policy, task_type):
-    """The policy gives every token of a batch of padded prompts a finite logit."""
+    """The policy's logits are finite for every token of a batch of padded prompts."""
     import torch
 
     prompts = [policy.render(problem.prompt) for problem in task_type.problems(8)]
@@ -14,11 +14,14 @@ def test_logits_are_finite(engine, policy, task_type):
     with torch.inference_mode():
         logits = engine.model(**batch).logits
     finite = torch.isfinite(logits[batch["attention_mask"].bool()]).all(-1)
-    assert finite.all(), f"{policy.name}: {int((~finite).sum())} of {len(finite)} tokens have none"
+    assert finite.all(), (
+        f"{policy.name}: {int((~finite).sum())} of {len(finite)} tokens have a logit that is not "
+        "finite"
+    )
 
 
 def test_samples_are_text(policy, task_type, sample):
-    """The policy answers with text, and with the same text for the same seed."""
+    """The policy writes text, and the same text for the same seed."""
     problems = task_type.problems(4)
     prompts = [problem.prompt for problem in problems]
     answers = sample(policy, prompts)
@@ -31,7 +34,8 @@ def test_samples_are_text(policy, task_type, sample):
 def test_trained_is_not_base(base_policy, trained_policy, sample):
     """Training has moved the weights: a run that loads the base twice is caught here.
 
-    By the files, and by what is in memory: an engine refuses weights that another policy has.
+    Both the files and the weights in memory are checked: an engine refuses another policy's
+    weights.
     """
     moved = trained_policy.fingerprint.weights != base_policy.fingerprint.weights
     assert moved, (

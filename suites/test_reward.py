@@ -1,10 +1,9 @@
 """Did the reward rule change?
 
-The cases in ``reward_cases.json`` are the rule, written out: for each task type the edges of the
-rule, with the score that each completion has and, in ``why``, what the case is there for. A changed
-score makes every stored baseline and every trained policy's history incomparable, so it is never a
-detail. When the change is meant, edit the file by hand: it is small, and its diff is the statement
-of what changed.
+The cases in ``reward_cases.json`` are the rule, written out: for each task type the edge cases,
+with the score of each completion and, in ``why``, the purpose of the case. After a changed score,
+every stored baseline and every earlier result of a policy is incomparable. If the change is meant,
+edit the file by hand: it is small, and its diff shows what changed.
 """
 
 import json
@@ -26,7 +25,7 @@ IF_MEANT = (
 
 
 def score(grpo_session, cases):
-    """Score cases with the configured reward: one number each, or the test fails here."""
+    """Score cases with the configured reward: one number each, or the test fails."""
     prompts = [case["prompt"] for case in cases]
     completions = [case["completion"] for case in cases]
     scores = grpo_session.settings.reward(prompts=prompts, completions=completions)
@@ -35,7 +34,7 @@ def score(grpo_session, cases):
 
 
 def changes(cases, key, now):
-    """Describe every case whose stored value under ``key`` is not what it is now."""
+    """Describe every case whose stored value under ``key`` differs from its value in ``now``."""
     return [
         f"case {number} ({case['why']}): {key} {case[key]!r} is stored, now it is {value!r}\n"
         f"    prompt      {escape(case['prompt'].splitlines()[-1])}\n"
@@ -58,21 +57,21 @@ def report(name, changed, what):
 
 @pytest.mark.parametrize("name", CASES)
 def test_scores(name, grpo_session):
-    """Every case has the score it had, to the last bit."""
+    """Every case has its stored score, to the last bit."""
     cases = CASES[name]
     report(name, changes(cases, "score", score(grpo_session, cases)), "are scored differently")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_readings(name):
-    """Every case is read as it was: as correct, wrong or unparsable."""
+    """Every case has its stored reading: correct, wrong or unparsable."""
     cases = CASES[name]
     now = [read(case["prompt"], case["completion"]) for case in cases]
     report(name, changes(cases, "reading", now), "are read differently")
 
 
 def test_scores_are_finite_and_repeatable(grpo_session):
-    """Each completion has one finite score, the same when asked again, alone or in company."""
+    """Scores are finite, and the same when repeated and in another order."""
     cases = [case for of_type in CASES.values() for case in of_type]
     first = score(grpo_session, cases)
     bad = [value for value in first if not math.isfinite(value)]

@@ -1,10 +1,10 @@
-"""How fast does each policy answer? Measured and reported, never judged."""
+"""How fast does each policy draw completions? Measured and reported, never judged."""
 
 from grpo_harness.tasks import task_types
 
 
 def test_sampling(benchmark, policy, engine, sample):
-    """Answer one batch of 64 problems of the type with the longest prompts."""
+    """Draw completions of 64 problems of the type with the longest prompts, in one batch."""
     prompts = [problem.prompt for problem in task_types()["sort"].problems(64)]
     answers = benchmark.pedantic(sample, args=(policy, prompts), rounds=3, warmup_rounds=1)
     tokens = sum(answer.tokens for answer in answers)
