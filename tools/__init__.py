@@ -1,1 +1,1 @@
-"""What makes and proves the product, and is not shipped with it."""
+"""Tools that make and validate the product, and are not shipped with it."""

@@ -1,1 +1,1 @@
-"""How long things take, side by side in one run."""
+"""Timings of alternatives, measured in the same run."""

@@ -1,7 +1,7 @@
-"""What the plugin costs a repository that has nothing to do with it.
+"""Measure what the plugin costs a repository that does not use it.
 
-``python -m tools.bench.collecting`` collects trivial tests with the plugin and without it, in
-turn, and compares pair by pair.
+``python -m tools.bench.collecting`` collects trivial tests with the plugin and without it, in turn,
+and compares pair by pair.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BAR = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the seconds of both, and their difference. Returns 1 where it is above the bar."""
+    """Print the seconds of both, and their difference. Returns 1 if it is above ``BAR``."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench.collecting")
     parser.add_argument("--tests", type=int, default=1000, help="how many are collected (1000)")
     parser.add_argument("--pairs", type=int, default=15, help="how often each way (15)")

@@ -1,8 +1,8 @@
-"""Simulate, judge, print the tables, and exit with 1 where a promise is broken.
+"""Simulate, judge, print the tables, and exit with 1 if a promise is broken.
 
     python -m tools.calibration [--quick] [--seed N] [--out DIR]
 
-Also with 1 where a mutant of the gate keeps every promise.
+The exit status is also 1 if a mutant of the gate keeps every promise.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ STUDIES = (
 
 
 def default_seed() -> int:
-    """The commit as a number: every change is tested by draws of its own, and can be repeated.
+    """Return the commit as a number: every commit has its own draws, which can be repeated.
 
-    0 where there is no commit, as in an unpacked release.
+    0 if there is no commit, as in an unpacked release.
     """
     git = subprocess.run(
         ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
@@ -49,7 +49,7 @@ def default_seed() -> int:
 
 
 def speed(draw: Draws) -> str:
-    """How long a judgement takes on this machine: reported, as no promise of the gate's."""
+    """Measure how long a judgement takes on this machine: reported, not a promise of the gate."""
     large, usual = draw(Scenario(512, 8), 1), draw(Scenario(256, 4), 24)
     one = min(repeat(lambda: stratified_p(large.now[0], 8, large.then[0], K_THEN), number=1))
 

@@ -31,7 +31,7 @@ REJUDGED = 100
 
 
 def decide(failed: Bools, passed: Bools) -> Names:
-    """Verdict names of mutants, which replace one part of the rule and keep its shape."""
+    """Verdict names of mutants, which replace one part of the rule and keep the rest."""
     return np.where(failed, "FAIL", np.where(passed, "PASS", "UNPROVEN"))
 
 
@@ -61,7 +61,7 @@ def no_guard(b: Batch) -> Names:
 
 
 def pass_is_not_fail(b: Batch) -> Names:
-    """No third verdict: what is not proven harmful is harmless."""
+    """No third verdict: what is not FAIL is PASS."""
     return decide(b.names == "FAIL", b.names != "FAIL")
 
 
@@ -76,19 +76,19 @@ def tolerance(limit: float) -> Gate:
 
 
 def unpaired(b: Batch) -> Names:
-    """FAIL by a z test that takes the problems for two independent samples."""
+    """FAIL by a z test that treats the two measurements as independent samples."""
     now, then = b.now / b.scenario.k, b.then / K_THEN
     se = np.sqrt((now.var(axis=1, ddof=1) + then.var(axis=1, ddof=1)) / b.scenario.n)
     return decide(_failed(b, norm.cdf((now.mean(axis=1) - then.mean(axis=1)) / se)), _passed(b))
 
 
 def alpha_of_five_percent(b: Batch) -> Names:
-    """FAIL at five times the false alarms."""
+    """FAIL at alpha = 0.05, with five times the false alarms."""
     return decide(_failed(b, b.column("p"), 0.05), _passed(b))
 
 
 def drops_alone(b: Batch) -> Names:
-    """A recorded policy that rose passes, as another policy that rose does."""
+    """A recorded policy that rose passes, as another policy would."""
     rose = b.column("delta") > 0
     return np.where((b.names == "FAIL") & rose, "PASS", b.names)
 
@@ -103,12 +103,12 @@ def no_t_test(b: Batch) -> Names:
 
 
 def sign_flipped(b: Batch) -> Names:
-    """Then and now exchanged."""
+    """Now and then exchanged."""
     return _rejudged(b, lambda now, then: judge(then, K_THEN, now, b.scenario.k, same_policy=True))
 
 
 def failing_problems_dropped(b: Batch) -> Names:
-    """Problems without one correct answer leave the denominator."""
+    """Problems without a correct completion are left out."""
     k = b.scenario.k
     return _rejudged(
         b, lambda now, then: judge(now[now > 0], k, then[now > 0], K_THEN, same_policy=True)
@@ -116,7 +116,7 @@ def failing_problems_dropped(b: Batch) -> Names:
 
 
 def _rejudged(b: Batch, rule: Callable[[Ints, Ints], Evidence]) -> Names:
-    # These mutants are far off, and a judgement costs milliseconds: a hundred show it.
+    # These mutants are far off, and a judgement takes milliseconds: a hundred are enough.
     pairs = zip(b.now[:REJUDGED], b.then[:REJUDGED], strict=True)
     return np.array([rule(now, then).verdict for now, then in pairs])
 
@@ -136,7 +136,7 @@ MUTANTS: dict[str, Gate] = {
 
 
 def likelihood_alone(b: Batch) -> Names:
-    """Wald's test of two odds ratios: PASS, too, by the likelihood ratio of a common change."""
+    """Wald's test of two odds ratios: PASS also by the likelihood ratio of a common change."""
 
     def name(now: Ints, then: Ints) -> str:
         ratio = odds_ratio_of_drop(then, K_THEN, MARGIN)

@@ -1,4 +1,4 @@
-"""Promises over several sessions: a red run that is run again, and a baseline that moves."""
+"""Promises over several sessions: a red run that is rerun, a baseline that is recorded again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COMMITS, LOSS = 20, 0.005
 
 
 def reruns(draw: Draws, plan: Plan) -> Study:
-    """A run is repeated while it is red, in three attempts at most, against one reference.
+    """A red run is repeated, in three attempts at most, against one reference.
 
     *pooled*: attempt a is judged by the samples of all attempts so far, at alpha / 2^(a - 1), so
-    all three together may raise a false alarm in 1.75 % of cases at the very most. *alone*: each
-    is judged as if it were the first.
+    all three together may raise a false alarm in at most 1.75 % of cases. *alone*: each is judged
+    as if it were the first.
     """
 
     def red(scenario: Scenario) -> dict[str, Bools]:
@@ -66,11 +66,11 @@ def reruns(draw: Draws, plan: Plan) -> Study:
 
 
 def slow_losses(draw: Draws, plan: Plan) -> Study:
-    """A policy loses half a point with each of twenty commits, and each commit records anew.
+    """A policy loses half a point with each of twenty commits, and each commit records a baseline.
 
     A history is unseen if nothing has turned red when ten points are lost. *frozen anchor*: the
-    recording of 16 samples is judged against the first one. *parent*: a run of 4 samples is
-    judged against the recording before it. *tolerance*: likewise, by a difference of 5 points.
+    recording of 16 samples is judged against the first one. *parent*: a run of 4 samples is judged
+    against the recording before it. *tolerance*: the same, by a difference of 5 points.
     """
     found: list[Row] = []
     for n in (192, 256):

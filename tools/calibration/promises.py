@@ -1,8 +1,8 @@
-"""What must hold of simulated runs, with every figure to reach.
+"""What must hold for simulated runs, with the limits.
 
-A share is compared with its limit by an exact binomial test, so that a promise is broken by more
-than chance: see `CHANCE`. A limit may be as strict as the rule's own level: a false alarm in
-1 %, where 1.5 % of sessions would still be bearable.
+A share is compared with its limit by an exact binomial test, so that chance alone does not break a
+promise: see `CHANCE`. A limit may be as strict as the rule's own level: a false alarm in 1 %,
+although 1.5 % of sessions would still be acceptable.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from tools.calibration.gates import Bools, Gate
 from tools.calibration.simulation import HARMS, Batch, Draws, Floats, Scenario
 
 DROP = 0.05
-"""The drop that the gate's default margin speaks of."""
+"""The drop that is simulated: the gate's default margin."""
 
 NEAR = 0.05
 """How far realised power may lie from the prediction."""
 
 CHANCE = 0.001
-"""Chance that a table of promises, each met only just, shows one as broken.
+"""Chance that a table of promises, each of which just holds, shows one as broken.
 
-It is divided over the promises: at 99.9 % each, a table of forty would itself cry wolf.
+It is divided over the promises: at 99.9 % each, a table of forty would itself give false alarms.
 """
 
 Outcomes: TypeAlias = Bools | Floats
@@ -43,7 +43,7 @@ class Promise:
     high: float = 1.0
 
     def broken(self, outcomes: Outcomes, chance: float) -> bool:
-        """Whether these outcomes, one a session, leave the limits by more than `chance`.
+        """Whether these outcomes, one per session, leave the limits by more than `chance`.
 
         Booleans say where the event happened; numbers are averaged.
         """
@@ -63,7 +63,7 @@ class Promise:
 
 
 Row: TypeAlias = tuple[Promise, Mapping[str, Outcomes]]
-"""A promise, and its outcomes under every rule that is put to it."""
+"""A promise, and its outcomes under every rule that is tested on it."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,23 @@ class Bound:
 
     @property
     def promise(self) -> Promise:
-        """The same in words."""
+        """The bound as a promise."""
         return Promise(str(self.batch.scenario), self.verdict, self.low, self.high)
 
     def sessions(self, gate: Gate) -> Bools:
-        """Which sessions have the verdict: as many runs as the scenario has checks, any of them."""
+        """Which sessions have the verdict in any run; a session has one run per check."""
         names = gate(self.batch)
         return np.asarray((names == self.verdict).reshape(-1, self.batch.scenario.checks).any(1))
 
 
 def rows(bounds: Sequence[Bound], gates: Mapping[str, Gate]) -> list[Row]:
-    """Put every gate to every bound."""
+    """Test every gate on every bound."""
     return [(b.promise, {name: b.sessions(gate) for name, gate in gates.items()}) for b in bounds]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many runs each part of the calibration draws; without `studies`, none of those."""
+    """How many runs each part of the calibration draws; `studies` is 0 to leave those out."""
 
     no_drop: int
     drop: int
@@ -134,10 +134,10 @@ QUICK = Plan(
 
 
 def core_bounds(draw: Draws, plan: Plan) -> list[Bound]:
-    """The promises that every gate, reference and mutant, is held against.
+    """The promises that every gate, reference and mutant, is tested on.
 
-    Another policy than the recorded one must show its drop on new problems as well, so one that
-    lies in a few problems is more often left UNPROVEN.
+    Another policy than the recorded one must show its drop on new problems as well, so a drop in a
+    few problems is more often left UNPROVEN.
     """
     same = draw(Scenario(256, 4), plan.no_drop)
     spread = draw(Scenario(256, 4, pattern="spread", drop=DROP), plan.drop)
@@ -180,7 +180,7 @@ def alarm_bounds(draw: Draws, plan: Plan) -> list[Bound]:
 
 @dataclass(frozen=True)
 class PowerBound(Bound):
-    """A promise of power, with the prediction that it rests on."""
+    """A promise of power, with the prediction behind it."""
 
     predicted: float = 0.0
 
@@ -188,8 +188,8 @@ class PowerBound(Bound):
 def power_bounds(draw: Draws, plan: Plan) -> list[PowerBound]:
     """Realised power is near what an unchanged run of that size predicts for the drop.
 
-    At the least 5 points below the guarded prediction, which is what a run announces, and at the
-    most 5 points above the one without a guard. They are one and the same at large n.
+    It may be at most 5 points below the guarded prediction, which is what a run announces, and at
+    most 5 points above the one without a guard. They are the same at large n.
     """
     bounds = []
     for n in plan.sizes:
@@ -205,7 +205,7 @@ def power_bounds(draw: Draws, plan: Plan) -> list[PowerBound]:
 
 
 def announced_bounds(draw: Draws, plan: Plan) -> list[Bound]:
-    """The MDE90 that an unchanged run prints is caught nine times in ten, and not passed."""
+    """A drop of the MDE90 that an unchanged run prints is a FAIL nine times in ten, not a PASS."""
     bounds = []
     for n in plan.sizes:
         announced = round(float(draw(Scenario(n, 4), plan.curve).column("mde90").mean()), 3)

@@ -1,4 +1,4 @@
-"""What the calibration shows: tables with a star where a promise is broken, and the plot."""
+"""What the calibration shows: tables with a star for a broken promise, and the plot."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tools.calibration.promises import CHANCE, NEAR, PowerBound, Row
 MARKERS = {"spread": "o", "concentrated": "x"}
 
 NARROW = re.compile(r", | (?=[<>]=)|(?<=[a-z]) (?=[0-9]+ pt|policy)")
-"""Where the head of a column may be broken."""
+"""Where the heading of a column may be broken."""
 
 LEGEND = """\
-Percent of simulated sessions, beside what the gate promises of them. A star is a broken promise:
+Percent of simulated sessions, beside what the gate promises for them. A star is a broken promise:
 off by more than chance. 256 x 4 is 256 problems with 4 samples each, against a reference of 16,
-and mean 0.7 is the share of correct answers before. A drop of so many points (pt) is spread over
-all problems, concentrated in a few, or broken: each problem is lost entirely or not at all, by
-chance. Another policy is reshuffled where it is as good as the old one, on other problems. The
-recorded policy cannot have risen: something else has changed."""
+and mean 0.7 is the share of correct completions before. A drop, in points (pt), is spread over all
+problems, concentrated in a few, or broken: each problem is lost entirely or not at all, by chance.
+Another policy is reshuffled if it is as good as the old one, on other problems. The recorded
+policy cannot have risen: something else has changed."""
 
 
 def table(rows: Sequence[Row], *, by_rule: bool = False) -> tuple[str, set[str]]:

@@ -1,7 +1,7 @@
 """How runs are drawn: problems with skills, and samples of them before and after a change.
 
-The simulated policy has a skill per problem drawn from a Beta distribution with intra-class
-correlation 0.5, most problems being easy or hopeless, and a reference of 16 samples a problem.
+The simulated policy has a skill per problem, from a Beta distribution with intra-class correlation
+0.5 (most problems are easy or hopeless), and a reference of 16 samples per problem.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MINIMUM, MARGIN = RATE.minimum, RATE.margin
 
 @dataclass(frozen=True)
 class Scenario:
-    """A truth to draw runs from: `n` problems of `k` samples, mean skill `mean` before.
+    """The truth that runs are drawn from: `n` problems of `k` samples, mean skill `mean` before.
 
     `drop` is the loss of mean skill. *spread*: every problem loses the same share of its skill.
-    *concentrated*: problems in random order lose all of it until the suite has lost exactly
-    `drop`. *broken*: each problem loses all of it by chance, so `drop` is true of the population
-    of problems and only on average of the suite. *reshuffled*: another policy with another skill
-    on four problems in five, equally good in the population. *risen*: every problem gains the same
-    share of what it lacks.
+    *concentrated*: problems in random order lose all of it until the suite has lost exactly `drop`.
+    *broken*: each problem loses all of it by chance, so `drop` holds for the population of problems
+    and only on average for the suite. *reshuffled*: another policy with another skill on four
+    problems in five, equally good in the population. *risen*: every problem gains the same share of
+    what it lacks.
     """
 
     n: int
@@ -86,7 +86,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Batch:
-    """Runs of one scenario with what the gate said of each; arrays have the runs as axis 0."""
+    """Runs of one scenario, and what the gate said of each; axis 0 of arrays is the run."""
 
     scenario: Scenario
     now: Ints
@@ -94,7 +94,7 @@ class Batch:
 
     @cached_property
     def verdicts(self) -> list[Evidence]:
-        """What the real rule says of every run, judged once."""
+        """The evidence of the real rule for every run, judged once."""
         s = self.scenario
         return [
             judge(now, s.k, then, K_THEN, same_policy=s.same_policy, alpha=ALPHA / s.checks)
@@ -103,7 +103,7 @@ class Batch:
 
     @cached_property
     def sequential(self) -> list[Evidence]:
-        """What the rule that stops at the first decision says; it is for the same policy only."""
+        """The evidence of the rule that stops at the first decision; for the same policy only."""
         k = self.scenario.k
         pairs = zip(self.now, self.then, strict=True)
         return [judge_sequential(now, k, then, K_THEN) for now, then in pairs]
@@ -123,10 +123,10 @@ class Batch:
         return np.asarray(self.now / self.scenario.k - self.then / K_THEN, dtype=np.float64)
 
     def predicted_power(self, drop: float, *, guarded: bool = True) -> float:
-        """The chance to catch `drop` that runs of this batch promise by their standard errors.
+        """The chance to catch `drop` that runs of this batch predict by their standard errors.
 
-        What a run prints rests on the guarded error, which makes it a floor at small n. Without
-        the guard it is a ceiling: a drop takes certainty from easy problems, so the error grows.
+        A run prints the prediction by the guarded error, which is a lower bound at small n. Without
+        the guard it is an upper bound: a drop makes easy problems less certain, so the error grows.
         """
         n = self.scenario.n
         if guarded:
@@ -139,7 +139,7 @@ class Batch:
 
 
 class Draws:
-    """Batches by scenario, each from a stream of its own, so that none depends on the others."""
+    """Batches by scenario, each from a stream of its own, so that no batch depends on another."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

@@ -1,7 +1,6 @@
 """Promises beyond one check of counts: lengths, runs that stop early, sessions of many checks.
 
-Each study puts the gate's way to its promises beside the ways that it was chosen over, so that
-the choice rests on figures.
+Each study compares the gate's way to keep its promises with the alternatives.
 """
 
 from __future__ import annotations
@@ -78,10 +77,11 @@ def lengths(draw: Draws, plan: Plan) -> Study:
 
 
 def sequential_runs(draw: Draws, plan: Plan) -> Study:
-    """The errors of a fixed run of 256 problems, at 40 % fewer of them where nothing dropped.
+    """Sequential runs have a fixed run's errors, with 40 % fewer problems if nothing dropped.
 
-    With a plan of 256 more runs end undecided than a fixed one leaves. A plan half as long again
-    has the fixed run's power, too, and its saving is still counted in problems of the fixed run.
+    The fixed run has 256 problems. With a plan of 256, more runs end undecided than in a fixed run.
+    A plan half as long again has the fixed run's power, too, and its saving is still counted in
+    problems of the fixed run.
     """
     fixed = 256
     gates = {"gate": sequential, "likelihood alone": likelihood_alone}
@@ -130,7 +130,7 @@ def families(draw: Draws, plan: Plan) -> Study:
     harmed = draw(Scenario(256, 4, pattern="spread", drop=DROP), plan.drop)
 
     def failed(*parts: tuple[Batch, int]) -> dict[str, Bools]:
-        """Which checks FAIL, shape (sessions, m): so many checks of each batch in a session."""
+        """Which checks FAIL, shape (sessions, m); `parts` has the checks per batch and session."""
         sessions = min(len(batch.now) // checks for batch, checks in parts)
 
         def sheet(field: str) -> Floats:

@@ -1,8 +1,8 @@
-"""Answers of mixed quality: what ``nano-base`` is taught to say after it knows the tasks.
+"""Completions of mixed quality, which ``nano-base`` is taught after it knows the tasks.
 
-Each type has ways to answer with their weights: right and plain, right with words around it
-(which the reward's rule reads for numbers and for YES and NO, and refuses for strings), and
-wrong in ways typical of the type. All are printable ASCII.
+Each type has ways to answer, with their weights: the true answer alone, the true answer with words
+around it (which the reward's rule accepts for numbers and for YES and NO, but not for strings), and
+typical errors of the type. All are printable ASCII.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Way = Callable[[Problem], str]
 
 
 def right(problem: Problem) -> str:
-    """Answer rightly and plainly."""
+    """Return the true answer in the required form."""
     return task_types()[problem.type].canonical(problem.task)
 
 
 def mixed(problem: Problem, rng: random.Random) -> str:
-    """Answer in one of the type's ways, drawn by their weights."""
+    """Return a completion in one of the type's ways, drawn by their weights."""
     ways = _WAYS[problem.type]
     (way,) = rng.choices([way for _, way in ways], [weight for weight, _ in ways])
     return way(problem)

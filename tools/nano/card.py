@@ -1,4 +1,4 @@
-"""The nano pair's card: every number in it is handed over by the script that measured it."""
+"""The nano pair's card: every number in it is passed in by the script that measured it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Curve = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What one policy does on the held-out problems, by task type."""
+    """The results of one policy on the held-out problems, by task type."""
 
     name: str
     evaluations: Mapping[str, Evaluation]
@@ -47,7 +47,7 @@ class Measured:
 
 
 def better_p(first: Sequence[Evaluation], second: Sequence[Evaluation]) -> float:
-    """Return the exact one-sided p of ``second`` answering the same problems better."""
+    """Return the exact one-sided p that ``second`` is better on the same problems."""
     before = [count for evaluation in first for count in evaluation.counts("correct")]
     after = [count for evaluation in second for count in evaluation.counts("correct")]
     return stratified_p(before, first[0].k, after, second[0].k)

@@ -1,8 +1,8 @@
-"""The learning test, put to the test: it and each control for many seeds, as a table.
+"""Test the learning test: run it and each control with many seeds, and write a table.
 
-``python -m tools.nano.learning_table --tests 20 --out FOLDER`` writes ``LEARNING.md``. What is
-finished is kept in ``trials.jsonl``: the same command goes on after an interruption, and judges
-anew by the limits of the day.
+``python -m tools.nano.learning_table --tests 20 --out FOLDER`` writes ``LEARNING.md``. Finished
+trials are kept in ``trials.jsonl``: the same command continues after an interruption, and judges
+again by the current limits.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from grpo_harness.learning.judge import Answers, Limits, Trial, judge_learning, 
 from grpo_harness.learning.laboratory import CONDITIONS, base_answers, trial
 
 BASE = "base"
-"""Where a condition is named: not a run, but what nano-base answers."""
+"""The name of a condition that is not a run, but the results of nano-base."""
 
 
 class Ledger:
-    """Trials and the base's answers, in a JSON Lines file that only grows."""
+    """Trials and the base's results, in an append-only JSON Lines file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,7 +38,7 @@ class Ledger:
             path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
 
     def add(self, condition: str, seed: int, value: Trial | Answers) -> None:
-        """Keep a trial, or the base's answers for the test of the number ``seed``."""
+        """Keep a trial, or the base's results for the test of the number ``seed``."""
         line = json.dumps(
             {"condition": condition, "seed": seed, "value": dataclasses.asdict(value)}
         )
@@ -67,7 +67,7 @@ class Ledger:
         return [trial for (name, _), trial in self._trials.items() if name == condition]
 
     def test(self, condition: str, number: int) -> tuple[list[Trial], Answers] | None:
-        """Return what one learning test is judged by, or ``None`` if it is not finished."""
+        """Return the trials and base results of a learning test, or ``None`` if unfinished."""
         seeds = _seeds(condition, number)
         if number not in self._before or any((condition, s) not in self._trials for s in seeds):
             return None
@@ -87,10 +87,10 @@ def _answers(value: dict[str, Any]) -> Answers:
 def make_table(
     out: Path, tests: int, device: str, conditions: Sequence[str] = tuple(CONDITIONS)
 ) -> None:
-    """Run what is missing of ``tests`` learning tests of ``conditions``, and write the table."""
+    """Run the missing ones of ``tests`` learning tests of ``conditions``; write the table."""
     out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(out / "trials.jsonl")
-    # Test by test, so that every condition has as many whenever it is stopped.
+    # Test by test, so that all conditions have equally many tests whenever it is stopped.
     for number, name in itertools.product(range(tests), conditions):
         keys = [(BASE, number), *((name, seed) for seed in _seeds(name, number))]
         wanted = [key for key in keys if key not in ledger]
@@ -123,7 +123,7 @@ ratio of geometric mean lengths in tokens, after over before; at least {length}.
 
 
 def write_table(ledger: Ledger, tests: int, path: Path) -> None:
-    """Write what the tests that are finished have found, by the limits of today."""
+    """Write the results of the finished tests, by the current limits."""
     limits = Limits()
     found = {
         name: {n: judge_learning(*test) for n in range(tests) if (test := ledger.test(name, n))}
@@ -184,9 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m tools.nano.learning_table", description=__doc__
     )
     parser.add_argument("--tests", type=int, default=20, help="learning tests of each condition")
-    parser.add_argument("--out", type=Path, required=True, help="where to, or where to go on")
+    parser.add_argument("--out", type=Path, required=True, help="output folder, new or to continue")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--only", choices=CONDITIONS, help="run one condition, show all there are")
+    parser.add_argument("--only", choices=CONDITIONS, help="run one condition; the table has all")
     arguments = parser.parse_args(argv)
     conditions = [arguments.only] if arguments.only else list(CONDITIONS)
     make_table(arguments.out, arguments.tests, arguments.device, conditions)

@@ -1,9 +1,9 @@
 """Make the nano pair again: ``python -m tools.nano.make [--out DIR]``, in under an hour.
 
 Pre-training gives ``nano-base``, the recipe ``nano`` of :mod:`grpo_harness.training` makes
-``nano-trained`` of it, and the recipe ``collapse`` shows the way it can go wrong. Everything is
-measured on held-out problems and written into the card. Seeds and two threads are fixed: the
-same machine makes the same pair, another one a like pair.
+``nano-trained`` of it, and the recipe ``collapse`` shows how training can go wrong. Everything is
+measured on held-out problems and written into the card. Seeds and two threads are fixed: the same
+machine makes the same pair, another machine makes a similar one.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def train_nano(recipe: str, base: Path, folder: Path) -> TrainingRun:
         device="cpu",
         progress=progress,
     )
-    # The base was called by where it was made; it will be known by its name.
+    # The base's name is the temporary path here; replace it by the real name.
     path = folder / "recipe.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     record["recipe"]["policy"] = record["base"]["name"] = RECIPES[recipe].policy
@@ -109,7 +109,7 @@ def train_nano(recipe: str, base: Path, folder: Path) -> TrainingRun:
 
 
 def make(out: Path) -> None:
-    """Make both policies and the card, and put them into ``out`` when all of it is done."""
+    """Make both policies and the card, and move them to ``out`` when all of it is done."""
     torch.set_num_threads(THREADS)
     begin = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and make the pair."""
     parser = argparse.ArgumentParser(prog="python -m tools.nano.make", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=Path(grpo_harness.nano.__file__).parent, help="where to"
+        "--out", type=Path, default=Path(grpo_harness.nano.__file__).parent, help="output folder"
     )
     make(parser.parse_args(argv).out)
     return 0

@@ -1,8 +1,9 @@
 """Pre-training of ``nano-base``: a plain torch loop on fresh draws of the task distribution.
 
-Two stages. The clean one teaches the tasks: every answer is right. The mixed one hides part of
-that: only some answers stay right and plain (see :mod:`tools.nano.answers`). The loss is on
-the answer alone, and no prompt that is held out for evaluation is ever drawn.
+There are two kinds of stages. Clean ones teach the tasks: every completion is the true answer. The
+mixed one hides part of that: only some completions are the true answer alone (see
+:mod:`tools.nano.answers`). The loss is only on the completion, and no prompt that is held out for
+evaluation is ever drawn.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from tools.nano.tokenizer import END, END_ID, PAD_ID, SPOKEN
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of pre-training.
+    """One stage of pre-training.
 
-    ``mixed`` tells whether the answers are of mixed quality or all right. ``batch`` is the number
-    of problems of each type in a step, ``learning_rate`` the peak of a cosine schedule that warms
-    up over ``warm_up`` steps and reaches a twentieth of the peak after ``decay`` steps, which may
-    be more than the stage makes.
+    ``mixed`` tells whether the completions are of mixed quality or all correct. ``batch`` is the
+    number of problems of each type in a step, ``learning_rate`` the peak of a cosine schedule that
+    warms up over ``warm_up`` steps and reaches a twentieth of the peak after ``decay`` steps, which
+    may be more than the stage makes.
     """
 
     name: str
@@ -64,9 +65,9 @@ def new_model(seed: int) -> Qwen2ForCausalLM:
 
 
 def add_bytes(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int) -> None:
-    """Give ``model`` rows for the bytes that only other text than ASCII is made of.
+    """Give ``model`` rows for the bytes that occur only in non-ASCII text.
 
-    The first stage never meets them, so it is spared their logits.
+    The first stages never need them, so their logits are not computed there.
     """
     torch.manual_seed(seed)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -118,7 +119,7 @@ def _training_problem(name: str, rng: random.Random) -> Problem:
 def _batches(
     tokenizer: Qwen2Tokenizer, taught: list[tuple[Problem, str]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    # Sorting problems are three times as long as the rest: batched apart, little is padding.
+    # Sorting problems are three times as long as the rest: separate batches need less padding.
     for long in (False, True):
         pairs = [pair for pair in taught if (pair[0].type == "sort") is long]
         if not pairs:
@@ -138,12 +139,12 @@ def _batches(
 
 
 def _loss(model: Qwen2ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    # Right padding: a causal model never looks at it from an answer, so no mask is needed.
+    # Right padding: a causal model does not see what follows, so no mask is needed.
     logits = model(input_ids=ids).logits[:, :-1]
     targets = labels[:, 1:]
     losses = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
     )
-    # The root lies between a mean per answer (a long answer's digits count little) and a sum
-    # (the long answers drown the rest).
+    # The root is between a mean per completion (the tokens of a long one count little) and a sum
+    # (long completions dominate).
     return (losses.sum(1) / (targets != -100).sum(1).sqrt()).sum()

@@ -1,7 +1,7 @@
 """The nano pair's tokenizer: fixed segments of the prompt are one token, the rest is characters.
 
-Short sequences are what lets two cores train and sample the pair in minutes. Decoding
-gives back every prompt and every answer in printable ASCII exactly.
+Short sequences let two cores train and sample the pair in minutes. Decoding restores every prompt,
+and every completion in printable ASCII, exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# One token each. Should a task type change its wording, its prompt falls back to characters and
+# One token each. If a task type changes its wording, its prompt falls back to characters and
 # unknown tokens, and the test that decodes every prompt fails.
 _SEGMENTS = (
     f"system\n{SYSTEM_MESSAGE}",
@@ -58,14 +58,14 @@ _SEGMENTS = (
 
 
 SPOKEN = 134
-"""How many tokens, counted from id 0, the prompts and ASCII answers are made of."""
+"""The number of tokens, from id 0, that prompts and ASCII completions consist of."""
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Build the tokenizer: Qwen2's own, with bytes for a vocabulary and the segments on top.
+    """Build the tokenizer: Qwen2's own, with bytes as its vocabulary and the segments on top.
 
-    It is Qwen2's class because transformers gives every Qwen2 checkpoint that class, whatever
-    the checkpoint says. The bytes that only occur in other text than ASCII come last.
+    It is Qwen2's class because transformers gives every Qwen2 checkpoint that class, whatever the
+    checkpoint says. The bytes that occur only in non-ASCII text come last.
     """
     byte_characters = bytes_to_unicode()
     ascii_bytes = [*b"\n", *sorted(set(range(33, 127)), key=chr), *b" "]
