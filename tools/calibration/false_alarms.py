@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in range(1, arguments.runs + 1):
         with tempfile.TemporaryDirectory() as folder:
             command = ["-m", "pytest", arguments.suite, "-q", "--grpo-report", folder]
-            # Each run is a first attempt: the memory of the one before would pool with it.
+            # Without the cache each run is a first attempt, not pooled with earlier ones.
             finished = subprocess.run(
                 [sys.executable, *command, "-p", "no:cacheprovider"], capture_output=True, text=True
             )

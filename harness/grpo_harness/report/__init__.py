@@ -1,7 +1,7 @@
 """Rows -> tables for a terminal, Markdown and JSON.
 
 ============  ===================================================================
-``tables.py``  a table for a width or for Markdown, foreign texts made harmless
+``tables.py``  a table for a width or for Markdown, with untrusted texts escaped
 ``report.py``  what a session found: its rows, its tables, what did not pass
 ``files.py``   the report and its samples on disk
 ============  ===================================================================

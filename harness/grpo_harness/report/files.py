@@ -1,4 +1,4 @@
-"""The report and its samples on disk: whole or not at all, and of one run alone."""
+"""The report and its samples on disk, written atomically, and only of one run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from grpo_harness.report.report import Report
 from grpo_harness.text import one_line
 
 SAMPLES = "samples"
-"""The folder of a report that holds every completion, a file a policy and task type."""
+"""The folder of a report with every completion, one file per policy and task type."""
 
 
 class ReportError(HarnessError):
-    """A report that cannot be written: one line with the place and the cause."""
+    """A report cannot be written. One line with the place and the cause."""
 
 
 def begin(folder: Path) -> None:
-    """Make the folder of a report ready for a run: no sample of another is left in it.
+    """Prepare the folder of a report for a run: samples of other runs are removed.
 
-    git is told to leave the folder alone. Raises ``ReportError``.
+    A ``.gitignore`` keeps the folder out of git. Raises ``ReportError``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 
 def write_samples(folder: Path, evaluation: Evaluation) -> None:
-    """Write every completion of an evaluation, a JSON object a line. Raises ``ReportError``."""
+    """Write every completion of an evaluation, one JSON object per line. Raises ``ReportError``."""
     path = folder / SAMPLES / f"{evaluation.questions.policy.slug}--{evaluation.task}.jsonl"
     lines = "".join(json.dumps(row) + "\n" for row in evaluation.rows())
     try:
@@ -59,7 +59,7 @@ def write_samples(folder: Path, evaluation: Evaluation) -> None:
 
 
 def append_summary(report: Report, target: str) -> None:
-    """Append the Markdown to the job summary of a CI system, a file that it names.
+    """Append the Markdown to the job summary of a CI system, the file ``target``.
 
     Raises ``ReportError``.
     """
@@ -85,7 +85,7 @@ def _error(place: Path, error: OSError) -> ReportError:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for every number that JSON does not have."""
+    """Return the value with null for every number that JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(of) for key, of in value.items()}
     if isinstance(value, list | tuple):

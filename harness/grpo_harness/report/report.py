@@ -1,7 +1,7 @@
-"""What a session found: its rows, its tables, and whatever did not pass.
+"""What a session found: its rows, its tables, and what did not pass.
 
-Rows arrive as plain data (``Evaluation.summary()``, ``Check.asdict()``), because under
-pytest-xdist they come from other processes.
+Rows are plain data (``Evaluation.summary()``, ``Check.asdict()``), because under pytest-xdist they
+come from other processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 Status = Literal["running", "finished", "interrupted"]
 
 SCHEMA = 2
-"""Of ``report.json``."""
+"""The schema of ``report.json``."""
 
 _WORST_FIRST = ("ERROR", "FAIL", "UNPROVEN", "PASS")
 
@@ -28,11 +28,11 @@ _LESS_MISSED = ("strict", "truncated", "tokens", "reward", "baseline", "n × k")
 
 @dataclass
 class Report:
-    """What a session found: one entry per evaluation and check, however often it was reported.
+    """What a session found: one entry per evaluation and check, even if reported several times.
 
-    ``task_types`` and ``policies`` give the order of the rows, which the order of the tests does
-    not decide. ``failed`` holds the tests that failed or could not be run, with what they said,
-    and ``not_run`` those that the run did not get to.
+    ``task_types`` and ``policies`` give the order of the rows, whatever the order of the tests.
+    ``failed`` has the tests that failed or could not be run, with their messages, and ``not_run``
+    those that were not reached.
     """
 
     header: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Report:
     notices: list[str] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
-        """Take a row of the kind ``evaluation``, ``check`` or ``notice``; others are not its."""
+        """Add a row of the kind ``evaluation``, ``check`` or ``notice``; others are ignored."""
         if row["kind"] == "evaluation":
             self.evaluations[row["policy"], row["task_type"]] = row
         elif row["kind"] == "check":
@@ -60,7 +60,7 @@ class Report:
         return bool(self.evaluations or self.checks)
 
     def content(self) -> dict[str, Any]:
-        """Return everything as plain data: what ``report.json`` holds."""
+        """Return everything as plain data, for ``report.json``."""
         return {
             "schema": SCHEMA,
             "status": self.status,
@@ -101,7 +101,7 @@ class Report:
         return Table.of(rows, ("n × k", "asked"))
 
     def details(self) -> Table:
-        """One row per check: the numbers that its verdict rests on."""
+        """One row per check: the numbers behind its verdict."""
         checks = self._sorted(self.checks)
         judged = [row for row in checks if row["evidence"]]
         adjusted = holm([row["evidence"]["p"] for row in judged])
@@ -177,7 +177,7 @@ class Report:
         return [f"{name}: {' '.join(said.split())}" for name, said in self.failed.items()]
 
     def _sampling(self) -> list[str]:
-        """Print every setting that decides a draw, once for all policies that share it."""
+        """Return the sampling settings, one line for all policies that share them."""
         shared: dict[str, list[str]] = {}
         for row in self._sorted(self.evaluations):
             settings = _words(row["sampling"])
@@ -190,7 +190,7 @@ class Report:
         ]
 
     def _sorted(self, rows: Mapping[Any, Row]) -> list[Row]:
-        """Sort rows by task type and policy; what is in neither list comes last, as found."""
+        """Sort rows by task type and policy; rows in neither list come last, in their order."""
 
         def place(names: Sequence[str], name: str) -> int:
             return names.index(name) if name in names else len(names)
@@ -245,7 +245,7 @@ def _worst(checks: Iterable[Row]) -> str:
 
 
 def _asked(row: Row) -> str:
-    """The number of problems, and of how many where a run stopped at a decision."""
+    """The number of problems, and of how many if a run stopped early."""
     return f"{row['n']}" if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
 
 

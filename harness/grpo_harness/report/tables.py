@@ -1,4 +1,4 @@
-"""A table for a width or for Markdown, foreign texts made harmless."""
+"""A table for a width or for Markdown, with untrusted texts escaped."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import pandas as pd
 from grpo_harness.text import escape, markdown
 
 _LONGEST = 1000
-"""Characters of a cell at most, in the widest table."""
+"""Maximum of characters in a cell, in the widest table."""
 
 _NAMES = (32, 24, 20, 16, 12)
-"""Characters of a name in a table that has to be narrow, and in one that must be narrower still."""
+"""Maximum of characters in a name: tried in turn until the table is narrow enough."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the columns that a narrow terminal can do without, the least missed first."""
+    """Rows, and the columns that a narrow terminal can leave out, in that order."""
 
     rows: pd.DataFrame
     dispensable: Sequence[str] = ()
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, str]], dispensable: Sequence[str] = ()) -> Table:
-        """Make a table of rows by column name, whatever stands in them."""
-        # A name from a file system may hold half of a surrogate pair, which no column can.
+        """Make a table of rows by column name, with any text in them."""
+        # A file name may hold half of a surrogate pair, which a column cannot.
         whole = [{_whole(name): _whole(value) for name, value in row.items()} for row in rows]
         return cls(pd.DataFrame(whole), dispensable)
 
@@ -71,7 +71,7 @@ def _whole(text: str) -> str:
 
 
 def _short(longest: int, text: str) -> str:
-    """Make a text harmless, and leave the beginning and the end of a long one."""
+    """Escape a text, and keep the beginning and the end of a long one."""
     shown, half = escape(text, _LONGEST), (longest - 1) // 2
     return shown if len(shown) <= longest else f"{shown[:half]}…{shown[-half:]}"
 
