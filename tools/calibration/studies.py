@@ -204,8 +204,8 @@ def weighted(draw: Draws, plan: Plan) -> Study:
             (
                 Promise(f"{m} checks, no change anywhere", "any FAIL", high=ALPHA),
                 {
-                    "shares": ((p <= own) & changed).any(axis=1),
-                    "equal": ((p <= ALPHA / m) & changed).any(axis=1),
+                    "shares": np.any((p <= own) & changed, axis=1),
+                    "equal": np.any((p <= ALPHA / m) & changed, axis=1),
                 },
             ),
             (
