@@ -249,29 +249,33 @@ def test_the_ledger_keeps_what_is_finished_and_drops_half_a_line(tmp_path):
     path = tmp_path / "trials.jsonl"
     ledger = Ledger(path)
     ledger.add(BASE, 0, BEFORE)
-    for one in trials():
+    kept = [trial(seed) for seed in range(CONDITIONS["learn"].trials)]
+    for one in kept:
         ledger.add("learn", one.seed, one)
     with path.open("a") as file:
         file.write('{"condition": "learn", "se')
     for again in (Ledger(path), Ledger(path)):
-        assert again.test("learn", 0) == (trials(), BEFORE)
+        assert again.test("learn", 0) == (kept, BEFORE)
         assert again.test("learn", 1) is None
-        assert ("learn", 2) in again
+        assert ("learn", kept[-1].seed) in again
+        assert ("learn", len(kept)) not in again
         assert (BASE, 3) not in again
-    assert path.read_text().count("\n") == 4
+    assert path.read_text().count("\n") == 1 + len(kept)
 
 
 def test_the_table_counts_every_verdict(tmp_path):
     """All that one test of each condition needs is there, so nothing is run."""
     ledger = Ledger(tmp_path / "trials.jsonl")
     ledger.add(BASE, 0, BEFORE)
-    for name in CONDITIONS:
-        for one in trials(rise=0.6 if name == "learn" else 0.0):
-            ledger.add(name, one.seed, one)
+    for name, condition in CONDITIONS.items():
+        for seed in range(condition.trials):
+            ledger.add(name, seed, trial(seed, rise=0.6 if name == "learn" else 0.0))
     make_table(tmp_path, 1, "cpu")
     lines = (tmp_path / "LEARNING.md").read_text().splitlines()
-    assert "| learn | 1 | 1 | 0 |  |" in lines
-    for name in CONDITIONS.keys() - {"learn"}:
-        assert f"| {name} | 1 | 0 | 1 | gain 1 |" in lines
-    assert sum(line.startswith("| 0–2 |") for line in lines) == len(CONDITIONS)
+    for name, condition in CONDITIONS.items():
+        counted = "1 | 0 | " if name == "learn" else "0 | 1 | gain 1"
+        assert f"| {name} | {condition.trials} each | 1 | {counted} |" in lines
+        seeds = ", ".join(map(str, range(condition.trials)))
+        at = lines.index(f"## {name}")
+        assert lines[at + 4].startswith(f"| {seeds} |")
     assert "| entropy | 0.1 to inf |" + " 0.600 to 0.600 |" * len(CONDITIONS) in lines
