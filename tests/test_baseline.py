@@ -128,6 +128,14 @@ class TestNotComparable:
         monkeypatch.setattr("grpo_harness.baselines.file.recorded_bounds", lambda: weaker)
         assert says in self.refused(recorded[0], measure())
 
+    def test_a_new_rule_is_no_other_bound(self, recorded, measure, monkeypatch):
+        """The recorded bounds still hold for the others: a new rule is one entry in a table."""
+        more = {**recorded_bounds(), "new": {"margin": 0.5, "minimum": 0.1}}
+        monkeypatch.setattr("grpo_harness.baselines.file.recorded_bounds", lambda: more)
+        assert len(recorded[0].select(measure().questions)) == 8
+        more["length"] = {"margin": 0.9, "minimum": 0.2}
+        assert "gate.length.minimum" in self.refused(recorded[0], measure())
+
 
 class TestDamaged:
     def refused(self, path):
