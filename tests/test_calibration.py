@@ -1,5 +1,6 @@
 """The gate holds its promises on simulated runs, and every mutant of it breaks one."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 
+from grpo_harness.tasks import task_types
 from tools.calibration import __main__ as command
-from tools.calibration import promises
+from tools.calibration import false_alarms, promises
 from tools.calibration.__main__ import STUDIES, default_seed, main
 from tools.calibration.gates import MUTANTS, decide, reference
 from tools.calibration.promises import CHANCE, QUICK, Bound, Promise, rows
@@ -177,3 +179,13 @@ def test_holm_is_that_of_statsmodels() -> None:
     p = np.random.default_rng(0).uniform(0, 0.2, (2, 12)).round(2)
     expected = [multipletests(session, method="holm")[1] for session in p]
     assert step_down(p) == pytest.approx(np.array(expected))
+
+
+@pytest.mark.heavy
+def test_false_alarms_are_counted_on_the_real_pair(capfd):
+    """One run of the length suite: its checks are counted, and the seed is named."""
+    assert false_alarms.main(["--runs", "1", "--suite", "suites/test_length.py"]) == 0
+    first, last = capfd.readouterr().out.splitlines()
+    assert first.startswith("run 1, seed ")
+    counted = json.loads(last.partition("checks: ")[2])
+    assert sum(counted.values()) == 2 * len(task_types()) * 3
