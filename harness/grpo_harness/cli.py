@@ -150,7 +150,12 @@ def _train_here(arguments: argparse.Namespace) -> None:
         if path_of(recipe.name, baselines := _baselines()).exists():
             was = recorded(recipe.name, baselines)
             if changed := differences(named(recipe.name), was, device=arguments.device):
-                _warn(recipe.name, was["versions"], changed)
+                lines = "".join(f"\n  {difference}" for difference in changed)
+                sys.stdout.flush()
+                sys.stderr.write(
+                    f"CHANGED: the recipe {recipe.name} is not what was recorded of it with "
+                    f"{was['versions']}:{lines}\n"
+                )
     run = train(
         recipe, arguments.out, device=arguments.device, progress=_Steps(recipe.steps), notice=_say
     )
@@ -159,14 +164,6 @@ def _train_here(arguments: argparse.Namespace) -> None:
             f"{run.path}: {len(run.log)} steps, at least {run.weights_moved:.0%} of the elements "
             f"of every tensor moved, fingerprint {run.fingerprint}\n{run.resources}"
         )
-
-
-def _warn(name: str, versions: object, changed: Sequence[object]) -> None:
-    lines = "".join(f"\n  {difference}" for difference in changed)
-    sys.stdout.flush()
-    sys.stderr.write(
-        f"CHANGED: the recipe {name} is not what was recorded of it with {versions}:{lines}\n"
-    )
 
 
 class _Steps:

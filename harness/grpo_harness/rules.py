@@ -85,9 +85,9 @@ def _accuracy(
     # The likelihood ratio of one common drop would count differences between two policies as
     # evidence, so another policy is always judged on all planned problems.
     if terms.sequential and terms.same_policy:
-        sides = _correct(now) + _correct(then)
+        sides = _counts(now) + _counts(then)
         return gate.judge_sequential(*sides, alpha=terms.alpha, **asdict(bounds))
-    sides = _correct(now) + _correct(then[: len(now)])
+    sides = _counts(now) + _counts(then[: len(now)])
     return gate.judge(*sides, same_policy=terms.same_policy, alpha=terms.alpha, **asdict(bounds))
 
 
@@ -95,12 +95,9 @@ def _fault(outcome: Literal["truncated", "unparsable"]) -> Judge:
     def judge(
         now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms
     ) -> Evidence:
-        then = then[: len(now)]
         return gate.judge_rate(
-            [getattr(tally, outcome) for tally in now],
-            [tally.k for tally in now],
-            [getattr(tally, outcome) for tally in then],
-            [tally.k for tally in then],
+            *_counts(now, outcome),
+            *_counts(then[: len(now)], outcome),
             same_policy=terms.same_policy,
             alpha=terms.alpha,
             **asdict(bounds),
@@ -120,19 +117,19 @@ def _length(now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: 
 
 
 def _no_loss(now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms) -> Evidence:
-    sides = _correct(now) + _correct(then)
+    sides = _counts(now) + _counts(then)
     return gate.judge(*sides, same_policy=False, alpha=terms.alpha, **asdict(bounds))
 
 
 def _improvement(
     now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms
 ) -> Evidence:
-    sides = _correct(now) + _correct(then)
+    sides = _counts(now) + _counts(then)
     return gate.judge_improvement(*sides, alpha=terms.alpha, **asdict(bounds))
 
 
-def _correct(tallies: Sequence[Tally]) -> tuple[list[int], list[int]]:
-    return [tally.correct for tally in tallies], [tally.k for tally in tallies]
+def _counts(tallies: Sequence[Tally], outcome: str = "correct") -> tuple[list[int], list[int]]:
+    return [getattr(tally, outcome) for tally in tallies], [tally.k for tally in tallies]
 
 
 _CORRECT = Measure(lambda tally: tally.correct / tally.k, lambda then, now: then - now, "correct")
@@ -345,7 +342,7 @@ def decided(groups: Sequence[Group], records: Sequence[Tally], alpha: float) -> 
 
 def plan(records: Sequence[Tally], k: int, alpha: float) -> gate.Plan:
     """Predict which drop of accuracy a run of the recorded policy can find."""
-    return gate.plan(*_correct(records), k, alpha=alpha, **asdict(RULES["accuracy"].bounds))
+    return gate.plan(*_counts(records), k, alpha=alpha, **asdict(RULES["accuracy"].bounds))
 
 
 def opened(rule: Rule, task_type: str, policy: str, reference: str, reason: str = "") -> Check:

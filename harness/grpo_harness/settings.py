@@ -36,9 +36,11 @@ class SettingsError(HarnessError):
     """A setting cannot be used. One line: which, where it is set, and what it may be."""
 
 
-def _option(metavar: str | None = None) -> dict[str, Any]:
-    """Mark a key that is also an option of the command line."""
-    return {"option": True, "metavar": metavar}
+def _key(
+    description: str, metavar: str | None = None, *, option: bool = True, **limits: int
+) -> Meta:
+    """Describe a key and its limits; with ``option`` the command line has it too."""
+    return Meta(description=description, extra={"option": option, "metavar": metavar}, **limits)
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,72 +48,45 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     base: Annotated[
         str,
-        Meta(
-            min_length=1,
-            description="the base policy: a folder, nano-base, nano-trained, smollm2, or the id "
+        _key(
+            "the base policy: a folder, nano-base, nano-trained, smollm2, or the id "
             "of a model on ModelScope or Hugging Face",
-            extra=_option("POLICY"),
+            "POLICY",
+            min_length=1,
         ),
     ] = "nano-base"
     trained: Annotated[
-        str,
-        Meta(
-            min_length=1,
-            description="the GRPO-trained policy, named like the base policy",
-            extra=_option("POLICY"),
-        ),
+        str, _key("the GRPO-trained policy, named like the base policy", "POLICY", min_length=1)
     ] = "nano-trained"
     tasks: Annotated[
         list[Annotated[str, Meta(min_length=1)]] | None,
-        Meta(description="a list of task types: built-in names, and paths of .py files"),
+        _key("a list of task types: built-in names, and paths of .py files", option=False),
     ] = None
     problems: Annotated[
-        int,
-        Meta(
-            ge=1,
-            le=MOST_PROBLEMS,
-            description=f"problems per task type, 1 to {MOST_PROBLEMS}",
-            extra=_option("N"),
-        ),
+        int, _key(f"problems per task type, 1 to {MOST_PROBLEMS}", "N", ge=1, le=MOST_PROBLEMS)
     ] = 256
     samples: Annotated[
-        int,
-        Meta(
-            ge=1,
-            le=MOST_SAMPLES,
-            description=f"completions per problem, 1 to {MOST_SAMPLES}",
-            extra=_option("K"),
-        ),
+        int, _key(f"completions per problem, 1 to {MOST_SAMPLES}", "K", ge=1, le=MOST_SAMPLES)
     ] = 4
-    sampling: Annotated[Sampling, Meta(description="how completions are drawn")] = Sampling()
+    sampling: Annotated[Sampling, _key("how completions are drawn", option=False)] = Sampling()
     reward: Annotated[
         str | None,
-        Meta(description="a reward as module:function; the rule reward if left out"),
+        _key("a reward as module:function; the rule reward if left out", option=False),
     ] = None
-    baselines: Annotated[
-        str, Meta(min_length=1, description="the folder of the baselines", extra=_option("DIR"))
-    ] = "baselines"
-    sequential: Annotated[
-        bool, Meta(description="stop drawing at a decision on accuracy", extra=_option())
-    ] = False
+    baselines: Annotated[str, _key("the folder of the baselines", "DIR", min_length=1)] = (
+        "baselines"
+    )
+    sequential: Annotated[bool, _key("stop drawing at a decision on accuracy")] = False
     device: Annotated[
-        str,
-        Meta(
-            min_length=1,
-            description="auto (CUDA where there is one), cpu, cuda, …",
-            extra=_option("DEVICE"),
-        ),
+        str, _key("auto (CUDA where there is one), cpu, cuda, …", "DEVICE", min_length=1)
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        Meta(
-            description="auto, bfloat16, float16 or float32: the number format",
-            extra=_option("DTYPE"),
-        ),
+        _key("auto, bfloat16, float16 or float32: the number format", "DTYPE"),
     ] = "auto"
     resident: Annotated[
         Literal["auto", "one", "all"],
-        Meta(description="auto, one or all: how many policies hold their weights at once"),
+        _key("auto, one or all: how many policies hold their weights at once", option=False),
     ] = "auto"
 
 
@@ -130,11 +105,8 @@ def table_settings() -> Iterator[Setting]:
     """Yield every key of the table, in its order."""
     for name, hint in get_type_hints(Table, include_extras=True).items():
         kind, meta = get_args(hint)
-        extra = meta.extra or {}
         plain = kind if isinstance(kind, type) else str
-        yield Setting(
-            name, plain, meta.description or "", extra.get("metavar"), extra.get("option", False)
-        )
+        yield Setting(name, plain, meta.description, meta.extra["metavar"], meta.extra["option"])
 
 
 @dataclass(frozen=True)

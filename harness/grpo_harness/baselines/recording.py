@@ -140,9 +140,9 @@ def record(
         changed = parent.changes(questions)
         if changed:
             notes.append(f"recorded under other conditions than before: {'; '.join(changed)}")
-        tested = _against_parent(parent, first, fresh, ALPHA / (2 * files), reason)
-        notes += tested.notes
-        if not tested.moves:
+        moves, said = _against_parent(parent, first, fresh, ALPHA / (2 * files), reason)
+        notes += said
+        if not moves:
             anchor = parent.header.anchor
             fresh = {name: _anchored(r, parent.records.get(name)) for name, r in fresh.items()}
         records = {**{name: parent.records[name] for name in kept}, **fresh}
@@ -162,14 +162,6 @@ def record(
     )
     write(path, header, records)
     return Recording(path, tuple(notes))
-
-
-@dataclass(frozen=True)
-class _Tested:
-    """Whether a recording moves the anchor, with notes for the user."""
-
-    moves: bool
-    notes: tuple[str, ...] = ()
 
 
 def _parent(path: Path, reason: str | None) -> tuple[Baseline | None, list[str]]:
@@ -205,10 +197,13 @@ def _against_parent(
     fresh: Mapping[str, Record],
     alpha: float,
     reason: str | None,
-) -> _Tested:
-    """Test a recording against the previous one and the anchor, each at ``alpha``."""
+) -> tuple[bool, list[str]]:
+    """Test a recording against the previous one and the anchor, each at ``alpha``.
+
+    Returns whether it moves the anchor, with notes for the user.
+    """
     if parent.header.conditions.get("task_version") != first.questions.task_type.version:
-        return _Tested(True, ("the task type's version is another one: the anchor is set anew",))
+        return True, ["the task type's version is another one: the anchor is set anew"]
     shared = [name for name in fresh if name in parent.records]
     before = [parent.records[name] for name in shared]
     correct, k = [fresh[name].correct for name in shared], [fresh[name].k for name in shared]
@@ -216,16 +211,11 @@ def _against_parent(
     # The anchor first: if the recording falls below both, the message names the anchor.
     references = (
         ("anchor", [r.anchor for r in before], [r.anchor_k for r in before], anchor.fingerprint),
-        (
-            "parent",
-            [r.correct for r in before],
-            [r.k for r in before],
-            recorded,
-        ),
+        ("parent", [r.correct for r in before], [r.k for r in before], recorded),
     )
     notes = []
     if len(parent.records) < MINIMUM_PROBLEMS:
-        return _Tested(True, ("the recording before was too small to judge by: a new anchor",))
+        return True, ["the recording before was too small to judge by: a new anchor"]
     if len(shared) < MINIMUM_PROBLEMS:
         untested = (
             f"it shares {len(shared)} problems with {parent.path}, and fewer than "
@@ -237,7 +227,7 @@ def _against_parent(
                 f"nothing is recorded: {untested}. Ask more (--grpo-problems), or say why that "
                 f"does not matter: {_ACCEPT}"
             )
-        return _Tested(True, (f"{untested}: accepted, and the anchor is set anew",))
+        return True, [f"{untested}: accepted, and the anchor is set anew"]
     bounds = asdict(RATE)
     for name, then, k_then, fingerprint in references:
         same = fingerprint == str(first.fingerprint)
@@ -254,7 +244,7 @@ def _against_parent(
                 f"nothing is recorded, {parent.path} is as it was: {lowered}. If that loss is "
                 f"meant, say so and why: {_ACCEPT}"
             )
-        return _Tested(True, (f"{lowered}: accepted, and the anchor moves down",))
+        return True, [f"{lowered}: accepted, and the anchor moves down"]
     gain = gate.judge_improvement(
         correct, k, references[0][1], references[0][2], minimum=RATE.minimum, alpha=alpha
     )
@@ -264,7 +254,7 @@ def _against_parent(
         )
     elif reason is not None:
         notes.append("nothing was lowered: the reason is kept, and the anchor where it was")
-    return _Tested(gain.verdict == "PASS", tuple(notes))
+    return gain.verdict == "PASS", notes
 
 
 def _anchored(record: Record, before: Record | None) -> Record:

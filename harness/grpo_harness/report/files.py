@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,19 @@ def begin(folder: Path) -> None:
 
     A ``.gitignore`` keeps the folder out of git. Raises ``ReportError``.
     """
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".gitignore").write_text("*\n", encoding="utf-8")
         shutil.rmtree(folder / SAMPLES, ignore_errors=True)
-    except OSError as error:
-        raise _error(folder, error) from error
 
 
 def write(report: Report, folder: Path) -> list[Path]:
     """Write ``report.md`` and ``report.json`` and return their paths. Raises ``ReportError``."""
     text = json.dumps(_finite(report.content()), indent=1, ensure_ascii=True, allow_nan=False)
     contents = {"report.md": report.markdown(), "report.json": f"{text}\n"}
-    try:
+    with _writing(folder):
         for name, content in contents.items():
             _replace(folder / name, content)
-    except OSError as error:
-        raise _error(folder, error) from error
     return [folder / name for name in contents]
 
 
@@ -51,11 +48,9 @@ def write_samples(folder: Path, evaluation: Evaluation) -> None:
     """Write every completion of an evaluation, one JSON object per line. Raises ``ReportError``."""
     path = folder / SAMPLES / f"{evaluation.questions.policy.slug}--{evaluation.task}.jsonl"
     lines = "".join(json.dumps(row) + "\n" for row in evaluation.rows())
-    try:
+    with _writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, lines)
-    except OSError as error:
-        raise _error(folder, error) from error
 
 
 def append_summary(report: Report, target: str) -> None:
@@ -63,11 +58,8 @@ def append_summary(report: Report, target: str) -> None:
 
     Raises ``ReportError``.
     """
-    try:
-        with Path(target).open("a", encoding="utf-8") as file:
-            file.write(report.markdown())
-    except OSError as error:
-        raise _error(Path(target), error) from error
+    with _writing(Path(target)), Path(target).open("a", encoding="utf-8") as file:
+        file.write(report.markdown())
 
 
 def _replace(path: Path, text: str) -> None:
@@ -80,8 +72,12 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def _error(place: Path, error: OSError) -> ReportError:
-    return ReportError(f"the report cannot be written to {place} ({one_line(error)})")
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ReportError(f"the report cannot be written to {place} ({one_line(error)})") from error
 
 
 def _finite(value: Any) -> Any:
