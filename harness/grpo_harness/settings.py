@@ -37,7 +37,7 @@ class SettingsError(HarnessError):
 
 
 def _key(
-    description: str, metavar: str | None = None, *, option: bool = True, **limits: int
+    description: str, metavar: str | None = None, *, option: bool = True, **limits: Any
 ) -> Meta:
     """Describe a key and its limits; with ``option`` the command line has it too."""
     return Meta(description=description, extra={"option": option, "metavar": metavar}, **limits)
