@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_harness.rewards.outcome import outcome
 from grpo_harness.rewards.rule import read
 from grpo_harness.text import escape
 
@@ -68,6 +69,15 @@ def test_readings(name):
     cases = CASES[name]
     now = [read(case["prompt"], case["completion"]) for case in cases]
     report(name, changes(cases, "reading", now), "are read differently")
+
+
+def test_what_is_cut_off_is_not_correct(task_type):
+    """A completion that the token limit cut off is truncated, also if its text is the answer."""
+    for problem in task_type.problems(8):
+        right = task_type.canonical(problem.task)
+        assert outcome(task_type, problem.task, right, truncated=False) == "correct", right
+        cut = outcome(task_type, problem.task, right, truncated=True)
+        assert cut == "truncated", f"'{escape(right)}', cut off by the token limit, counts as {cut}"
 
 
 def test_scores_are_finite_and_repeatable(grpo_session):

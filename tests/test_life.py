@@ -127,6 +127,18 @@ def test_a_damaged_cache_is_said_once_and_mended(project):
     [
         ("raise RuntimeError('no')", "raised RuntimeError: no"),
         ("import sys; sys.exit(3)", "raised SystemExit: 3"),
+        ("import pytest; pytest.skip('x')", "raised Skipped: x"),
+        ("import pytest; pytest.fail('x')", "raised Failed: x"),
+        ("raise type('E', (Exception,), {'__str__': lambda e: 1 / 0})", "raised E: <E>"),
+        (
+            "return [type('N', (), {'__repr__': lambda n: 1 / 0})()] * len(completions)",
+            "returned <N> for the completion",
+        ),
+        (
+            "return [type('N', (), {'__float__': lambda n: {}['x']})()] * len(completions)",
+            "for the completion",
+        ),
+        ("return type('A', (), {'tolist': lambda a: {}['x']})()", "raised KeyError"),
         ("return 1.0", "returned float: it must return a list"),
         ("return 'abc'", "returned str"),
         ("return (1.0 for _ in completions)", "returned generator"),

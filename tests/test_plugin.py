@@ -281,6 +281,10 @@ def test_own_task_types_flow_through_everything(project):
     [
         (["--grpo-problems", "0"], "--grpo-problems is 0: it must be a whole number"),
         (["--grpo-greedy", "--grpo-samples", "2"], "--grpo-greedy"),
+        (["--grpo-record", "--grpo-prune"], "leave one out"),
+        (["--grpo-report", "."], "is the project's own folder"),
+        (["--grpo-report=.."], "is the project's own folder"),
+        (["--grpo-report="], "is the project's own folder"),
     ],
 )
 def test_bad_options_are_usage_errors(project, arguments, says):
@@ -288,6 +292,15 @@ def test_bad_options_are_usage_errors(project, arguments, says):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*{says}*"])
     assert "Traceback" not in result.stderr.str()
+
+
+@pytest.mark.parametrize("table", ["[tool]\ngrpo-harness = 1", "[[tool.grpo-harness]]\nbase = 1"])
+def test_a_table_of_another_kind_is_a_usage_error(pytester, table):
+    (pytester.path / "pyproject.toml").write_text(table)
+    result = pytester.runpytest()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: *grpo-harness*, not a table"])
+    assert "Traceback" not in result.stdout.str() + result.stderr.str()
 
 
 def test_too_few_problems_prove_nothing_and_are_an_error(project):

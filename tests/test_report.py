@@ -166,7 +166,7 @@ def test_what_could_not_be_run_stands_in_it(project):
 def test_an_earlier_runs_report_does_not_stay(project):
     run(project, "--grpo-record")
     run(project, "--grpo-report=out", "--grpo-seed=1")
-    (project.path / "out" / "samples" / "old.jsonl").write_text("{}")
+    (project.path / "out" / "samples" / "old--gcd.jsonl").write_text("{}")
     project.makeconftest("import pytest\ndef pytest_collection(): pytest.exit('early')")
     run(project, "--grpo-report=out", "--grpo-seed=2")
     found = read(project)
@@ -215,6 +215,30 @@ def test_a_path_that_is_a_file_is_a_usage_error(project):
     result = run(project, "--grpo-report=out")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--grpo-report out is a file: name a folder*"])
+
+
+def test_a_report_leaves_the_files_of_others_alone(project):
+    """Also in a folder that is in git, and with a folder called samples."""
+    own = {
+        "docs/.gitignore": "build/",
+        "docs/samples/mine.txt": "1",
+        "docs/samples/a--b.jsonl": "2",
+    }
+    for name, text in own.items():
+        (project.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (project.path / name).write_text(text)
+    run(project, "--grpo-record")
+    run(project, "--grpo-report=docs", passed=2)
+    assert {name: (project.path / name).read_text() for name in own} == own
+
+
+def test_a_report_is_not_written_over_one_of_another_tool(project):
+    (project.path / "out").mkdir()
+    (project.path / "out" / "report.json").write_text('{"tests": []}')
+    result = run(project, "--grpo-report=out")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*out/report.json is not a report of grpo-harness*"])
+    assert (project.path / "out" / "report.json").read_text() == '{"tests": []}'
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")  # noqa: PTH110

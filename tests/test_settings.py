@@ -105,21 +105,34 @@ def test_greedy_draws_one_sample(project):
         ('[tool.grpo-harness.sampling]\ngreedy = "no"', {}, "greedy is 'no': it must be true or"),
         ("[tool.grpo-harness.sampling]\nmax_new_tokens = 2.5", {}, "max_new_tokens is 2.5: it"),
         ('[tool.grpo-harness.sampling]\ntemperature = "hot"', {}, "temperature is 'hot': it must"),
-        ("[tool.grpo-harness.sampling]\ntemperature = inf", {}, "temperature must be above 0"),
+        ("[tool.grpo-harness.sampling]\ntemperature = inf", {}, "temperature is inf: it must"),
         ("[tool.grpo-harness.sampling]\ntemperature = nan", {}, "temperature"),
         ("[tool.grpo-harness.sampling]\ntop_p = 1.5", {}, "up to 1"),
         ('tasks = ["gcd", "gcd"]', {}, "'gcd' twice"),
         ('tasks = ["broken.py"]', {}, "SystemExit"),
+        ('tasks = ["skips.py"]', {}, "Skipped"),
+        ('reward = "skipping:f"', {}, "Skipped"),
         ('reward = "sys:exit"', {}, None),
+        ('baselines = "pyproject.toml"', {}, "is not a folder"),
+        ('baselines = "a\\u0000b"', {}, "is not a folder"),
+        ("", {"baselines": __file__}, "is not a folder"),
+        ('base = ""', {}, "a text that is not empty"),
         ("", {"greedy": True, "samples": 4}, "--grpo-greedy"),
         ("= nonsense", {}, "cannot be read"),
     ],
 )
-def test_what_cannot_be_used_is_one_clear_error(project, tmp_path, table, options, says):
+def test_what_cannot_be_used_is_one_clear_error(
+    project, tmp_path, monkeypatch, table, options, says
+):
     if says is None:  # a function like any other: what it does shows when it is called
         assert project(table, **options).reward is sys.exit
         return
     (tmp_path / "broken.py").write_text("raise SystemExit(3)")
+    for name in ("skips", "skipping"):
+        (tmp_path / f"{name}.py").write_text(
+            "import pytest\npytest.skip('x', allow_module_level=True)"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SettingsError) as error:
         project(table, **options)
     message = str(error.value)

@@ -172,6 +172,13 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         PolicyName(set_here[role], cwd) if role in set_here else configured[role] for role in ROLES
     )
     _distinct(base, trained)
+    folder = (cwd if "baselines" in set_here else home) / resolved.baselines
+    if "\0" in resolved.baselines or folder.is_file():
+        place = "--grpo-" if "baselines" in set_here else f"{where}] "
+        raise SettingsError(
+            f"{place}baselines '{escape(resolved.baselines)}' is not a folder: name one, which may "
+            "be new"
+        )
     sources = {
         name: "command line" if name in set_here else str(file) if name in given else "default"
         for name in Table.__struct_fields__
@@ -192,7 +199,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         samples=1 if sampling.greedy else resolved.samples,
         sampling=sampling,
         reward=_reward(resolved.reward, f"{where}] reward"),
-        baselines=(cwd if "baselines" in set_here else home) / resolved.baselines,
+        baselines=folder,
         sequential=resolved.sequential,
         device=resolved.device,
         dtype=resolved.dtype,
@@ -283,7 +290,7 @@ def _fields(path: list[str]) -> tuple[str, ...]:
 _KINDS: Mapping[Any, str] = {
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a text that is not empty",
     bool: "true or false",
     Sampling: "a table",
 }
@@ -324,7 +331,9 @@ def _tasks(names: list[str] | None, home: Path, where: str) -> tuple[str, ...]:
         source = str(home / name) if name.endswith(".py") else name
         try:
             found.append(load_task_type(source).name)
-        except (Exception, SystemExit) as error:  # a user's own file can raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's own file can raise anything
             said = str(error) if isinstance(error, ValueError) else one_line(error)
             raise SettingsError(f"{where}: {said}") from error
     if not found:

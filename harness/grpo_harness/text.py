@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _FENCE = "```"
 _INTEGER = re.compile(r"-?\d+")
@@ -109,8 +109,16 @@ def markdown(text: str, limit: int = 1000) -> str:
 
 def one_line(error: BaseException) -> str:
     """Return an error of other code on one line, escaped, for the end of a message."""
-    text = " ".join(str(error).split())
+    text = " ".join(shown(error, str).split())
     return f"{type(error).__name__}: {escape(text, 300)}" if text else type(error).__name__
+
+
+def shown(value: object, how: Callable[[object], str] = repr) -> str:
+    """Return the repr of a foreign object, or its type's name if that raises."""
+    try:
+        return how(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
 
 
 def digest(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,13 +29,18 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     temperature: Annotated[
-        float, Meta(gt=0, description="logits are divided by it: above 0; see greedy")
+        float,
+        Meta(
+            gt=0,
+            le=sys.float_info.max,
+            description="logits are divided by it: finite and above 0; see greedy",
+        ),
     ] = 0.8
     top_p: Annotated[
         float, Meta(gt=0, le=1, description="share of the likeliest tokens kept: above 0, up to 1")
     ] = 0.9
     max_new_tokens: Annotated[
-        int, Meta(ge=1, le=10_000_000, description="tokens drawn at most, at least 1")
+        int, Meta(ge=1, le=10_000_000, description="tokens drawn at most, 1 to 10000000")
     ] = 64
     greedy: Annotated[bool, Meta(description="take the most likely token, always")] = False
 

@@ -57,7 +57,10 @@ def is_asked(config: pytest.Config) -> bool:
         return True
     if any(config.getoption(f"grpo_{name}") is not None for name in (*settable(), *_OTHERS)):
         return True
-    return has_table(config.rootpath)
+    try:
+        return has_table(config.rootpath)
+    except SettingsError as error:
+        raise pytest.UsageError(plain(str(error))) from error
 
 
 def resolved(config: pytest.Config) -> Settings:
@@ -82,9 +85,21 @@ def _check_modes(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "--grpo-strict fails what is UNPROVEN, and --grpo-skip-unproven skips it: leave one out"
         )
+    if config.getoption("grpo_record") and config.getoption("grpo_prune"):
+        raise pytest.UsageError(
+            "--grpo-record writes baselines, and --grpo-prune runs no test: leave one out"
+        )
     folder = config.getoption("grpo_report")
-    if folder is not None and (config.invocation_params.dir / folder).is_file():
+    if folder is None:
+        return
+    place = (config.invocation_params.dir / folder).resolve()
+    if place.is_file():
         raise pytest.UsageError(f"--grpo-report {plain(str(folder))} is a file: name a folder")
+    if config.rootpath.is_relative_to(place) or config.invocation_params.dir.is_relative_to(place):
+        raise pytest.UsageError(
+            f"--grpo-report {plain(str(folder))} is the project's own folder, or one around it: "
+            "name a folder for the report alone"
+        )
 
 
 def _check_root(config: pytest.Config) -> None:

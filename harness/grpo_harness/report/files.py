@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +23,23 @@ class ReportError(HarnessError):
 
 
 def begin(folder: Path) -> None:
-    """Prepare the folder of a report for a run: samples of other runs are removed.
+    """Prepare the folder of a report for a run: samples of an earlier report are removed.
 
-    A ``.gitignore`` keeps the folder out of git. Raises ``ReportError``.
+    Other files in it are left alone. A ``.gitignore`` keeps a new folder out of git. Raises
+    ``ReportError``, also for a folder with a ``report.json`` that is none of ours.
     """
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
-        shutil.rmtree(folder / SAMPLES, ignore_errors=True)
+        if not any(folder.iterdir()):
+            (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+        if not (folder / "report.json").exists():
+            return
+        if not _is_ours(folder / "report.json"):
+            raise ReportError(
+                f"{folder / 'report.json'} is not a report of grpo-harness: name another folder"
+            )
+        for path in (folder / SAMPLES).glob("*--*.jsonl"):
+            path.unlink()
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -60,6 +68,13 @@ def append_summary(report: Report, target: str) -> None:
     """
     with _writing(Path(target)), Path(target).open("a", encoding="utf-8") as file:
         file.write(report.markdown())
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return "schema" in json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def _replace(path: Path, text: str) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_harness.errors import HarnessError
 from grpo_harness.tasks import TaskType
-from grpo_harness.text import digest, escape, one_line
+from grpo_harness.text import digest, escape, one_line, shown
 
 RewardFunction = Callable[..., Sequence[float | None]]
 """Scores completions pairwise, ``(prompts, completions, **columns)``, as TRL calls it."""
@@ -31,7 +32,9 @@ def load_reward(source: str) -> RewardFunction:
     module, _, function = source.partition(":")
     try:
         reward = getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as error:  # the module is user code
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the module is user code, and may even exit or skip
         raise RewardError(
             f"'{escape(source)}' is not the module:function of a reward that can be imported "
             f"({one_line(error)})"
@@ -67,12 +70,16 @@ def score(
         returned: Any = reward(
             prompts=_copies(prompts), completions=_copies(completions), **columns
         )
-    except (Exception, SystemExit) as error:
+        scores = returned.tolist() if hasattr(returned, "tolist") else returned
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also pytest's own, such as a skip: a reward is no test
         raise RewardError(
             f"{named} raised {one_line(error)}: fix it, or let it return None for what it "
             "cannot score"
         ) from error
-    scores = returned.tolist() if hasattr(returned, "tolist") else returned
+    if inspect.iscoroutine(scores):
+        scores.close()  # or Python would warn that it was never awaited
     if not isinstance(scores, list | tuple):
         raise RewardError(
             f"{named} returned {type(returned).__name__}: it must return a list of one number "
@@ -87,7 +94,7 @@ def score(
     for value, number, completion in zip(scores, checked, completions, strict=True):
         if number is None and value is not None:
             raise RewardError(
-                f"{named} returned {escape(repr(value), 80)} for the completion "
+                f"{named} returned {escape(shown(value), 80)} for the completion "
                 f"'{escape(str(completion))}': it must return a number within ±{GREATEST:g}, or "
                 "None for what it does not apply to"
             )
@@ -134,6 +141,6 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # a foreign type may raise anything
         return None
     return number if abs(number) <= GREATEST else None
