@@ -1,8 +1,8 @@
 """Does TRL's trainer compute GRPO exactly, and does it still learn? On the smallest policy.
 
 The contract: tiny runs of the product are watched from outside, and every step is compared with the
-formulas in plain torch (`grpo_harness.grpo`) on the raw completions. Each test is one invariant of
-`grpo_harness.contract`, which names the regressions that it finds.
+formulas in plain torch (`grpo_harness.grpo`) on the raw completions. `CONTRACT` lists the
+invariants of `grpo_harness.contract`, each of which names the regressions that it finds.
 
 The learning test: short runs from nano-base are judged by what they gain, never by their loss. The
 controls are runs that can learn nothing, or the wrong thing: each must fail the same test, or its
@@ -11,6 +11,7 @@ PASS would mean nothing. `grpo_harness/nano/LEARNING.md` shows how often each pa
 
 import functools
 import hashlib
+import inspect
 import json
 import subprocess
 import sys
@@ -42,8 +43,40 @@ EVERY = [
 ]
 """The runs in which every figure is checked; `grpo_harness.contract` has their settings."""
 
-ON_POLICY = [name for name in EVERY if name not in {"clipped", "halves"}]
-"""The runs in which every update uses completions drawn by the current weights."""
+CONTRACT = {
+    "settings_are_the_recipes": EVERY,
+    "rows_are_complete_and_finite": EVERY,
+    "training_starts_from_the_base": EVERY,
+    "every_problem_has_its_turn": EVERY,
+    "prompts_are_the_templates": EVERY,
+    "what_is_drawn_is_scored_and_trained_on": EVERY,
+    "rollouts_are_the_current_policys": EVERY,
+    "rewards_are_the_completions": EVERY,
+    "advantages_are_group_relative": EVERY,
+    "counts_are_those_of_the_completions": EVERY,
+    "the_mask_is_the_completions": EVERY,
+    "log_probabilities_are_the_policys": EVERY,
+    "loss_equals_the_oracles": EVERY,
+    "gradient_equals_the_oracles": EVERY,
+    "figures_of_the_policy_are_the_oracles": EVERY,
+    "on_policy_the_ratio_is_one": [name for name in EVERY if name not in {"clipped", "halves"}],
+    "gradients_are_clipped_as_asked": EVERY,
+    "every_update_is_adamws": EVERY,
+    "only_updates_move_the_weights": EVERY,
+    "rates_logged_are_the_schedules": EVERY,
+    "what_is_saved_is_what_was_trained": EVERY,
+    "the_checkpoint_is_whole": ["plain", "two-ended"],
+    "clipping_acts_off_policy": ["clipped"],
+    "accumulation_changes_nothing": ["accumulated plain"],
+    "constant_reward_changes_nothing": ["constant"],
+    "negated_reward_negates_the_gradient": ["negated plain"],
+    "the_same_seed_gives_the_same_rows": ["plain again"],
+    "another_seed_gives_another_run": ["plain reseeded"],
+    "resumed_equals_uninterrupted": ["resumed tuned"],
+    "weights_move": ["plain"],
+    "a_nan_is_seen": ["poisoned"],
+}
+"""The runs on which each invariant is checked; two names are two runs that are compared."""
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +93,6 @@ def oracles(contract):
     return functools.cache(contract.Oracle)
 
 
-@pytest.fixture
-def oracle(run, oracles):
-    """The oracle for the policy that ``run`` starts from."""
-    return oracles(run.recipe.policy)
-
-
-@pytest.fixture(scope="module")
-def holds(contract):
-    """A function that asserts an invariant, by its name, on what was observed."""
-
-    def holds(name, *seen):
-        try:
-            contract.INVARIANTS[name](*seen)
-        except contract.BrokenInvariantError as broken:
-            pytest.fail(str(broken), pytrace=False)
-
-    return holds
-
-
 @pytest.fixture(scope="module")
 def watched(contract, tmp_path_factory):
     """A function that returns a run of the contract by its name; each is made once."""
@@ -90,12 +104,6 @@ def watched(contract, tmp_path_factory):
         return seen[name]
 
     return watched
-
-
-@pytest.fixture(params=EVERY)
-def run(request, watched):
-    """Each run in which every figure is checked."""
-    return watched(request.param)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -116,118 +124,27 @@ def test_resolved_config(name, grpo_session):
     )
 
 
-def test_settings(run, holds):
-    """The trainer has the recipe's settings, and the pinned values for the others."""
-    holds("settings_are_the_recipes", run)
-
-
-def test_rows(run, holds):
-    """Every step is logged with all figures, and every figure is a finite number."""
-    holds("rows_are_complete_and_finite", run)
-
-
-def test_start(run, oracle, holds):
-    """Before the first step the weights are the base policy's, to the bit."""
-    holds("training_starts_from_the_base", run, oracle)
-
-
-def test_problems(run, oracle, holds):
-    """Every round asks each problem of the recipe once, in another order than before."""
-    holds("every_problem_has_its_turn", run, oracle)
-
-
-def test_prompts(run, oracle, holds):
-    """Each prompt's tokens are those of the chat template, with nothing added."""
-    holds("prompts_are_the_templates", run, oracle)
-
-
-def test_completions(run, oracle, holds):
-    """The completions that were drawn are those that were scored and trained on."""
-    holds("what_is_drawn_is_scored_and_trained_on", run, oracle)
-
-
-def test_rollouts(run, oracle, holds):
-    """Every completion is what the current weights draw from the recorded random state."""
-    holds("rollouts_are_the_current_policys", run, oracle)
-
-
-def test_rewards(run, contract, oracle, holds):
-    """Scoring the raw completions again gives the rewards that were returned and logged."""
-    reward = contract.RUNS[run.recipe.name].reward
-    holds("rewards_are_the_completions", run, oracle, reward)
-
-
-def test_advantages(run, oracle, holds):
-    """The advantages logged and used are those of the rewards, each within its own group."""
-    holds("advantages_are_group_relative", run, oracle)
-
-
-def test_counts(run, oracle, holds):
-    """Logged lengths, truncation and token counts are those of the raw completions."""
-    holds("counts_are_those_of_the_completions", run, oracle)
-
-
-def test_mask(run, oracle, holds):
-    """The mask of the loss covers every token of a completion, and none beyond its end."""
-    holds("the_mask_is_the_completions", run, oracle)
-
-
-def test_log_probabilities(run, oracle, holds):
-    """Each token has the same log-probability in a padded batch as without padding."""
-    holds("log_probabilities_are_the_policys", run, oracle)
-
-
-def test_loss(run, oracle, holds):
-    """Each step's loss is that of the formula on the raw completions, and is logged."""
-    holds("loss_equals_the_oracles", run, oracle)
-
-
-def test_gradient(run, oracle, holds):
-    """Each step's gradient is autograd's for the formula, on a fresh copy of the weights."""
-    holds("gradient_equals_the_oracles", run, oracle)
-
-
-def test_figures(run, oracle, holds):
-    """The logged entropy, KL to the base and clip ratios are those of the tokens."""
-    holds("figures_of_the_policy_are_the_oracles", run, oracle)
-
-
-@pytest.mark.parametrize("name", ON_POLICY)
-def test_on_policy(name, watched, holds):
-    """On completions drawn by the current weights, ρ is exactly 1 and nothing is clipped."""
-    holds("on_policy_the_ratio_is_one", watched(name))
-
-
-def test_gradient_norm(run, holds):
-    """The optimizer gets the gradient, clipped to ``max_grad_norm``; 0 means no limit."""
-    holds("gradients_are_clipped_as_asked", run)
-
-
-def test_update(run, holds):
-    """Each step makes one AdamW update, at the schedule's rate and with its gradients."""
-    holds("every_update_is_adamws", run)
-
-
-def test_between_updates(run, holds):
-    """The weights do not change between steps or after the last one, to the bit."""
-    holds("only_updates_move_the_weights", run)
-
-
-def test_learning_rate(run, holds):
-    """The logged learning rate is that of the schedule's formula for the row's step."""
-    holds("rates_logged_are_the_schedules", run)
-
-
-def test_saved(run, holds):
-    """The checkpoint has the final weights, in their own dtype, to the bit."""
-    holds("what_is_saved_is_what_was_trained", run)
-
-
-@pytest.mark.parametrize("name", ["plain", "two-ended"])
-def test_checkpoint_is_whole(name, watched, oracles, holds):
-    """The saved tokenizer, template and end tokens are the base's; the problems are listed."""
-    run = watched(name)
-    holds("the_checkpoint_is_whole", run, oracles(run.recipe.policy))
+@pytest.mark.parametrize(
+    ("invariant", "names"),
+    [
+        pytest.param(invariant, names.split(), id=f"{invariant}-{names.replace(' ', '-')}")
+        for invariant, runs in CONTRACT.items()
+        for names in runs
+    ],
+)
+def test_contract(invariant, names, contract, watched, oracles):
+    """Every invariant holds on its runs."""
+    check = contract.INVARIANTS[invariant]
+    seen = [watched(name) for name in names]
+    given = {
+        "oracle": lambda: oracles(seen[0].recipe.policy),
+        "reward": lambda: contract.RUNS[names[0]].reward,
+    }
+    seen += [given[name]() for name in inspect.signature(check).parameters if name in given]
+    try:
+        check(*seen)
+    except contract.BrokenInvariantError as broken:
+        pytest.fail(str(broken), pytrace=False)
 
 
 def test_training_set():
@@ -246,51 +163,6 @@ def test_training_set():
     assert len({tuple(p.id for p in make_problems(9, 9, seed)) for seed in range(4)}) == 4, (
         "the seed does not decide which problems are drawn"
     )
-
-
-def test_clipping(watched, oracles, holds):
-    """On reused completions, at a large rate, some tokens are clipped at 1 ± ε, but not all."""
-    holds("clipping_acts_off_policy", watched("clipped"), oracles("nano-base"))
-
-
-def test_accumulation(watched, holds):
-    """Four groups have the same gradient in four micro-batches as in one."""
-    holds("accumulation_changes_nothing", watched("accumulated"), watched("plain"))
-
-
-def test_constant_reward(watched, holds):
-    """If every completion has the same reward, the weights do not change, to the bit."""
-    holds("constant_reward_changes_nothing", watched("constant"))
-
-
-def test_negated_reward(watched, holds):
-    """Negating the reward negates the first gradient and changes nothing else."""
-    holds("negated_reward_negates_the_gradient", watched("negated"), watched("plain"))
-
-
-def test_same_seed(watched, holds):
-    """A run and its repetition log the same figures, to the bit, except for times."""
-    holds("the_same_seed_gives_the_same_rows", watched("plain"), watched("again"))
-
-
-def test_another_seed(watched, holds):
-    """Another seed asks other problems first, and no two draws share their random numbers."""
-    holds("another_seed_gives_another_run", watched("plain"), watched("reseeded"))
-
-
-def test_resumed(watched, holds):
-    """A run resumed from a checkpoint equals one without interruption, to the bit."""
-    holds("resumed_equals_uninterrupted", watched("resumed"), watched("tuned"))
-
-
-def test_weights_move(watched, holds):
-    """At least half the elements of every trainable tensor have changed."""
-    holds("weights_move", watched("plain"))
-
-
-def test_nan(watched, holds):
-    """A NaN loss is logged as NaN and ends the run."""
-    holds("a_nan_is_seen", watched("poisoned"))
 
 
 def test_controls(watched, oracles):

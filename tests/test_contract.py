@@ -440,6 +440,14 @@ def pytest_of_the_suite(patch, *arguments):
     return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=named)
 
 
+def test_the_suite_checks_every_invariant():
+    table = runpy.run_path(str(ROOT / "suites" / "test_training.py"))["CONTRACT"]
+    assert table.keys() == INVARIANTS.keys()
+    assert {name for runs in table.values() for names in runs for name in names.split()} <= set(
+        RUNS
+    )
+
+
 def test_suite_turns_red_and_names_the_invariant():
     result = pytest_of_the_suite("ddof_0", "-k", "plain and (advantages or counts)")
     assert result.returncode == 1, result.stdout
