@@ -203,7 +203,7 @@ def test_the_suites_run_from_an_installed_wheel(pytester, installed):
     assert judged.ret == 0, judged.stdout.str()
     report = json.loads((pytester.path / "report" / "report.json").read_text())
     assert {check["rule"] for check in report["checks"]} >= {"accuracy", "length"}
-    trained = pytester.run(*run, "test_settings and plain or scores and gcd")
+    trained = pytester.run(*run, "settings_are and plain or scores and gcd")
     trained.assert_outcomes(passed=2)
 
 
