@@ -173,6 +173,10 @@ def own_type(tmp_path, body):
     [
         ("    def read(self, task, text): return 'wrong'", "is read as wrong"),
         ("    def read(self, task, text): return 1 / 0", "cannot be read (ZeroDivisionError"),
+        (
+            "    def read(self, task, text): __import__('pytest').skip('x')",
+            "cannot be read (Skipped: x)",
+        ),
         ("    def canonical(self, task): return 'x' + self.answer(task)", "is read as wrong"),
         ("    def draw(self, rng): return {'x': '}' + str(rng.random())}", "TASK={…} back out"),
         (

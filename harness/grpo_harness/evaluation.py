@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
-from grpo_harness.errors import HarnessError
+from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.policy import Fingerprint, Policy
 from grpo_harness.rewards import rule
 from grpo_harness.rewards.functions import RewardFunction, reward_digest, score
@@ -387,7 +387,12 @@ def _completion(
 ) -> Completion:
     failed = sample.error is not None or reward is None
     text = None if failed else sample.text
-    try:
+    with user_code(
+        lambda error: EvaluationError(
+            f"task type {task_type.name!r}, problem {problem.id}: the completion "
+            f"'{escape(sample.text)}' cannot be read ({one_line(error)}): fix the type's read"
+        )
+    ):
         return Completion(
             text=sample.text,
             tokens=sample.tokens,
@@ -397,8 +402,3 @@ def _completion(
             and not sample.truncated
             and strictly_correct(task_type, problem.task, sample.text),
         )
-    except Exception as error:  # the type's own code, on an arbitrary text
-        raise EvaluationError(
-            f"task type {task_type.name!r}, problem {problem.id}: the completion "
-            f"'{escape(sample.text)}' cannot be read ({one_line(error)}): fix the type's read"
-        ) from error

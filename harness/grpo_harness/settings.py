@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from grpo_harness.engines.engine import Sampling
-from grpo_harness.errors import HarnessError
+from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES
 from grpo_harness.text import escape, one_line
 
@@ -329,13 +329,12 @@ def _tasks(names: list[str] | None, home: Path, where: str) -> tuple[str, ...]:
     found = []
     for name in task_types() if names is None else names:
         source = str(home / name) if name.endswith(".py") else name
-        try:
+        with user_code(
+            lambda error: SettingsError(
+                f"{where}: {error if isinstance(error, ValueError) else one_line(error)}"
+            )
+        ):
             found.append(load_task_type(source).name)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a user's own file can raise anything
-            said = str(error) if isinstance(error, ValueError) else one_line(error)
-            raise SettingsError(f"{where}: {said}") from error
     if not found:
         raise SettingsError(f"{where} is empty: there is nothing to ask")
     if len(set(found)) < len(found):

@@ -3,8 +3,8 @@
 In reading order:
 
 =================  =================================================================
+``state.py``       shared: one run's state, the rows that tests carry, and messages
 ``options.py``     the options, and whether a run uses the harness
-``state.py``       shared: one run's state, and the rows that tests carry
 ``planning.py``    which policies and task types each test runs for, and its rules
 ``assertions.py``  the gate's rules as a suite asserts them
 ``fixtures.py``    the fixtures for suites
@@ -45,7 +45,7 @@ from grpo_harness.plugin.planning import (  # noqa: F401
     pytest_collection_modifyitems,
     pytest_generate_tests,
 )
-from grpo_harness.plugin.state import PROPERTY, RUN, Run
+from grpo_harness.plugin.state import PROPERTY, RUN, Run, usage_errors
 
 
 def activated(config: pytest.Config) -> Run:
@@ -77,13 +77,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     run = activated(config)
     if config.getoption("grpo_record"):
-        from grpo_harness.baselines.file import BaselineError
         from grpo_harness.baselines.recording import check_recordable
 
-        try:
+        with usage_errors():
             check_recordable(run.settings.baselines, run.settings.root)
-        except BaselineError as error:
-            raise pytest.UsageError(str(error)) from error
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -137,16 +134,13 @@ def pytest_cmdline_main(config: pytest.Config) -> pytest.ExitCode | None:
 
 
 def _prune(config: pytest.Config) -> None:
-    from grpo_harness.baselines.file import BaselineError
     from grpo_harness.baselines.pruning import check_restorable, prune
     from grpo_harness.session import stale_entries
 
     settings = resolved(config)
     found = stale_entries(settings)
-    try:
+    with usage_errors():
         check_restorable(found)
-    except BaselineError as error:
-        raise pytest.UsageError(str(error)) from error
     prune(found)
     for entry in found:
         _say(f"pruned {entry}")

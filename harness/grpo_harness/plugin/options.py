@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from grpo_harness.plugin.state import usage_errors
 from grpo_harness.settings import (
     Settings,
-    SettingsError,
     has_table,
     project_file,
     resolve,
@@ -57,10 +57,8 @@ def is_asked(config: pytest.Config) -> bool:
         return True
     if any(config.getoption(f"grpo_{name}") is not None for name in (*settable(), *_OTHERS)):
         return True
-    try:
+    with usage_errors():
         return has_table(config.rootpath)
-    except SettingsError as error:
-        raise pytest.UsageError(plain(str(error))) from error
 
 
 def resolved(config: pytest.Config) -> Settings:
@@ -68,10 +66,8 @@ def resolved(config: pytest.Config) -> Settings:
     _check_root(config)
     _check_modes(config)
     options = {name: config.getoption(f"grpo_{name}") for name in settable()}
-    try:
+    with usage_errors():
         return resolve(config.rootpath, config.invocation_params.dir, options)
-    except SettingsError as error:
-        raise pytest.UsageError(plain(str(error))) from error
 
 
 def _check_modes(config: pytest.Config) -> None:

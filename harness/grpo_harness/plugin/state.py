@@ -1,9 +1,10 @@
-"""What the parts of the plugin share: one run's state, and the rows that its tests carry."""
+"""What the parts of the plugin share: one run's state, the rows that its tests carry, messages."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,6 +62,18 @@ def rows(report: pytest.TestReport) -> Iterator[dict[str, Any]]:
     for name, value in report.user_properties:
         if name == PROPERTY:
             yield json.loads(str(value))
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Make pytest's usage error of an error inside that is a message to the user."""
+    from grpo_harness.errors import HarnessError
+    from grpo_harness.text import plain
+
+    try:
+        yield
+    except HarnessError as error:
+        raise pytest.UsageError(plain(str(error))) from error
 
 
 def clearly(action: Callable[[], _T]) -> _T:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_harness.plugin.planning import asked
-from grpo_harness.plugin.state import Run, rows
+from grpo_harness.plugin.state import Run, rows, usage_errors
 from grpo_harness.text import escape, plain
 
 if TYPE_CHECKING:
@@ -49,13 +49,11 @@ class Summary:
 
     def _begin(self, folder: Path) -> None:
         """Replace an earlier run's report by one with the status running."""
-        from grpo_harness.report.files import ReportError, begin, write
+        from grpo_harness.report.files import begin, write
 
-        try:
+        with usage_errors():
             begin(folder)
             write(self._report("running"), folder)
-        except ReportError as error:
-            raise pytest.UsageError(plain(str(error))) from error
         # A cluster sends SIGTERM before it takes the machine away: handle it like Ctrl-C.
         self._handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo_harness.errors import HarnessError
+from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.tasks import TaskType
 from grpo_harness.text import digest, escape, one_line, shown
 
@@ -30,15 +30,13 @@ class RewardError(HarnessError):
 def load_reward(source: str) -> RewardFunction:
     """Return the reward that ``module:function`` names. Raises ``RewardError``."""
     module, _, function = source.partition(":")
-    try:
-        reward = getattr(importlib.import_module(module), function)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the module is user code, and may even exit or skip
-        raise RewardError(
+    with user_code(
+        lambda error: RewardError(
             f"'{escape(source)}' is not the module:function of a reward that can be imported "
             f"({one_line(error)})"
-        ) from error
+        )
+    ):
+        reward = getattr(importlib.import_module(module), function)
     if not callable(reward):
         raise RewardError(f"'{escape(source)}' is {type(reward).__name__}, not a function")
     found: RewardFunction = reward
@@ -66,18 +64,16 @@ def score(
     ``None`` for each completion; infinities and NaN are not numbers.
     """
     named = f"{where}: the reward {escape(reward_name(reward))}"
-    try:
+    with user_code(
+        lambda error: RewardError(
+            f"{named} raised {one_line(error)}: fix it, or let it return None for what it "
+            "cannot score"
+        )
+    ):
         returned: Any = reward(
             prompts=_copies(prompts), completions=_copies(completions), **columns
         )
         scores = returned.tolist() if hasattr(returned, "tolist") else returned
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # also pytest's own, such as a skip: a reward is no test
-        raise RewardError(
-            f"{named} raised {one_line(error)}: fix it, or let it return None for what it "
-            "cannot score"
-        ) from error
     if inspect.iscoroutine(scores):
         scores.close()  # or Python would warn that it was never awaited
     if not isinstance(scores, list | tuple):

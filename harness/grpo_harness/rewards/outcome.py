@@ -5,11 +5,12 @@ Standard library only. Nothing is parsed from the prompt: a task type reads its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+from grpo_harness.errors import user_code
 from grpo_harness.tasks.task import Problem, Reading, TaskType
-from grpo_harness.text import escape, first_line
+from grpo_harness.text import escape, first_line, one_line
 
 Outcome = Literal["correct", "wrong", "unparsable", "truncated", "error"]
 OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "unparsable", "truncated", "error")
@@ -51,16 +52,18 @@ def check_answers(task_type: TaskType, problems: Iterable[Problem]) -> None:
     """
     for problem in problems:
         where = f"task type {task_type.name!r}, problem {problem.id}"
-        try:
+        with user_code(_unreadable(where)):
             right = task_type.canonical(problem.task)
             found = read(task_type, problem.task, right)
-        except Exception as error:
-            raise ValueError(
-                f"{where}: its own answer cannot be read ({type(error).__name__}: "
-                f"{escape(str(error))}): fix canonical and read of the type"
-            ) from error
         if found != "correct":
             raise ValueError(
                 f"{where}: its own answer '{escape(right)}' is read as {found}, and no policy "
                 "could be correct: fix canonical and read of the type"
             )
+
+
+def _unreadable(where: str) -> Callable[[BaseException], ValueError]:
+    return lambda error: ValueError(
+        f"{where}: its own answer cannot be read ({one_line(error)}): fix canonical and read of "
+        "the type"
+    )
