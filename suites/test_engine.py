@@ -129,10 +129,7 @@ def test_rewards_belong_to_their_completions(evaluation, grpo_session):
     chosen = random.Random(evaluation.run_seed).sample(scored, min(RESCORED, len(scored)))
     for problem, completion in chosen:
         (again,) = score(
-            grpo_session.settings.reward,
-            [problem.prompt],
-            [completion.text],
-            where=problem.id,
+            grpo_session.settings.reward, [problem.prompt], [completion.text], where=problem.id
         )
         assert again == completion.reward, (
             f"{problem.id}: the completion {completion.text[:80]!r} has reward "

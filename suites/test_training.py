@@ -100,7 +100,7 @@ def watched(contract, tmp_path_factory):
 
     def watched(name):
         if name not in seen:
-            seen[name] = contract.make(contract.RUNS[name], tmp_path_factory.mktemp(name))
+            seen[name] = contract.watch(contract.RUNS[name], tmp_path_factory.mktemp(name))
         return seen[name]
 
     return watched
@@ -119,9 +119,7 @@ def test_resolved_config(name, grpo_session):
     if was is None:
         pytest.fail(missing, pytrace=False)
     changed = differences(RECIPES[name], was, device="cpu")
-    assert not changed, (
-        f"{'; '.join(map(str, changed))}. If it is meant: grpo-harness recipes --record"
-    )
+    assert not changed, f"{'; '.join(changed)}. If it is meant: grpo-harness recipes --record"
 
 
 @pytest.mark.parametrize(

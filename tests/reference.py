@@ -127,9 +127,7 @@ def value_of(expr: str) -> int | str:
         ):
             return "".join(reversed(s))
         case ast.Call(
-            func=ast.Attribute(value=ast.Constant(value=str(s)), attr="upper"),
-            args=[],
-            keywords=[],
+            func=ast.Attribute(value=ast.Constant(value=str(s)), attr="upper"), args=[], keywords=[]
         ):
             return s.upper()
         case ast.Call(func=ast.Name(id="abs"), args=[x], keywords=[]):

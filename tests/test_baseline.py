@@ -31,7 +31,8 @@ def test_what_was_recorded_is_loaded(recorded, tmp_path):
         assert kept.truncated == sum(g.count("truncated") for g in groups)
         assert kept.unparsable == sum(g.count("unparsable") for g in groups)
         assert kept.length == sum(c.tokens for g in groups for c in g.completions)
-        assert kept.mean_log_length == pytest.approx(sum(g.mean_log_length for g in groups) / 2)
+        logs = [g.tally.mean_log_length for g in groups]
+        assert kept.tally.mean_log_length == pytest.approx(sum(logs) / 2)
     assert stored.same_policy(evaluations[0].fingerprint)
 
 
@@ -57,7 +58,7 @@ def test_a_file_is_readable_in_a_diff(recorded):
 def test_a_subset_of_the_problems_can_be_compared(recorded, measure):
     stored, _ = recorded
     now = measure(run_seed=5, n=3, k=1)
-    wanted = [stored.records[group.problem.id] for group in now.groups]
+    wanted = [stored.records[group.problem.id].tally for group in now.groups]
     assert stored.select(now.questions) == wanted
 
 

@@ -151,8 +151,7 @@ def started(tiny, out, *options):
 
 
 @pytest.mark.parametrize(
-    "sent",
-    [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.heavy)],
+    "sent", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.heavy)]
 )
 def test_interrupted_training_goes_on(sent, tiny, tmp_path, capsys):
     process = started(tiny, tmp_path / "out")

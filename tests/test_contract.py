@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from grpo_harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, make, watch
+from grpo_harness.contract import INVARIANTS, RUNS, BrokenInvariantError, Oracle, watch
 from grpo_harness.contract.adam import rate
 from grpo_harness.contract.conventions import Conventions
 from grpo_harness.contract.trace import Step
@@ -77,7 +77,7 @@ def watched(name, folder, steps):
     """Watch a run of the contract for at most so many steps."""
     run = RUNS[name]
     recipe = dataclasses.replace(run.recipe, steps=min(run.recipe.steps, steps))
-    return make(dataclasses.replace(run, recipe=recipe), folder / name, device="cpu")
+    return watch(dataclasses.replace(run, recipe=recipe), folder / name, device="cpu")
 
 
 def broken(name, oracle, folder):
@@ -178,11 +178,7 @@ CAUGHT = {
         "gradient_equals_the_oracles",
         "it is 0.5 times the right one",
     ),
-    "dr_grpo_by_the_longest": (
-        "dr-grpo",
-        "gradient_equals_the_oracles",
-        "times the right one",
-    ),
+    "dr_grpo_by_the_longest": ("dr-grpo", "gradient_equals_the_oracles", "times the right one"),
     "a_token_more": (
         "plain",
         "counts_are_those_of_the_completions",
@@ -239,20 +235,12 @@ CAUGHT = {
         "resumed_equals_uninterrupted",
         "makes another update of the same gradient",
     ),
-    "resume_loses_rng": (
-        "resumed",
-        "resumed_equals_uninterrupted",
-        "draws other random numbers",
-    ),
+    "resume_loses_rng": ("resumed", "resumed_equals_uninterrupted", "draws other random numbers"),
     "bf16_weights_saved": ("plain", "what_is_saved_is_what_was_trained", "on disk: "),
     "advantages_clamped": ("large", "advantages_are_group_relative", "5.000000, and "),
     "mask_cut_after_32": ("long", "the_mask_is_the_completions", "has mask 0, and 1 is right"),
     "loss_cut_after_32": ("long", "gradient_equals_the_oracles", "away from the oracle"),
-    "second_end_ignored": (
-        "two-ended",
-        "counts_are_those_of_the_completions",
-        "is right",
-    ),
+    "second_end_ignored": ("two-ended", "counts_are_those_of_the_completions", "is right"),
     "beginning_twice": ("two-ended", "prompts_are_the_templates", "; without the first they are"),
     "template_not_saved": ("plain", "the_checkpoint_is_whole", "its chat template is"),
     "generation_config_not_saved": (
@@ -362,8 +350,7 @@ def test_without_a_patch_nothing_is_broken(oracle, tmp_path):
 
 def test_pairs_of_runs_are_told_apart(tmp_path):
     """What compares two runs is false of two that differ."""
-    short = {name: dataclasses.replace(RUNS[name].recipe, steps=1) for name in ("plain", "cool")}
-    plain, cool = (watch(short[name], tmp_path / name, device="cpu") for name in short)
+    plain, cool = (watched(name, tmp_path, steps=1) for name in ("plain", "cool"))
     assert "step 1: " in text("the_same_seed_gives_the_same_rows", plain, cool)
     assert "from the turned gradient" in text("negated_reward_negates_the_gradient", plain, plain)
     assert "not those of run 'cool'" in text("negated_reward_negates_the_gradient", plain, cool)
@@ -417,8 +404,7 @@ def test_loss_that_alone_is_off_is_said_to_be(oracle, tmp_path):
 
 def test_nothing_to_learn_from_is_a_loss_of_zero(oracle, tmp_path, monkeypatch):
     """Every completion is masked; or a micro-batch holds what was never drawn."""
-    recipe = dataclasses.replace(RUNS["plain"].recipe, steps=1)
-    run = watch(recipe, tmp_path / "run", device="cpu")
+    run = watched("plain", tmp_path, steps=1)
     (step,) = run.steps
     how = Conventions.of(run.recipe)
     strange = dataclasses.replace(step.micro_batches[0], rows=(((1,), (2,)),))

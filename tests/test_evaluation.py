@@ -65,7 +65,7 @@ def test_outcomes(tiny_policy, tmp_path, sample, outcome):
 def test_right_answers_are_correct_and_strictly_so(tiny_policy, tmp_path):
     evaluation = run(tiny_policy, Scripted(right), tmp_path)
     assert evaluation.accuracy == evaluation.strict_accuracy == 1
-    assert evaluation.counts("correct") == [2] * 6
+    assert [group.tally.correct for group in evaluation.groups] == [2] * 6
     assert (evaluation.n, evaluation.k) == (6, 2)
 
 
@@ -90,7 +90,7 @@ def test_figures_against_the_plain_formulas(tiny_policy, tmp_path):
     assert evaluation.mean_reward == pytest.approx(sum(rewards) / 12)
     assert evaluation.mean_length == pytest.approx(sum(range(1, 13)) / 12)
     logs = [(math.log(2 * i + 1) + math.log(2 * i + 2)) / 2 for i in range(6)]
-    assert [g.mean_log_length for g in evaluation.groups] == pytest.approx(logs)
+    assert [g.tally.mean_log_length for g in evaluation.groups] == pytest.approx(logs)
     assert evaluation.rate("truncated") == 3 / 12
 
 

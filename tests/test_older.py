@@ -51,8 +51,8 @@ print(json.dumps({
         for name, recipe in RECIPES.items()
     },
     "differences": [
-        (d.key, str(d))
-        for d in differences(smoke, recorded("smoke", Path(baselines)), device="cpu")
+        (text.split()[0], text)
+        for text in differences(smoke, recorded("smoke", Path(baselines)), device="cpu")
     ],
     "error": error,
     "steps": [row["step"] for row in train(short, Path(folder, "out"), device="cpu").log],

@@ -109,8 +109,7 @@ def test_without_a_generation_config_the_models_config_names_the_ends(copy):
 
 
 @pytest.mark.parametrize(
-    "template",
-    ["{{ raise_exception('no system role') }}", "{% if %}", "{{ 1 / 0 }}"],
+    "template", ["{{ raise_exception('no system role') }}", "{% if %}", "{{ 1 / 0 }}"]
 )
 def test_a_template_that_raises_is_one_line(copy, template):
     (copy / "chat_template.jinja").write_text(template)

@@ -20,10 +20,7 @@ def pair(tiny, save_tiny, tmp_path):
         residents = Residents(mode)
         return [
             TransformersEngine(
-                load(str(folder)),
-                Sampling(max_new_tokens=1),
-                device="cpu",
-                residents=residents,
+                load(str(folder)), Sampling(max_new_tokens=1), device="cpu", residents=residents
             )
             for folder in (tiny, second)
         ]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_harness.evaluation import Completion, Evaluation, Group, Questions
+from grpo_harness.evaluation import Completion, Evaluation, Group, Questions, Tally
 from grpo_harness.gate import bounds, verdicts
 from grpo_harness.policy import Fingerprint
 from grpo_harness.rules import (
@@ -53,14 +53,7 @@ def evaluation(outcomes, text="7", name="new", weights="w"):
 
 def records(correct, truncated=0, unparsable=0, log_length=1.0986):
     """What a baseline of 16 samples a problem holds, all problems alike."""
-    record = SimpleNamespace(
-        k=16,
-        correct=correct,
-        truncated=truncated,
-        unparsable=unparsable,
-        mean_log_length=log_length,
-    )
-    return [record] * len(PROBLEMS)
+    return [Tally(16, correct, truncated, unparsable, log_length)] * len(PROBLEMS)
 
 
 def share(good, bad="wrong"):
@@ -200,7 +193,7 @@ def test_a_smaller_part_of_the_risk_asks_for_more_proof():
 def test_pooled_samples_are_counted_together():
     now = evaluation(lambda i, j: "correct" if j < (2 if i < 30 else 3) else "wrong")
     pooled = now.pooled([now])
-    assert pooled.samples == [2 * K] * 128
+    assert [group.tally.k for group in pooled.groups] == [2 * K] * 128
     assert pooled.accuracy == now.accuracy
     first, again = (judge("accuracy", e, records(12)) for e in (now, pooled))
     assert again.evidence.k == 2 * K

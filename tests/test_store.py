@@ -57,14 +57,7 @@ def test_a_process_that_died_in_a_line_loses_that_line_alone(store, tmp_path, cu
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-DAMAGE = [
-    b"\xff\xfe\x00binary",
-    b"{}",
-    b"null",
-    b'{"problem": "p2"',
-    b"[" * 100_000,
-    b"",
-]
+DAMAGE = [b"\xff\xfe\x00binary", b"{}", b"null", b'{"problem": "p2"', b"[" * 100_000, b""]
 
 
 @pytest.mark.parametrize("line", DAMAGE, ids=range(len(DAMAGE)))

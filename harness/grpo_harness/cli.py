@@ -3,8 +3,6 @@
 An error that ends a command is one line on standard error. torch is loaded only when needed.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math

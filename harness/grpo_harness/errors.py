@@ -1,7 +1,5 @@
 """Errors that are messages to the user, not bugs: their base class, and errors of user code."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -1,25 +1,17 @@
 """Problems × policy -> groups of scored completions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Self
 
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
 from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.policy import Fingerprint, Policy
 from grpo_harness.rewards import rule
 from grpo_harness.rewards.functions import RewardFunction, reward_digest, score
-from grpo_harness.rewards.outcome import (
-    OUTCOMES,
-    Outcome,
-    check_answers,
-    outcome,
-    strictly_correct,
-)
+from grpo_harness.rewards.outcome import OUTCOMES, Outcome, check_answers, outcome, strictly_correct
 from grpo_harness.store import Store
 from grpo_harness.tasks import Problem, TaskType, check_disjoint
 from grpo_harness.text import escape, one_line
@@ -32,23 +24,19 @@ class EvaluationError(HarnessError):
     """An evaluation is not possible. One line: what is wrong, and what to do."""
 
 
-class Tally(Protocol):
+@dataclass(frozen=True)
+class Tally:
     """The numbers of one problem that a rule compares.
 
     ``correct``, ``truncated`` and ``unparsable`` are counts among the ``k`` completions;
     ``mean_log_length`` is the mean natural logarithm of their lengths in tokens.
     """
 
-    @property
-    def k(self) -> int: ...  # noqa: D102 - in the class's docstring
-    @property
-    def correct(self) -> int: ...  # noqa: D102
-    @property
-    def truncated(self) -> int: ...  # noqa: D102
-    @property
-    def unparsable(self) -> int: ...  # noqa: D102
-    @property
-    def mean_log_length(self) -> float: ...  # noqa: D102
+    k: int
+    correct: int
+    truncated: int
+    unparsable: int
+    mean_log_length: float
 
 
 @dataclass(frozen=True)
@@ -78,40 +66,17 @@ class Group:
         return sum(completion.outcome == outcome for completion in self.completions)
 
     @property
-    def k(self) -> int:
-        """The number of completions."""
-        return len(self.completions)
-
-    @property
-    def correct(self) -> int:
-        """The number of correct completions."""
-        return self.count("correct")
-
-    @property
-    def truncated(self) -> int:
-        """The number of completions that the token limit cut off."""
-        return self.count("truncated")
-
-    @property
-    def unparsable(self) -> int:
-        """The number of completions without a readable answer."""
-        return self.count("unparsable")
-
-    @property
-    def group_mean(self) -> float:
-        """The mean reward."""
-        return fmean(completion.reward for completion in self.completions)
-
-    @property
-    def length(self) -> float:
-        """The mean length in tokens."""
-        return fmean(completion.tokens for completion in self.completions)
-
-    @property
-    def mean_log_length(self) -> float:
-        """The mean natural logarithm of the length in tokens."""
+    def tally(self) -> Tally:
+        """The numbers that rules compare."""
         # A drawn completion has at least one token; a failed draw is an error elsewhere.
-        return fmean(math.log(max(completion.tokens, 1)) for completion in self.completions)
+        logs = [math.log(max(completion.tokens, 1)) for completion in self.completions]
+        return Tally(
+            k=len(logs),
+            correct=self.count("correct"),
+            truncated=self.count("truncated"),
+            unparsable=self.count("unparsable"),
+            mean_log_length=fmean(logs),
+        )
 
 
 @dataclass(frozen=True)
@@ -179,12 +144,7 @@ class Evaluation:
         """The number of problems that were planned."""
         return len(self.questions.problems)
 
-    @property
-    def samples(self) -> list[int]:
-        """The number of completions, problem by problem."""
-        return [group.k for group in self.groups]
-
-    def pooled(self, others: Sequence[Evaluation]) -> Evaluation:
+    def pooled(self, others: Sequence[Self]) -> Self:
         """Return this evaluation with the completions of ``others``, of the same questions."""
         groups = []
         for i in range(max(evaluation.n for evaluation in (self, *others))):
@@ -193,13 +153,14 @@ class Evaluation:
             groups.append(Group(of_one[0].problem, together))
         return replace(self, groups=tuple(groups))
 
-    def counts(self, outcome: Outcome) -> list[int]:
-        """Count the completions of one outcome, problem by problem."""
-        return [group.count(outcome) for group in self.groups]
+    @property
+    def completions(self) -> list[Completion]:
+        """All completions, group after group."""
+        return [completion for group in self.groups for completion in group.completions]
 
     def rate(self, outcome: Outcome) -> float:
         """Return the share of one outcome among all completions."""
-        return sum(self.counts(outcome)) / sum(self.samples)
+        return fmean(completion.outcome == outcome for completion in self.completions)
 
     @property
     def accuracy(self) -> float:
@@ -209,18 +170,17 @@ class Evaluation:
     @property
     def strict_accuracy(self) -> float:
         """The share of completions that are exactly the required answer and nothing else."""
-        strict = sum(completion.strict for group in self.groups for completion in group.completions)
-        return strict / sum(self.samples)
+        return fmean(completion.strict for completion in self.completions)
 
     @property
     def mean_reward(self) -> float:
         """The mean reward of all completions."""
-        return fmean(group.group_mean for group in self.groups)
+        return fmean(completion.reward for completion in self.completions)
 
     @property
     def mean_length(self) -> float:
         """The mean length in tokens."""
-        return fmean(group.length for group in self.groups)
+        return fmean(completion.tokens for completion in self.completions)
 
     def summary(self) -> dict[str, Any]:
         """Return every figure of the evaluation as plain numbers."""

@@ -5,8 +5,6 @@ pools its samples with those of the runs before it and meets a stricter threshol
 series, and so does another policy, setting, baseline or code.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ The methods of the ``gate`` fixture, the plan, the shares of the risk and the re
 reference, which the caller provides.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,7 +46,8 @@ class Terms:
     sequential: bool = False
 
 
-Judge = Callable[[Sequence[Tally], Sequence[Tally], Bounds, Terms], Evidence]
+Tallies = Sequence[Tally]
+Judge = Callable[[Tallies, Tallies, Bounds, Terms], Evidence]
 
 
 @dataclass(frozen=True)
@@ -67,21 +66,22 @@ class Measure:
 
 @dataclass(frozen=True)
 class Rule:
-    """One question that is judged. ``asks`` is the question in full, ``title`` its short name."""
+    """One question that is judged. ``asks`` is the question in full, ``title`` its short name.
+
+    The reference is the policy's ``baseline``, or the ``base`` policy on the same problems.
+    """
 
     name: str
     title: str
     asks: str
-    family: Family
-    against: Literal["baseline", "base"]
-    bounds: Bounds
     measure: Measure
     judge: Judge
+    bounds: Bounds = RATE
+    family: Family = "quality"
+    against: Literal["baseline", "base"] = "baseline"
 
 
-def _accuracy(
-    now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms
-) -> Evidence:
+def _accuracy(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
     # The likelihood ratio of one common drop would count differences between two policies as
     # evidence, so another policy is always judged on all planned problems.
     if terms.sequential and terms.same_policy:
@@ -92,53 +92,40 @@ def _accuracy(
 
 
 def _fault(outcome: Literal["truncated", "unparsable"]) -> Judge:
-    def judge(
-        now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms
-    ) -> Evidence:
-        return gate.judge_rate(
-            *_counts(now, outcome),
-            *_counts(then[: len(now)], outcome),
-            same_policy=terms.same_policy,
-            alpha=terms.alpha,
-            **asdict(bounds),
-        )
+    def judge(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
+        sides = _counts(now, outcome) + _counts(then[: len(now)], outcome)
+        same = terms.same_policy
+        return gate.judge_rate(*sides, same_policy=same, alpha=terms.alpha, **asdict(bounds))
 
     return judge
 
 
-def _length(now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms) -> Evidence:
-    return gate.judge_length(
-        [tally.mean_log_length for tally in now],
-        [tally.k for tally in now],
-        [tally.mean_log_length for tally in then[: len(now)]],
-        alpha=terms.alpha,
-        **asdict(bounds),
-    )
+def _length(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
+    logs = [[tally.mean_log_length for tally in side] for side in (now, then[: len(now)])]
+    k = [tally.k for tally in now]
+    return gate.judge_length(logs[0], k, logs[1], alpha=terms.alpha, **asdict(bounds))
 
 
-def _no_loss(now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms) -> Evidence:
-    sides = _counts(now) + _counts(then)
-    return gate.judge(*sides, same_policy=False, alpha=terms.alpha, **asdict(bounds))
-
-
-def _improvement(
-    now: Sequence[Tally], then: Sequence[Tally], bounds: Bounds, terms: Terms
-) -> Evidence:
+def _improvement(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
     sides = _counts(now) + _counts(then)
     return gate.judge_improvement(*sides, alpha=terms.alpha, **asdict(bounds))
 
 
-def _counts(tallies: Sequence[Tally], outcome: str = "correct") -> tuple[list[int], list[int]]:
+def _counts(tallies: Tallies, outcome: str = "correct") -> tuple[list[int], list[int]]:
     return [getattr(tally, outcome) for tally in tallies], [tally.k for tally in tallies]
 
 
-_CORRECT = Measure(lambda tally: tally.correct / tally.k, lambda then, now: then - now, "correct")
-_TRUNCATED = Measure(
-    lambda tally: tally.truncated / tally.k, lambda then, now: now - then, "truncated"
-)
-_UNPARSABLE = Measure(
-    lambda tally: tally.unparsable / tally.k, lambda then, now: now - then, "unparsable"
-)
+def _tallies(groups: Iterable[Group]) -> list[Tally]:
+    return [group.tally for group in groups]
+
+
+def _share(outcome: Literal["correct", "truncated", "unparsable"]) -> Measure:
+    def worse(then: float, now: float) -> float:
+        return then - now if outcome == "correct" else now - then
+
+    return Measure(lambda tally: getattr(tally, outcome) / tally.k, worse, outcome)
+
+
 _TOKENS = Measure(
     lambda tally: math.exp(tally.mean_log_length),
     lambda then, now: abs(math.log(now / then)),
@@ -153,61 +140,50 @@ RULES: Mapping[str, Rule] = {
             "accuracy",
             "accuracy",
             "Has the share of correct completions dropped?",
-            "quality",
-            "baseline",
-            RATE,
-            _CORRECT,
+            _share("correct"),
             _accuracy,
         ),
         Rule(
             "length",
             "length",
             "Have completions become longer or shorter, in tokens?",
-            "form",
-            "baseline",
-            LENGTH,
             _TOKENS,
             _length,
+            bounds=LENGTH,
+            family="form",
         ),
         Rule(
             "truncation",
             "truncation",
             "Has the share of completions that the token limit cut off risen?",
-            "form",
-            "baseline",
-            RATE,
-            _TRUNCATED,
+            _share("truncated"),
             _fault("truncated"),
+            family="form",
         ),
         Rule(
             "unparsable",
             "unparsable answers",
             "Has the share of completions without a readable answer risen?",
-            "form",
-            "baseline",
-            RATE,
-            _UNPARSABLE,
+            _share("unparsable"),
             _fault("unparsable"),
+            family="form",
         ),
         Rule(
             "no_loss",
             "not worse than base",
             "Is the trained policy at least no worse than its base?",
-            "quality",
-            "base",
-            RATE,
-            _CORRECT,
-            _no_loss,
+            _share("correct"),
+            _accuracy,
+            against="base",
         ),
         Rule(
             "improvement",
             "better than base",
             "Is the trained policy better than its base?",
-            "quality",
-            "base",
-            IMPROVEMENT,
-            _CORRECT,
+            _share("correct"),
             _improvement,
+            bounds=IMPROVEMENT,
+            against="base",
         ),
     )
 }
@@ -287,11 +263,7 @@ class Check:
 
 
 def against_baseline(
-    rule: Rule,
-    evaluation: Evaluation,
-    reference: str,
-    records: Sequence[Tally],
-    terms: Terms,
+    rule: Rule, evaluation: Evaluation, reference: str, records: Tallies, terms: Terms
 ) -> Check:
     """Judge an evaluation against the records of all its planned problems, in the same order."""
     check = opened(rule, evaluation.task, evaluation.policy, reference)
@@ -303,7 +275,7 @@ def against_baseline(
             reason=f"{evaluation.n} of {evaluation.planned} planned problems were asked, and the "
             "run was not to stop early: completions are missing",
         )
-    evidence = rule.judge(evaluation.groups, records, rule.bounds, terms)
+    evidence = rule.judge(_tallies(evaluation.groups), records, rule.bounds, terms)
     return _closed(check, rule, evidence, evaluation.groups, records)
 
 
@@ -329,18 +301,18 @@ def against_base(
         for ours, theirs in zip(trained, base, strict=True)
         for pair in zip(ours.groups, theirs.groups, strict=False)
     ]
-    now, then = [group for group, _ in pairs], [group for _, group in pairs]
-    evidence = rule.judge(now, then, rule.bounds, terms)
+    now, then = [group for group, _ in pairs], _tallies(group for _, group in pairs)
+    evidence = rule.judge(_tallies(now), then, rule.bounds, terms)
     return _closed(check, rule, evidence, now, then)
 
 
-def decided(groups: Sequence[Group], records: Sequence[Tally], alpha: float) -> bool:
+def decided(groups: Sequence[Group], records: Tallies, alpha: float) -> bool:
     """Tell whether a sequential run may stop after ``groups`` of the planned ``records``."""
     rule, terms = RULES["accuracy"], Terms(alpha, same_policy=True, sequential=True)
-    return rule.judge(groups, records, rule.bounds, terms).verdict in ("PASS", "FAIL")
+    return rule.judge(_tallies(groups), records, rule.bounds, terms).verdict in ("PASS", "FAIL")
 
 
-def plan(records: Sequence[Tally], k: int, alpha: float) -> gate.Plan:
+def plan(records: Tallies, k: int, alpha: float) -> gate.Plan:
     """Predict which drop of accuracy a run of the recorded policy can find."""
     return gate.plan(*_counts(records), k, alpha=alpha, **asdict(RULES["accuracy"].bounds))
 
@@ -360,16 +332,16 @@ def opened(rule: Rule, task_type: str, policy: str, reference: str, reason: str 
 
 
 def _closed(
-    check: Check, rule: Rule, evidence: Evidence, now: Sequence[Group], then: Sequence[Tally]
+    check: Check, rule: Rule, evidence: Evidence, now: Sequence[Group], then: Tallies
 ) -> Check:
     changed = _worst(now, then, rule.measure) if evidence.verdict == "FAIL" else ()
     return replace(check, reason=evidence.reason, evidence=evidence, changed=changed)
 
 
-def _worst(now: Sequence[Group], then: Sequence[Tally], measure: Measure) -> tuple[str, ...]:
+def _worst(now: Sequence[Group], then: Tallies, measure: Measure) -> tuple[str, ...]:
     """Show the problems that changed most in the direction of the whole, with completions."""
     # A sequential run may have asked fewer problems than the reference holds.
-    sides = [(measure.of(b), measure.of(a)) for a, b in zip(now, then, strict=False)]
+    sides = [(measure.of(b), measure.of(a.tally)) for a, b in zip(now, then, strict=False)]
     harm = [measure.worse(before, after) for before, after in sides]
     if sum(harm) < 0:  # the recorded policy got better, which only changed code can have done
         harm = [-change for change in harm]
@@ -413,9 +385,9 @@ def _no_pairs(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> str:
 
 def _failed(evaluations: Sequence[Evaluation]) -> str:
     failed = [
-        f"{sum(counts)} of {sum(evaluation.samples)} ({evaluation.policy} on {evaluation.task})"
+        f"{missing} of {len(outcomes)} ({evaluation.policy} on {evaluation.task})"
         for evaluation in evaluations
-        if sum(counts := evaluation.counts("error"))
+        if (missing := (outcomes := [c.outcome for c in evaluation.completions]).count("error"))
     ]
     if not failed:
         return ""

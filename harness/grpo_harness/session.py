@@ -1,7 +1,5 @@
 """What the tests of one run share: policies, engines, evaluations, baselines, each made once."""
 
-from __future__ import annotations
-
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +48,7 @@ def plan(settings: Settings, role: str, task_type: str, alpha: float) -> Plan | 
         return "a damaged baseline, or too few problems"
     if not all(problem in stored.records for problem in ids):
         return f"problems that were not recorded (of {len(stored.records)} that were)"
-    return rules.plan([stored.records[problem] for problem in ids], settings.samples, alpha)
+    return rules.plan([stored.records[name].tally for name in ids], settings.samples, alpha)
 
 
 def stale_entries(settings: Settings) -> list[Stale]:
@@ -183,9 +181,7 @@ class Session:
         """Ask the first ``problems`` of an evaluation's questions with another run's seed."""
         questions = evaluation.questions
         short = replace(
-            questions,
-            problems=questions.problems[:problems],
-            prompts=questions.prompts[:problems],
+            questions, problems=questions.problems[:problems], prompts=questions.prompts[:problems]
         )
         return self._draw(short, evaluation.k, run_seed)
 
@@ -215,11 +211,7 @@ class Session:
         return self._judged(rule, [evaluation], baseline.digest, alpha, judge)
 
     def against_base(
-        self,
-        rule: Rule,
-        trained: Sequence[Evaluation],
-        base: Sequence[Evaluation],
-        alpha: float,
+        self, rule: Rule, trained: Sequence[Evaluation], base: Sequence[Evaluation], alpha: float
     ) -> Check:
         """Judge a trained policy against its base; ``alpha`` is its part of the run's risk."""
 
@@ -280,11 +272,7 @@ class Session:
         # suite made itself cannot be repeated by this session.
         own = all(any(e is mine for mine in self._evaluations.values()) for e in evaluations)
         series = self.reruns.series(
-            key,
-            self.run_seed,
-            asked,
-            alpha,
-            pools=own and not self.settings.sampling.greedy,
+            key, self.run_seed, asked, alpha, pools=own and not self.settings.sampling.greedy
         )
         if series.attempts:
             # This run may have stopped early on its own samples alone; the pool needs all problems.
@@ -323,7 +311,7 @@ class Session:
         stored = self._recorded_of(questions)
         if stored is None or not all(problem in stored.records for problem in questions.ids):
             return None
-        records = [stored.records[problem] for problem in questions.ids]
+        records = [stored.records[problem].tally for problem in questions.ids]
         shares = self.shares
         alpha = shares.get("accuracy") or shares.get(rules.UNDECLARED) or ALPHA
         return lambda groups: rules.decided(groups, records, alpha)

@@ -70,8 +70,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = 4
     sampling: Annotated[Sampling, _key("how completions are drawn", option=False)] = Sampling()
     reward: Annotated[
-        str | None,
-        _key("a reward as module:function; the rule reward if left out", option=False),
+        str | None, _key("a reward as module:function; the rule reward if left out", option=False)
     ] = None
     baselines: Annotated[str, _key("the folder of the baselines", "DIR", min_length=1)] = (
         "baselines"

@@ -5,8 +5,6 @@ file. Functions that read a completion are linear in its length and never raise.
 displayed through :func:`escape` (a terminal, a log) or :func:`markdown`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterator

@@ -14,15 +14,7 @@ from scipy.stats import norm, t
 from grpo_harness.gate.bounds import ALPHA, LOOK, PASS_CONFIDENCE
 from grpo_harness.gate.stats import Counts, drop_evidence, odds_ratio_of_drop
 from grpo_harness.gate.verdicts import Evidence, judge
-from tools.calibration.simulation import (
-    K_THEN,
-    MARGIN,
-    MINIMUM,
-    Batch,
-    Floats,
-    Ints,
-    Names,
-)
+from tools.calibration.simulation import K_THEN, MARGIN, MINIMUM, Batch, Floats, Ints, Names
 
 Gate: TypeAlias = Callable[[Batch], Names]
 Bools: TypeAlias = npt.NDArray[np.bool_]

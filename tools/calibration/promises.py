@@ -150,8 +150,7 @@ def core_bounds(draw: Draws, plan: Plan) -> list[Bound]:
     )
     broken = draw(Scenario(256, 4, pattern="broken", drop=DROP, same_policy=False), plan.drop)
     saturated = draw(
-        Scenario(64, 4, mean=0.97, pattern="broken", drop=DROP, same_policy=False),
-        plan.saturated,
+        Scenario(64, 4, mean=0.97, pattern="broken", drop=DROP, same_policy=False), plan.saturated
     )
     return [
         Bound(same, "FAIL", high=ALPHA),

@@ -14,15 +14,7 @@ from grpo_harness.gate.verdicts import judge_length
 from grpo_harness.rules import shares
 from tools.calibration.gates import Bools, likelihood_alone, sequential
 from tools.calibration.promises import DROP, NEAR, Bound, Outcomes, Plan, Promise, Row, rows
-from tools.calibration.simulation import (
-    HARMS,
-    K_THEN,
-    MINIMUM,
-    Batch,
-    Draws,
-    Floats,
-    Scenario,
-)
+from tools.calibration.simulation import HARMS, K_THEN, MINIMUM, Batch, Draws, Floats, Scenario
 
 
 @dataclass(frozen=True)
@@ -49,10 +41,7 @@ def lengths(draw: Draws, plan: Plan) -> Study:
         now, then = measure(medians * ratio, k), measure(medians, K_THEN)
         names = np.array([judge_length(a, k, b).verdict for a, b in zip(now, then, strict=True)])
         outside = np.abs((now - then).mean(axis=1)) > np.log(1.05)
-        return {
-            "gate": names == event,
-            "tolerance .05": outside if event == "FAIL" else ~outside,
-        }
+        return {"gate": names == event, "tolerance .05": outside if event == "FAIL" else ~outside}
 
     promises = [
         (1.0, "FAIL", 0.0, 0.001),

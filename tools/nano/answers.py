@@ -86,23 +86,14 @@ _WAYS: Mapping[str, tuple[tuple[float, Way], ...]] = {
         (0.35, _echoed_pair),
         (0.15, _smaller_number),
     ),
-    "sort": (
-        (0.50, right),
-        (0.20, _padded("Sorted: ?")),
-        (0.20, _unsorted),
-        (0.10, _descending),
-    ),
+    "sort": ((0.50, right), (0.20, _padded("Sorted: ?")), (0.20, _unsorted), (0.10, _descending)),
     "palindrome": (
         (0.32, right),
         (0.15, _padded("Answer: ?")),
         (0.15, _opposite),
         (0.38, _python_verdict),
     ),
-    "reverse": (
-        (0.60, right),
-        (0.22, _padded("Reversed: ?")),
-        (0.18, _unchanged),
-    ),
+    "reverse": ((0.60, right), (0.22, _padded("Reversed: ?")), (0.18, _unchanged)),
     "py_eval": (
         (0.38, right),
         (0.12, _padded("= ?")),

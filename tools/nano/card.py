@@ -48,8 +48,10 @@ class Measured:
 
 def better_p(first: Sequence[Evaluation], second: Sequence[Evaluation]) -> float:
     """Return the exact one-sided p that ``second`` is better on the same problems."""
-    before = [count for evaluation in first for count in evaluation.counts("correct")]
-    after = [count for evaluation in second for count in evaluation.counts("correct")]
+    before, after = (
+        [group.count("correct") for evaluation in evaluations for group in evaluation.groups]
+        for evaluations in (first, second)
+    )
     return stratified_p(before, first[0].k, after, second[0].k)
 
 

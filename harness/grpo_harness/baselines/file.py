@@ -5,8 +5,6 @@ sorted, so that a pull request shows a readable diff. A file holds two reference
 recording, for judging runs, and the anchor, for judging later recordings.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -21,7 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from grpo_harness.errors import HarnessError
-from grpo_harness.evaluation import Questions
+from grpo_harness.evaluation import Questions, Tally
 from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES, RATE
 from grpo_harness.policy import Fingerprint
 from grpo_harness.rules import recorded_bounds
@@ -76,9 +74,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError("the lengths do not fit their logarithms")
 
     @property
-    def mean_log_length(self) -> float:
-        """The mean natural logarithm of the length in tokens."""
-        return self.log_length / self.k
+    def tally(self) -> Tally:
+        """The numbers that rules compare."""
+        counts = (self.correct, self.truncated, self.unparsable)
+        return Tally(self.k, *counts, self.log_length / self.k)
 
 
 class Made(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -151,8 +150,8 @@ class Baseline:
         """Tell whether a policy is the recorded one, by fingerprint."""
         return self.header.fingerprint == fingerprint
 
-    def select(self, questions: Questions) -> list[Record]:
-        """Return the records of the problems asked, in their order.
+    def select(self, questions: Questions) -> list[Tally]:
+        """Return the numbers of the problems asked, in their order.
 
         Raises ``BaselineError`` when the two cannot be compared: another task version, prompt,
         tokenizer, chat template, reward, sampling setting or bound, or a problem that was not
@@ -178,7 +177,7 @@ class Baseline:
                     "not the one that was recorded. If that is meant, record a baseline: "
                     "--grpo-record"
                 )
-        return records
+        return [record.tally for record in records]
 
     def changes(self, questions: Questions) -> list[str]:
         """List the conditions that have changed, each with its old and new value."""

@@ -1,7 +1,5 @@
 """The provenance of a measurement: commit, environment and code."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """Find and delete stale baselines. Nothing else deletes recorded data."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass

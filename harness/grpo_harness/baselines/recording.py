@@ -6,8 +6,6 @@ one and against the *anchor*. The anchor is the first recording; a proven gain m
 a given reason moves it down. Files are written atomically, and only pruning deletes anything.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence

@@ -23,9 +23,9 @@ formulas in plain torch. Each invariant is a function that returns None or raise
 
 from grpo_harness.contract import end_to_end, rollouts, update, weights  # noqa: F401 - importing registers them
 from grpo_harness.contract.invariant import INVARIANTS, BrokenInvariantError
-from grpo_harness.contract.observer import make, watch
+from grpo_harness.contract.observer import watch
 from grpo_harness.contract.oracle import Oracle
 from grpo_harness.contract.runs import RUNS
 from grpo_harness.contract.trace import Trace
 
-__all__ = ["INVARIANTS", "RUNS", "BrokenInvariantError", "Oracle", "Trace", "make", "watch"]
+__all__ = ["INVARIANTS", "RUNS", "BrokenInvariantError", "Oracle", "Trace", "watch"]

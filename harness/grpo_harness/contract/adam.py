@@ -4,8 +4,6 @@ The formulas are in plain torch and double precision. They use the recipe and th
 and weights, never the trainer's own config.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,26 +16,16 @@ from grpo_harness.contract.trace import Step, Tensors, Trace
 from grpo_harness.training.recipes import Recipe
 
 
-@dataclass(frozen=True)
-class AdamW:
-    """The optimizer's settings. Defaults are those of `grpo_harness.training`."""
-
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> AdamW:
-        """Read the settings of ``recipe``."""
-        return cls(
-            beta1=recipe.config.get("adam_beta1", 0.9),
-            beta2=recipe.config.get("adam_beta2", 0.999),
-            eps=recipe.config.get("adam_epsilon", 1e-8),
-            weight_decay=recipe.config.get("weight_decay", 0.0),
-            max_grad_norm=recipe.config.get("max_grad_norm", 1.0),
-        )
+def settings(recipe: Recipe) -> dict[str, float]:
+    """Return the optimizer's settings by the recipe; else they are the product's defaults."""
+    defaults = {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }
+    return {name: recipe.config.get(name, default) for name, default in defaults.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +91,8 @@ def clipped(gradient: Tensors, most: float) -> Tensors:
 
 def updates(run: Trace) -> Iterator[Update]:
     """Recompute every update from the observed weights before it and all gradients so far."""
-    how = AdamW.of(run.recipe)
+    how = settings(run.recipe)
+    beta1, beta2, eps = how["adam_beta1"], how["adam_beta2"], how["adam_epsilon"]
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}
     for n, step in enumerate(run.steps, 1):
@@ -111,12 +100,12 @@ def updates(run: Trace) -> Iterator[Update]:
         for name, before in step.weights.items():
             g = step.taken[name].double()
             zero = torch.zeros_like(g)
-            first[name] = how.beta1 * first.get(name, zero) + (1 - how.beta1) * g
-            second[name] = how.beta2 * second.get(name, zero) + (1 - how.beta2) * g**2
-            mean = first[name] / (1 - how.beta1**n)
-            square = second[name] / (1 - how.beta2**n)
+            first[name] = beta1 * first.get(name, zero) + (1 - beta1) * g
+            second[name] = beta2 * second.get(name, zero) + (1 - beta2) * g**2
+            mean = first[name] / (1 - beta1**n)
+            square = second[name] / (1 - beta2**n)
             # Biases and norms, which have one dimension, are not decayed.
-            kept = 1 - now * how.weight_decay if before.dim() > 1 else 1.0
-            right[name] = kept * before.double() - now * mean / (square.sqrt() + how.eps)
-            anew[name] = kept * before.double() - now * g / (g.abs() + how.eps)
+            kept = 1 - now * how["weight_decay"] if before.dim() > 1 else 1.0
+            right[name] = kept * before.double() - now * mean / (square.sqrt() + eps)
+            anew[name] = kept * before.double() - now * g / (g.abs() + eps)
         yield Update(step, now, right, anew)

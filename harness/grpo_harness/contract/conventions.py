@@ -4,13 +4,11 @@ The deviations are mistakes seen in practice. The oracle uses them to name the c
 figure.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from grpo_harness.contract.trace import Trace
 from grpo_harness.grpo import Estimator, LossType, Scale
@@ -37,7 +35,7 @@ class Conventions:
     rewards_of_the_first: int = 1
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Conventions:
+    def of(cls, recipe: Recipe) -> Self:
         """Read the conventions from ``recipe``, not from the trainer's config."""
         return cls(
             temperature=recipe.temperature,

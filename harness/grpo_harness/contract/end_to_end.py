@@ -1,7 +1,5 @@
 """Invariants of whole runs, and of pairs of runs."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 

@@ -5,8 +5,6 @@ completions and the weights before each step, and compares them with those of TR
 such as trl#3029 are reports of the mistake in the libraries.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

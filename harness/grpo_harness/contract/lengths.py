@@ -1,7 +1,5 @@
 """Norms of gradients, and distances between them. A gradient is one tensor per parameter."""
 
-from __future__ import annotations
-
 import math
 
 from grpo_harness.contract.trace import Tensors

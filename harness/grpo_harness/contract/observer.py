@@ -26,32 +26,25 @@ from grpo_harness.contract.trace import Batch, MicroBatch, Step, Tensors, Tokens
 from grpo_harness.rewards.functions import RewardFunction
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.training import Row, train
-from grpo_harness.training.recipes import Recipe
 
 
-def watch(
-    recipe: Recipe,
-    out: Path,
-    *,
-    device: str = "auto",
-    reward: RewardFunction = reward_func,
-    nan_at: int | None = None,
-    interrupted_in: int | None = None,
-) -> Trace:
-    """Train by ``recipe`` as the product does, and return everything observed.
+def watch(run: Run, folder: Path, *, device: str = "auto") -> Trace:
+    """Train as ``run`` says, as the product does, in ``folder``; return everything observed.
 
-    In step ``nan_at`` (from 1) the model's log-probabilities for the loss are replaced by NaN. The
-    run is interrupted at the end of step ``interrupted_in`` and resumes from its last checkpoint.
-    An error that ends the run early is kept in ``Trace.error``; one before the first step is
-    raised.
+    In the step ``run.nan_at`` the model's log-probabilities for the loss are replaced by NaN. An
+    error that ends the run early is kept in ``Trace.error``; one before the first step is raised.
     """
-    if interrupted_in is not None:
-        _interrupt(recipe, out, interrupted_in, device=device, reward=reward)
-    seen = _Observer(reward, nan_at)
-    run, error = None, None
+    out = folder / "run"
+    if run.policy is not None:
+        recipe = dataclasses.replace(run.recipe, policy=run.policy(folder / "policy"))
+        run = dataclasses.replace(run, recipe=recipe)
+    if run.interrupted_in is not None:
+        _interrupt(run, out, device)
+    seen = _Observer(run.reward, run.nan_at)
+    made, error = None, None
     with _attached(seen):
         try:
-            run = train(recipe, out, device=device, reward=seen.reward)
+            made = train(run.recipe, out, device=device, reward=seen.reward)
         except Exception as raised:
             if not seen.steps:
                 raise
@@ -62,34 +55,17 @@ def watch(
         for path in sorted((out / "completions").glob("completions_*.parquet"))
     }
     after = _copy(seen.trainer.model)
-    return Trace(recipe, seen.trainer, seen.steps, rows, tables, after, run, error, nan_at)
+    return Trace(run.recipe, seen.trainer, seen.steps, rows, tables, after, made, error, run.nan_at)
 
 
-def make(run: Run, folder: Path, *, device: str = "auto") -> Trace:
-    """Run one of the contract's runs in ``folder``, and return what was observed."""
-    recipe = run.recipe
-    if run.policy is not None:
-        recipe = dataclasses.replace(recipe, policy=run.policy(folder / "policy"))
-    return watch(
-        recipe,
-        folder / "run",
-        device=device,
-        reward=run.reward,
-        nan_at=run.nan_at,
-        interrupted_in=run.interrupted_in,
-    )
-
-
-def _interrupt(
-    recipe: Recipe, out: Path, step: int, *, device: str, reward: RewardFunction
-) -> None:
+def _interrupt(run: Run, out: Path, device: str) -> None:
     def stop(row: Row) -> None:
-        if row["step"] == step:
+        if row["step"] == run.interrupted_in:
             raise KeyboardInterrupt  # as Ctrl-C does
 
-    first = _Observer(reward, None)
+    first = _Observer(run.reward, None)
     with _attached(first), contextlib.suppress(KeyboardInterrupt):
-        train(recipe, out, device=device, reward=first.reward, progress=stop)
+        train(run.recipe, out, device=device, reward=first.reward, progress=stop)
 
 
 @contextlib.contextmanager

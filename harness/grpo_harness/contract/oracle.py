@@ -5,8 +5,6 @@ step, in double precision, and completions have no left padding. If the run diff
 `Oracle.suspect` looks for the one convention (``conventions.py``) that explains it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Test policies with features of real ones that the embedded pair lacks."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Invariants of what is drawn, scored and counted, up to the advantages."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

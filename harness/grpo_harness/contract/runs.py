@@ -1,7 +1,5 @@
 """The runs that the invariants check: tiny, in full precision, covering all settings together."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,9 +141,7 @@ RUNS: Mapping[str, Run] = {
         _run("two-ended", policy=two_ended, steps=1),
         _TUNED,
         dataclasses.replace(
-            _TUNED,
-            recipe=dataclasses.replace(_TUNED.recipe, name="resumed"),
-            interrupted_in=4,
+            _TUNED, recipe=dataclasses.replace(_TUNED.recipe, name="resumed"), interrupted_in=4
         ),
         _run("reseeded", seed=43, steps=1),
         _run("constant", reward=constant, steps=2),

@@ -1,7 +1,5 @@
 """What was observed of a run: its batches of completions, micro-batches and steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

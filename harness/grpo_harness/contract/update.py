@@ -1,7 +1,5 @@
 """Invariants of a step's log-probabilities, loss and gradient."""
 
-from __future__ import annotations
-
 import math
 
 import torch

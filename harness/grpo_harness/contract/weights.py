@@ -1,11 +1,9 @@
 """Invariants of the weights: each update is correct, and nothing else changes them."""
 
-from __future__ import annotations
-
 import torch
 from safetensors.torch import load_file
 
-from grpo_harness.contract.adam import AdamW, clipped, rate, updates
+from grpo_harness.contract.adam import clipped, rate, settings, updates
 from grpo_harness.contract.invariant import BrokenInvariantError, equal, invariant, require
 from grpo_harness.contract.lengths import distance
 from grpo_harness.contract.trace import Tensors, Trace
@@ -18,7 +16,7 @@ def gradients_are_clipped_as_asked(run: Trace) -> None:
     The factor is the same for every element, so only the rounding of one product differs. The
     largest difference seen was 1e-6.
     """
-    most = AdamW.of(run.recipe).max_grad_norm
+    most = settings(run.recipe)["max_grad_norm"]
     for step in run.steps:
         right = clipped(step.gradient, most)
         off = distance(step.taken, right)

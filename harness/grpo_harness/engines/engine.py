@@ -1,14 +1,12 @@
 """The interface of every engine. Loads no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -85,26 +83,15 @@ Progress = Callable[[int], object]
 """Called with the number of samples that were done since the last call."""
 
 
-class Engine(Protocol):
+class Engine(AbstractContextManager["Engine"], Protocol):
     """Draws one sample per request, in the order of the requests.
 
     The sample of a request depends only on its prompt and seed, the policy and the settings, not on
     the other requests, their number or their order (up to numerics).
 
     As a context manager it holds the policy's weights in memory inside, and releases them at the
-    end. Outside, the first request loads them.
+    end. Outside, the first request loads them. Entering raises ``PolicyError``.
     """
-
-    def __enter__(self) -> Self:
-        """Load the weights into memory. Raises ``PolicyError``."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Release the weights."""
 
     def settings(self) -> dict[str, Any]:
         """Return every setting that affects a draw, as a baseline stores them."""

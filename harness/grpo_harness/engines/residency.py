@@ -1,7 +1,5 @@
 """Which policies' weights are in memory at once: all, one, or as many as fit. Loads no torch."""
 
-from __future__ import annotations
-
 from typing import Literal, Protocol
 
 from grpo_harness.engines.engine import EngineError

@@ -1,7 +1,5 @@
 """The gate's limits, and the sizes of change that each rule tolerates or acts on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 ALPHA = 0.01

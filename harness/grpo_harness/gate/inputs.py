@@ -4,8 +4,6 @@ Counts may be lists, arrays, series or tensors of Python's, numpy's or torch's n
 else is a ValueError with the argument, the problem (by index) and its value.
 """
 
-from __future__ import annotations
-
 import math
 import reprlib
 import sys
@@ -98,8 +96,7 @@ def real_number(
     Raises ValueError with `name` and the value; true and false are not numbers.
     """
     number = plain(value)
-    fits = not isinstance(number, bool) and is_real(number, 0, most) and (number or not positive)
-    if not fits:
+    if isinstance(number, bool) or not is_real(number, 0, most) or (positive and not number):
         kind = "a number" if most == math.inf else "a finite number"
         least = "above 0" if positive else "from 0 on"
         raise ValueError(f"{name} is {brief(number)}, not {kind} {least}")

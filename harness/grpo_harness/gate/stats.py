@@ -5,14 +5,13 @@ never counted as independent problems: either the test conditions on the problem
 (`stratified_p`), or the problem's difference is the one observation (`Estimate`).
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import count
+from typing import Self
 
 import numpy as np
 from scipy.special import expit, logit, logsumexp, ndtri, stdtr, stdtrit
@@ -47,7 +46,7 @@ class Counts:
     k_then: Ints
 
     @classmethod
-    def of(cls, now: Numbers, k: Samples, then: Numbers, k_then: Samples) -> Counts:
+    def of(cls, now: Numbers, k: Samples, then: Numbers, k_then: Samples) -> Self:
         """Check and pair two sequences of counts, one entry per problem.
 
         `k` and `k_then` are one number for all problems or one per problem, each at most
@@ -70,9 +69,9 @@ class Counts:
                 )
         return counts
 
-    def flipped(self) -> Counts:
+    def flipped(self) -> Self:
         """The complementary counts, `k - now` and `k_then - then`: a rise becomes a drop."""
-        return Counts(self.k - self.now, self.k, self.k_then - self.then, self.k_then)
+        return type(self)(self.k - self.now, self.k, self.k_then - self.then, self.k_then)
 
     @property
     def differences(self) -> Floats:
@@ -206,7 +205,7 @@ class Estimate:
     df: int
 
     @classmethod
-    def of(cls, observations: Floats, *, guarded: bool = False) -> Estimate:
+    def of(cls, observations: Floats, *, guarded: bool = False) -> Self:
         """The mean of one observation per problem, shape (n,), n >= 1.
 
         `guarded` adds `PSEUDO_PROBLEMS`, for observations that lie in -1..1.
@@ -221,7 +220,7 @@ class Estimate:
         )
 
     @classmethod
-    def expected(cls, variance: float, n: int) -> Estimate:
+    def expected(cls, variance: float, n: int) -> Self:
         """The guarded estimate for `n` observations of mean 0 and this variance."""
         both = n + len(PSEUDO_PROBLEMS)
         spread = n * variance + sum(d * d for d in PSEUDO_PROBLEMS)

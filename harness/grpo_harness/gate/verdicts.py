@@ -14,8 +14,6 @@ the smallest p-value, which decides whether a run fails at all, meets the same t
 a single drop among many checks is caught as often (`make calibrate` prints both).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from math import exp, expm1, inf, log
 from typing import Literal, TypeAlias
@@ -209,8 +207,7 @@ def judge_sequential(
     ratios = np.maximum(
         drop_evidence(counts, odds_ratio_of_drop(reference.then, reference.k_then, margin)),
         drop_evidence(
-            counts.flipped(),
-            odds_ratio_of_drop(reference.flipped().then, reference.k_then, margin),
+            counts.flipped(), odds_ratio_of_drop(reference.flipped().then, reference.k_then, margin)
         ),
     )
     wealth = harmless_evidence(counts.differences, margin)

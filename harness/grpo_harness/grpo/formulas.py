@@ -26,8 +26,6 @@ unit; the mask is true on the tokens that were sampled. Arguments are not checke
 ``guarded.py``, whose functions `grpo_harness.grpo` exports.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

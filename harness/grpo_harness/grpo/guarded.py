@@ -3,8 +3,6 @@
 Invalid arguments raise ``ValueError`` with the argument's name. ``formulas.py`` has the formulas.
 """
 
-from __future__ import annotations
-
 import math
 from typing import get_args
 

@@ -4,8 +4,6 @@ An error is a ValueError with the argument, what it is and what it should be. Va
 their device in one query; the place of a wrong value is looked up only if there is one.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

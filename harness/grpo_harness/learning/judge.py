@@ -7,8 +7,6 @@ criteria: the reward rises by more than shorter completions can gain, held-out a
 completions do not become too short, and the run's own figures stay in bounds.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,11 +173,7 @@ def gain(trials: Sequence[Trial]) -> Gain:
     return Gain(float(first.mean()), float(last.mean()), Estimate.of(last - first))
 
 
-def judge_learning(
-    trials: Sequence[Trial],
-    before: Answers,
-    limits: Limits = Limits(),
-) -> Learning:
+def judge_learning(trials: Sequence[Trial], before: Answers, limits: Limits = Limits()) -> Learning:
     """Judge whether ``trials`` have learned; ``before`` are the results of their start policy.
 
     Held-out accuracy is judged by the gate's ``judge_improvement``, with the completions of all

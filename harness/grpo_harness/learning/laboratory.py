@@ -1,7 +1,5 @@
 """The learning test's runs from nano-base: the real one, and the controls that must fail it."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import multiprocessing
@@ -147,8 +145,8 @@ def held_out(policy: str, seed: int, k: int, device: str = "auto") -> Answers:
             questions = ask(asked, task_types()[name], PROBLEMS, settings=engine.settings())
             store = Store(Path(folder))
             groups += evaluate(questions, engine, k=k, run_seed=seed, store=store).groups
-    correct = tuple(group.correct for group in groups)
-    return Answers(correct, tuple(group.mean_log_length for group in groups), k)
+    tallies = [group.tally for group in groups]
+    return Answers(tuple(t.correct for t in tallies), tuple(t.mean_log_length for t in tallies), k)
 
 
 def base_answers(seed: int, device: str = "auto") -> Answers:

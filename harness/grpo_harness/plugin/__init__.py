@@ -16,8 +16,6 @@ fixtures is seen. Only then are the settings resolved and the summary's hooks re
 not loaded before a fixture asks for a policy, so collecting stays quick.
 """
 
-from __future__ import annotations
-
 import secrets
 from typing import Any
 
@@ -70,8 +68,7 @@ def _fresh() -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Resolve the settings before anything is collected, if the run uses the harness."""
     config.addinivalue_line(
-        "markers",
-        "grpo(rule, ...): the rules of the gate by which a test judges (grpo-harness)",
+        "markers", "grpo(rule, ...): the rules of the gate by which a test judges (grpo-harness)"
     )
     if not is_asked(config):
         return

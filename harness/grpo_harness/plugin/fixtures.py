@@ -205,27 +205,23 @@ def evaluation(
 
 
 def _comparable(
-    node: pytest.Item,
-    session: Session,
-    policy: Policy,
-    task_type: TaskType,
-    baseline: Baseline,
+    node: pytest.Item, session: Session, policy: Policy, task_type: TaskType, baseline: Baseline
 ) -> None:
     """Fail the test, before anything is drawn, if its checks would be an ERROR."""
     from grpo_harness.baselines.file import BaselineError
     from grpo_harness.gate.bounds import MINIMUM_PROBLEMS
 
     questions = clearly(lambda: session.questions(policy, task_type))
-    if (n := len(questions.problems)) < MINIMUM_PROBLEMS:
+    n, reason = len(questions.problems), ""
+    if n < MINIMUM_PROBLEMS:
         reason = f"{n} problems are too few to judge, the floor is {MINIMUM_PROBLEMS}"
-        _cannot_judge(node, policy, task_type, f"baseline of {baseline.policy}", reason)
-    try:
-        baseline.select(questions)
-    except BaselineError as error:
-        reason = str(error)
     else:
-        return
-    _cannot_judge(node, policy, task_type, f"baseline of {baseline.policy}", reason)
+        try:
+            baseline.select(questions)
+        except BaselineError as error:
+            reason = str(error)
+    if reason:
+        _cannot_judge(node, policy, task_type, f"baseline of {baseline.policy}", reason)
 
 
 def _cannot_judge(

@@ -1,7 +1,5 @@
 """The options of the command line, and whether a run uses the harness."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,13 +7,7 @@ from typing import Any
 import pytest
 
 from grpo_harness.plugin.state import usage_errors
-from grpo_harness.settings import (
-    Settings,
-    has_table,
-    project_file,
-    resolve,
-    table_settings,
-)
+from grpo_harness.settings import Settings, has_table, project_file, resolve, table_settings
 from grpo_harness.text import plain
 
 _MODES = ("strict", "skip_unproven", "record", "prune", "settings")

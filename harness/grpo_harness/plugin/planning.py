@@ -3,8 +3,6 @@
 A fixture is ours if pytest resolved its name to our function, whatever the name.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

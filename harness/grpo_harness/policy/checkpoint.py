@@ -4,8 +4,6 @@ Only safetensors are accepted (and the one GGUF file of the package ``llm-smollm
 pickle. This module does not load torch, and reads weights only to digest them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json

@@ -11,13 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grpo_harness.policy.checkpoint import (
-    Checkpoint,
-    PolicyError,
-    PolicyName,
-    find,
-    weights_digest,
-)
+from grpo_harness.policy.checkpoint import Checkpoint, PolicyError, PolicyName, find, weights_digest
 from grpo_harness.text import digest, one_line
 
 if TYPE_CHECKING:
@@ -84,10 +78,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """Render the system message and a user prompt with the chat template of ``tokenizer``."""
     if not tokenizer.chat_template:
         return prompt
-    messages = [
-        {"role": "system", "content": SYSTEM_MESSAGE},
-        {"role": "user", "content": prompt},
-    ]
+    messages = [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 

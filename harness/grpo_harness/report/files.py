@@ -1,7 +1,5 @@
 """The report and its samples on disk, written atomically, and only of one run."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ Rows are plain data (``Evaluation.summary()``, ``Check.asdict()``), because unde
 come from other processes.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,11 +1,10 @@
 """A table for a width or for Markdown, with untrusted texts escaped."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import pandas as pd
 
@@ -26,7 +25,7 @@ class Table:
     dispensable: Sequence[str] = ()
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, str]], dispensable: Sequence[str] = ()) -> Table:
+    def of(cls, rows: Sequence[Mapping[str, str]], dispensable: Sequence[str] = ()) -> Self:
         """Make a table of rows by column name, with any text in them."""
         # A file name may hold half of a surrogate pair, which a column cannot.
         whole = [{_whole(name): _whole(value) for name, value in row.items()} for row in rows]

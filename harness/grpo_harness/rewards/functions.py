@@ -3,8 +3,6 @@
 Evaluation and training both use it: an error of a reward is one line that names the reward.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import inspect

@@ -3,8 +3,6 @@
 Standard library only. Nothing is parsed from the prompt: a task type reads its own task.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 

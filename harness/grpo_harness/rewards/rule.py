@@ -4,8 +4,6 @@ The prompt contains the task (``TASK={…}``), so the reward needs neither the p
 of its task type, and TRL's ``GRPOTrainer`` can call it directly. No text is ever run as code.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Integer arithmetic: one operation on two numbers, divisions without remainder."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from typing import Any

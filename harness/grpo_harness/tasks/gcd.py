@@ -1,7 +1,5 @@
 """The greatest common divisor of two numbers."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Mapping

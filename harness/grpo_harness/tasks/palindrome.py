@@ -1,7 +1,5 @@
 """Telling whether a string reads the same backwards."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Mapping

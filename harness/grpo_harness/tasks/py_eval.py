@@ -1,7 +1,5 @@
 """The value of a small Python expression, computed without ever running it as code."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Writing a string backwards."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Sorting a few integers in ascending order."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from itertools import islice

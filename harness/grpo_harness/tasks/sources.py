@@ -5,8 +5,6 @@ defines: those of this folder are found by listing it, your own file is loaded b
 :func:`load_task_type`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

@@ -8,8 +8,6 @@ Two rules keep training and evaluation separate and every run comparable:
   same seed gives the same problems on every machine and every supported Python.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

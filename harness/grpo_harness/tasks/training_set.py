@@ -1,7 +1,5 @@
 """The training set: problems of all task types, none of which an evaluation may ask."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

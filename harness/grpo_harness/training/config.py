@@ -4,8 +4,6 @@ A key that the installed TRL does not have is an error, never dropped. Settings 
 has changed before are pinned.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json
@@ -79,33 +77,27 @@ _LEAST = {
 """The least value of fields for which TRL accepts any value."""
 
 _RIGHT_NAMES = {
-    **dict.fromkeys(
-        ("clip_range", "clip_eps", "cliprange", "clip_epsilon", "clip_ratio", "eps_clip"), "epsilon"
-    ),
-    **dict.fromkeys(("kl_coef", "kl_beta", "init_kl_coef", "kl_penalty"), "beta"),
-    **dict.fromkeys(
-        ("group_size", "num_return_sequences", "num_samples", "rollout_n"), "num_generations"
-    ),
-    **dict.fromkeys(
-        ("max_new_tokens", "max_tokens", "max_response_length", "response_length"),
-        "max_completion_length",
-    ),
-    "max_prompt_length": "max_prompt_length of the recipe (the harness checks it, TRL does not)",
-    "lr": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "scale_advantages": "scale_rewards",
-    **dict.fromkeys(
-        ("batch_size", "train_batch_size", "per_device_batch_size"),
-        "prompts_per_step of the recipe",
-    ),
-    **dict.fromkeys(("total_steps", "num_steps"), "steps of the recipe"),
-    "beta1": "adam_beta1",
-    "beta2": "adam_beta2",
-    **dict.fromkeys(("half_precision_backend", "fp16_backend"), "fp16 or bf16"),
-    **dict.fromkeys(("no_cuda", "use_mps_device", "n_gpu"), "nothing, it follows the device"),
-    "overwrite_output_dir": "nothing, a folder that exists is never written over",
-    "save_safetensors": "nothing, weights are always saved as safetensors",
-    "logging_dir": "nothing, what was logged lies beside the weights",
+    alias: name
+    for name, aliases in {
+        "epsilon": "clip_range clip_eps cliprange clip_epsilon clip_ratio eps_clip",
+        "beta": "kl_coef kl_beta init_kl_coef kl_penalty",
+        "num_generations": "group_size num_return_sequences num_samples rollout_n",
+        "max_completion_length": "max_new_tokens max_tokens max_response_length response_length",
+        "max_prompt_length of the recipe (TRL does not check it)": "max_prompt_length",
+        "learning_rate": "lr",
+        "lr_scheduler_type": "lr_scheduler",
+        "scale_rewards": "scale_advantages",
+        "prompts_per_step of the recipe": "batch_size train_batch_size per_device_batch_size",
+        "steps of the recipe": "total_steps num_steps",
+        "adam_beta1": "beta1",
+        "adam_beta2": "beta2",
+        "fp16 or bf16": "half_precision_backend fp16_backend",
+        "nothing, it follows the device": "no_cuda use_mps_device n_gpu",
+        "nothing, a folder that exists is never written over": "overwrite_output_dir",
+        "nothing, weights are always saved as safetensors": "save_safetensors",
+        "nothing, what was logged lies beside the weights": "logging_dir",
+    }.items()
+    for alias in aliases.split()
 }
 """Names of these settings in other libraries and in the tutorial, with the right names."""
 

@@ -1,7 +1,5 @@
 """What a training run logged, as files: one row per step, and the curves of it."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -3,8 +3,6 @@
 For several machines there is ``accelerate launch``, which does not need this module.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """The settings of a GRPO run, and the named recipes."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Mapping

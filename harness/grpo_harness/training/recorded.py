@@ -5,11 +5,8 @@ recorded configs are the project's, in git beside its baselines:
 ``<baselines>/recipes/<name>.json``.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,31 +34,6 @@ _OF_THE_MACHINE = {
     "per_device_train_batch_size",
 }
 """Keys that depend on the folder, the device or the number of processes, not on the recipe."""
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "absent"
-
-
-ABSENT = _Absent()
-"""The value of a key that one of two configs does not have."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One key whose value is not the recorded one. ``was`` or ``now`` may be ``ABSENT``."""
-
-    key: str
-    was: Any
-    now: Any
-
-    def __str__(self) -> str:
-        if self.was is ABSENT:
-            return f"{self.key} is new: {self.now!r}"
-        if self.now is ABSENT:
-            return f"{self.key} is gone: it was {self.was!r}"
-        return f"{self.key} is {self.now!r}: it was {self.was!r}"
 
 
 def versions() -> dict[str, str]:
@@ -94,20 +66,22 @@ def recorded(name: str, baselines: Path) -> Mapping[str, Any]:
     raise HarnessError(f"{path} is not a recorded config: take it from git again")
 
 
-def differences(
-    recipe: Recipe, against: Mapping[str, Any], *, device: str = "auto"
-) -> tuple[Difference, ...]:
-    """Compare the config of ``recipe`` with the ``recorded`` one, key by key.
+def differences(recipe: Recipe, against: Mapping[str, Any], *, device: str = "auto") -> list[str]:
+    """List how the config of ``recipe`` differs from the ``recorded`` one, key by key.
 
     Keys that depend on the folder, the device or the number of processes are left out. Raises as
     ``resolve``.
     """
-    was = against["config"]
+    was = {key: of for key, of in against["config"].items() if key not in _OF_THE_MACHINE}
     now = _portable(resolve(recipe, Path("out"), device=device))
-    return tuple(
-        Difference(key, was.get(key, ABSENT), now.get(key, ABSENT))
-        for key in sorted(was.keys() | now.keys())
-        if key not in _OF_THE_MACHINE and was.get(key, ABSENT) != now.get(key, ABSENT)
+    return sorted(
+        [f"{key} is new: {now[key]!r}" for key in now.keys() - was.keys()]
+        + [f"{key} is gone: it was {was[key]!r}" for key in was.keys() - now.keys()]
+        + [
+            f"{key} is {now[key]!r}: it was {was[key]!r}"
+            for key in was.keys() & now.keys()
+            if was[key] != now[key]
+        ]
     )
 
 

@@ -3,8 +3,6 @@
 Figures of two runs are compared only if their hardware is of the same class.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import statistics
@@ -12,16 +10,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from grpo_harness.errors import HarnessError
-from grpo_harness.gate.inputs import brief
 from grpo_harness.text import escape, one_line
 from grpo_harness.training.curves import Row
 
 FILE = "resources.json"
 _FIGURES = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
-_MOST = 1e15
-"""Larger figures are not plausible (an hour is 3600 seconds, a TiB 1.1e12 bytes)."""
+
+# Larger figures are not plausible: an hour is 3600 seconds, a TiB 1.1e12 bytes.
+_Figure = Annotated[float, Meta(gt=0, lt=1e15)]
+_Count = Annotated[int, Meta(gt=0, lt=10**15)]
 
 
 class ResourcesError(HarnessError):
@@ -39,10 +42,10 @@ class Resources:
     """
 
     hardware: str
-    processes: int
-    step_seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
+    processes: _Count
+    step_seconds: _Figure
+    tokens_per_second: _Figure
+    peak_memory_bytes: _Count
 
     def __str__(self) -> str:
         return (
@@ -105,16 +108,8 @@ def read_resources(folder: Path) -> Resources:
     """Read what ``write_resources`` wrote. Raises ``ResourcesError``."""
     path = folder / FILE
     try:
-        measured = Resources(**json.loads(path.read_text(encoding="utf-8")))
-        if not isinstance(measured.hardware, str):
-            raise ValueError("hardware is not a text")
-        for name in ("processes", *_FIGURES):
-            value = getattr(measured, name)
-            whole = name in ("processes", "peak_memory_bytes")
-            if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < _MOST:
-                kind = "whole number" if whole else "number"
-                raise ValueError(f"{name} is {brief(value)}, not a {kind} above 0")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        measured = msgspec.json.decode(path.read_bytes(), type=Resources)
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ResourcesError(
             f"{path} cannot be read ({one_line(error)}): "
             "name a folder that `grpo-harness train` left"

@@ -5,8 +5,6 @@ ended early continues from its last checkpoint when the same run is started agai
 processes, started by torch's or accelerate's launcher, train one policy together.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -3,8 +3,6 @@
 An error in one of them ends the run with one line that names the step.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping

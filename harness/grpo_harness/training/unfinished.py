@@ -5,8 +5,6 @@ checkpoint with a manifest: the digest of every file, written last. A checkpoint
 its manifest, because it is incomplete or foreign, is never read. Nothing here loads torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
