@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm, t, ttest_1samp, ttest_rel
 
+from grpo_harness.gate.bounds import IMPROVEMENT, LENGTH, RATE, Bounds
 from grpo_harness.gate.stats import stratified_p
 from grpo_harness.gate.verdicts import (
     Evidence,
@@ -36,8 +37,14 @@ def counts(skill: np.ndarray, k: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).binomial(k, skill)
 
 
+def bounded(usual: Bounds, **settings: Any) -> dict[str, Any]:
+    """The arguments of a rule: a margin and a minimum become its bounds."""
+    sizes = {name: settings.pop(name) for name in ("margin", "minimum") if name in settings}
+    return {**settings, "bounds": dataclasses.replace(usual, **sizes)}
+
+
 def accuracy(now: Any, then: Any, **settings: Any) -> Evidence:
-    return judge(now, 4, then, 16, **{"same_policy": True, **settings})
+    return judge(now, 4, then, 16, **{"same_policy": True, **bounded(RATE, **settings)})
 
 
 def accuracy_rule(now: Any, then: Any) -> Evidence:
@@ -259,8 +266,8 @@ def test_an_improvement_on_a_handful_of_problems_does_not_generalise() -> None:
 
 def test_an_improvement_may_have_to_be_large() -> None:
     trained, base = counts(skills(0) ** 0.5, 4, 1), counts(skills(0), 16, 2)
-    assert judge_improvement(trained, 4, base, 16, margin=0.02).verdict == "PASS"
-    assert judge_improvement(trained, 4, base, 16, margin=0.5).verdict == "UNPROVEN"
+    assert judge_improvement(trained, 4, base, 16, bounds=Bounds(0.02, 0.01)).verdict == "PASS"
+    assert judge_improvement(trained, 4, base, 16, bounds=Bounds(0.5, 0.01)).verdict == "UNPROVEN"
 
 
 @pytest.mark.parametrize(
@@ -384,7 +391,7 @@ def test_a_sequential_run_does_not_fail_a_drop_too_small_to_matter() -> None:
     now, then = [3, 4] * 128, [15] * N
     assert judge_sequential(now, 4, then, 16).delta == pytest.approx(-0.0625)
     assert judge_sequential(now, 4, then, 16).verdict == "FAIL"
-    assert judge_sequential(now, 4, then, 16, minimum=0.07, margin=0.08).verdict != "FAIL"
+    assert judge_sequential(now, 4, then, 16, bounds=Bounds(0.08, 0.07)).verdict != "FAIL"
 
 
 def test_a_sequential_run_is_held_to_its_plan() -> None:
@@ -448,16 +455,16 @@ SETTINGS = st.one_of(
 @settings(deadline=None)
 @given(st.sampled_from(["margin", "minimum", "alpha", "look"]), SETTINGS)
 def test_any_setting_is_used_or_refused(name: str, value: Any) -> None:
-    now, then, given = [3, 4] * 32, [14] * 64, {name: value}
+    now, then, given = [3, 4] * 32, [14] * 64, bounded(RATE, **{name: value})
     lengths = [2.0, 3.0] * 32
     rules: list[Callable[[], Any]] = [lambda: judge_sequential(now, 4, then, 16, **given)]
     if name != "look":
         rules += [
             lambda: plan(then, 16, 4, **given),
-            lambda: accuracy(now, then, **given),
+            lambda: accuracy(now, then, **{name: value}),
             lambda: judge_rate(now, 4, then, 16, same_policy=True, **given),
-            lambda: judge_improvement(now, 4, then, 16, **given),
-            lambda: judge_length(lengths, 4, lengths, **given),
+            lambda: judge_improvement(now, 4, then, 16, **bounded(IMPROVEMENT, **{name: value})),
+            lambda: judge_length(lengths, 4, lengths, **bounded(LENGTH, **{name: value})),
         ]
     for rule in rules:
         refusal = name
@@ -536,7 +543,7 @@ def test_the_samples_of_lengths_may_differ_by_problem() -> None:
 @pytest.mark.parametrize("margin", [-0.1, 1.0, math.nan])
 def test_an_improvement_by_less_than_nothing_is_refused(margin: float) -> None:
     with pytest.raises(ValueError, match="margin is"):
-        judge_improvement([4] * 64, 4, [16] * 64, 16, margin=margin)
+        judge_improvement([4] * 64, 4, [16] * 64, 16, bounds=Bounds(margin, 0.01))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from grpo_harness.evaluation import Tally
 from grpo_harness.learning import laboratory as learn
-from grpo_harness.learning.judge import Answers, Limits, Trial, ends, gain, judge_learning, late
+from grpo_harness.learning.judge import Limits, Trial, ends, gain, judge_learning, late
 from grpo_harness.learning.laboratory import CONDITIONS, LONG_LISTS, constant, negated, shuffled
 from grpo_harness.tasks import make_problems
 from tools.nano.learning_table import BASE, Ledger, make_table
@@ -25,7 +26,13 @@ GOOD = {
     "grad_norm": 0.8,
 }
 N = 128
-BEFORE = Answers(tuple([1, 2] * (N // 2)), (2.0,) * N, 6)
+
+
+def tallies(correct, k, log_length=2.0):
+    return tuple(Tally(k, count, 0, 0, log_length) for count in correct)
+
+
+BEFORE = tallies([1, 2] * (N // 2), 6)
 
 
 def trial(seed=0, rise=0.6, log=GOOD, correct=1, log_length=1.9, steps=10):
@@ -37,7 +44,7 @@ def trial(seed=0, rise=0.6, log=GOOD, correct=1, log_length=1.9, steps=10):
         log=tuple({"step": step, **log} for step in range(1, steps + 1)),
         first=first,
         last=tuple(value + rise + luck.gauss(0, 0.2) for value in first),
-        answers=Answers((correct,) * N, (log_length,) * N, 2),
+        answers=tallies([correct] * N, 2, log_length),
     )
 
 
@@ -115,7 +122,7 @@ def test_every_criterion_is_named_when_it_alone_is_broken(changes, criterion, wo
 
 
 def test_accuracy_that_only_stays_is_not_learning():
-    stays = dataclasses.replace(trial(), answers=Answers(tuple([1, 0] * 64), (2.0,) * N, 2))
+    stays = dataclasses.replace(trial(), answers=tallies([1, 0] * 64, 2))
     assert list(judge_learning([stays], BEFORE).broken) == ["accuracy"]
 
 
@@ -157,7 +164,7 @@ def test_a_figure_that_vanishes_is_an_error(name):
         ([dataclasses.replace(trial(7), first=())], "seed 7: 0 problems in the first fifth"),
         ([dataclasses.replace(trial(7), last=(1.0,))], "seed 7: 16 problems .* and 1 in the last"),
         ([dataclasses.replace(trial(7), last=(math.nan,) * 16)], "seed 7: a mean reward"),
-        ([dataclasses.replace(trial(7), answers=Answers((1,), (1.0,), 2))], "seed 7: 1 counts"),
+        ([dataclasses.replace(trial(7), answers=tallies([1], 2))], "seed 7: 1 problems"),
         ([trial(7, log_length=math.inf)], "seed 7: the log-length"),
         ([trial(7, correct=3)], "has 3 correct, not in 0..2"),
     ],
@@ -242,7 +249,7 @@ def test_a_trial_is_measured_by_the_rule_whatever_the_trainer_is_told(monkeypatc
     assert one.log[0]["reward"] == pytest.approx(-np.mean(one.first), abs=1e-4)
     assert one.log[-1]["reward"] == pytest.approx(-np.mean(one.last), abs=1e-4)
     assert [late(one, name) for name, _, _ in Limits().bands()]
-    assert (len(one.answers.correct), one.answers.k) == (12, 2)
+    assert [tally.k for tally in one.answers] == [2] * 12
 
 
 def test_the_ledger_keeps_what_is_finished_and_drops_half_a_line(tmp_path):

@@ -86,16 +86,16 @@ def _accuracy(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evid
     # evidence, so another policy is always judged on all planned problems.
     if terms.sequential and terms.same_policy:
         sides = _counts(now) + _counts(then)
-        return gate.judge_sequential(*sides, alpha=terms.alpha, **asdict(bounds))
+        return gate.judge_sequential(*sides, alpha=terms.alpha, bounds=bounds)
     sides = _counts(now) + _counts(then[: len(now)])
-    return gate.judge(*sides, same_policy=terms.same_policy, alpha=terms.alpha, **asdict(bounds))
+    return gate.judge(*sides, same_policy=terms.same_policy, alpha=terms.alpha, bounds=bounds)
 
 
 def _fault(outcome: Literal["truncated", "unparsable"]) -> Judge:
     def judge(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
         sides = _counts(now, outcome) + _counts(then[: len(now)], outcome)
         same = terms.same_policy
-        return gate.judge_rate(*sides, same_policy=same, alpha=terms.alpha, **asdict(bounds))
+        return gate.judge_rate(*sides, same_policy=same, alpha=terms.alpha, bounds=bounds)
 
     return judge
 
@@ -103,12 +103,12 @@ def _fault(outcome: Literal["truncated", "unparsable"]) -> Judge:
 def _length(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
     logs = [[tally.mean_log_length for tally in side] for side in (now, then[: len(now)])]
     k = [tally.k for tally in now]
-    return gate.judge_length(logs[0], k, logs[1], alpha=terms.alpha, **asdict(bounds))
+    return gate.judge_length(logs[0], k, logs[1], alpha=terms.alpha, bounds=bounds)
 
 
 def _improvement(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
     sides = _counts(now) + _counts(then)
-    return gate.judge_improvement(*sides, alpha=terms.alpha, **asdict(bounds))
+    return gate.judge_improvement(*sides, alpha=terms.alpha, bounds=bounds)
 
 
 def _counts(tallies: Tallies, outcome: str = "correct") -> tuple[list[int], list[int]]:
@@ -314,7 +314,7 @@ def decided(groups: Sequence[Group], records: Tallies, alpha: float) -> bool:
 
 def plan(records: Tallies, k: int, alpha: float) -> gate.Plan:
     """Predict which drop of accuracy a run of the recorded policy can find."""
-    return gate.plan(*_counts(records), k, alpha=alpha, **asdict(RULES["accuracy"].bounds))
+    return gate.plan(*_counts(records), k, alpha=alpha, bounds=RULES["accuracy"].bounds)
 
 
 def opened(rule: Rule, task_type: str, policy: str, reference: str, reason: str = "") -> Check:

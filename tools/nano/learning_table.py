@@ -8,7 +8,6 @@ again by the current limits.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import sys
@@ -16,6 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from grpo_harness.learning.judge import Answers, Limits, Trial, judge_learning, late
 from grpo_harness.learning.laboratory import CONDITIONS, base_answers, trial
@@ -39,25 +40,18 @@ class Ledger:
 
     def add(self, condition: str, seed: int, value: Trial | Answers) -> None:
         """Keep a trial, or the base's results for the test of the number ``seed``."""
-        line = json.dumps(
-            {"condition": condition, "seed": seed, "value": dataclasses.asdict(value)}
-        )
+        plain = msgspec.to_builtins(value)
+        line = json.dumps({"condition": condition, "seed": seed, "value": plain})
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self._read(json.loads(line))
 
     def _read(self, entry: dict[str, Any]) -> None:
-        value = entry["value"]
         if entry["condition"] == BASE:
-            self._before[entry["seed"]] = _answers(value)
+            self._before[entry["seed"]] = msgspec.convert(entry["value"], Answers)
         else:
-            self._trials[entry["condition"], entry["seed"]] = Trial(
-                value["seed"],
-                tuple(value["log"]),
-                tuple(value["first"]),
-                tuple(value["last"]),
-                _answers(value["answers"]),
-            )
+            trial = msgspec.convert(entry["value"], Trial)
+            self._trials[entry["condition"], entry["seed"]] = trial
 
     def __contains__(self, key: tuple[str, int]) -> bool:
         return key in self._trials or (key[0] == BASE and key[1] in self._before)
@@ -78,10 +72,6 @@ def _seeds(condition: str, number: int) -> range:
     """The seeds of a learning test: no two tests of a condition share one."""
     trials = CONDITIONS[condition].trials
     return range(number * trials, (number + 1) * trials)
-
-
-def _answers(value: dict[str, Any]) -> Answers:
-    return Answers(tuple(value["correct"]), tuple(value["log_length"]), value["k"])
 
 
 def make_table(

@@ -9,7 +9,7 @@ a given reason moves it down. Files are written atomically, and only pruning del
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from grpo_harness.baselines.file import (
 from grpo_harness.baselines.provenance import environment, git
 from grpo_harness.evaluation import Completion, Evaluation, Group
 from grpo_harness.gate import verdicts as gate
-from grpo_harness.gate.bounds import ALPHA, MINIMUM_PROBLEMS, RATE
+from grpo_harness.gate.bounds import ALPHA, MINIMUM_PROBLEMS
 from grpo_harness.rules import recorded_bounds
 from grpo_harness.text import escape
 
@@ -226,10 +226,9 @@ def _against_parent(
                 f"does not matter: {_ACCEPT}"
             )
         return True, [f"{untested}: accepted, and the anchor is set anew"]
-    bounds = asdict(RATE)
     for name, then, k_then, fingerprint in references:
         same = fingerprint == str(first.fingerprint)
-        found = gate.judge(correct, k, then, k_then, same_policy=same, alpha=alpha, **bounds)
+        found = gate.judge(correct, k, then, k_then, same_policy=same, alpha=alpha)
         if found.verdict != "FAIL" or found.delta > 0:
             continue
         lowered = (
@@ -243,9 +242,7 @@ def _against_parent(
                 f"meant, say so and why: {_ACCEPT}"
             )
         return True, [f"{lowered}: accepted, and the anchor moves down"]
-    gain = gate.judge_improvement(
-        correct, k, references[0][1], references[0][2], minimum=RATE.minimum, alpha=alpha
-    )
+    gain = gate.judge_improvement(correct, k, references[0][1], references[0][2], alpha=alpha)
     if gain.verdict == "PASS":
         notes.append(
             f"a proven gain of {100 * gain.delta:.1f} points: the anchor moves up to {gain.now:.1%}"

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from grpo_harness.gate.bounds import LEAST_LEVEL, MOST_SAMPLES, NO_ROOM
+from grpo_harness.gate.bounds import LEAST_LEVEL, MOST_SAMPLES, NO_ROOM, Bounds
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -133,9 +133,9 @@ def below(most: float, name: str, value: Any) -> float:
     return float(number)
 
 
-def sizes(margin: Any, minimum: Any, most: float = 1.0) -> tuple[float, float]:
-    """Check that 0 <= minimum < margin < ``most``. Raises ValueError."""
-    margin, minimum = below(most, "margin", margin), below(most, "minimum", minimum)
+def sizes(bounds: Bounds, most: float = 1.0) -> tuple[float, float]:
+    """Return margin and minimum, checked: 0 <= minimum < margin < ``most``. Raises ValueError."""
+    margin, minimum = below(most, "margin", bounds.margin), below(most, "minimum", bounds.minimum)
     if margin - minimum < NO_ROOM:
         raise ValueError(
             f"minimum is {minimum!r} and margin {margin!r}: need 0 <= minimum < margin"

@@ -14,7 +14,7 @@ the smallest p-value, which decides whether a run fails at all, meets the same t
 a single drop among many checks is caught as often (`make calibrate` prints both).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import exp, expm1, inf, log
 from typing import Literal, TypeAlias
 
@@ -29,6 +29,7 @@ from grpo_harness.gate.bounds import (
     PASS_CONFIDENCE,
     PASS_LEVEL,
     RATE,
+    Bounds,
 )
 from grpo_harness.gate.inputs import (
     GREATEST_LOG,
@@ -103,13 +104,7 @@ class Evidence:
 
 
 def plan(
-    then: Numbers,
-    k_then: Samples,
-    k: int,
-    *,
-    margin: float = RATE.margin,
-    minimum: float = RATE.minimum,
-    alpha: float = ALPHA,
+    then: Numbers, k_then: Samples, k: int, *, bounds: Bounds = RATE, alpha: float = ALPHA
 ) -> Plan:
     """Predict what `judge` will find on the problems of a reference, `k` samples each.
 
@@ -120,7 +115,7 @@ def plan(
 
     Raises ValueError as `judge` does.
     """
-    margin, minimum = sizes(margin, minimum)
+    margin, minimum = sizes(bounds)
     each_side = level(alpha) / 2
     k = int(whole([k], "k", least=1)[0])
     counts = Counts.of(then, k_then, then, k_then)
@@ -144,8 +139,7 @@ def judge(
     k_then: Samples,
     *,
     same_policy: bool,
-    margin: float = RATE.margin,
-    minimum: float = RATE.minimum,
+    bounds: Bounds = RATE,
     alpha: float = ALPHA,
 ) -> Evidence:
     """Judge whether accuracy has dropped from `then` to `now`.
@@ -160,7 +154,7 @@ def judge(
 
     Raises ValueError on invalid counts, naming the problem by index, and on invalid settings.
     """
-    margin, minimum = sizes(margin, minimum)
+    margin, minimum = sizes(bounds)
     counts = Counts.of(now, k, then, k_then)
     same = truth(same_policy, "same_policy")
     return _no_harm(counts, counts, margin, minimum, level(alpha), same=same, generalise=not same)
@@ -172,8 +166,7 @@ def judge_sequential(
     then: Numbers,
     k_then: Samples,
     *,
-    margin: float = RATE.margin,
-    minimum: float = RATE.minimum,
+    bounds: Bounds = RATE,
     alpha: float = ALPHA,
     look: int = LOOK,
 ) -> Evidence:
@@ -195,7 +188,7 @@ def judge_sequential(
     common change would count as evidence. Raises ValueError as `judge` does, and if `now` is longer
     than `then`.
     """
-    margin, minimum = sizes(margin, minimum)
+    margin, minimum = sizes(bounds)
     alpha = level(alpha)
     look = whole_number(look, "look", 1)
     reference = Counts.of(then, k_then, then, k_then)
@@ -240,8 +233,7 @@ def judge_rate(
     k_then: Samples,
     *,
     same_policy: bool,
-    margin: float = RATE.margin,
-    minimum: float = RATE.minimum,
+    bounds: Bounds = RATE,
     alpha: float = ALPHA,
 ) -> Evidence:
     """Judge whether the rate of a fault (truncated, unparsable) has risen.
@@ -253,7 +245,7 @@ def judge_rate(
 
     Raises ValueError as `judge` does.
     """
-    margin, minimum = sizes(margin, minimum)
+    margin, minimum = sizes(bounds)
     counts = Counts.of(now, k, then, k_then)
     same = truth(same_policy, "same_policy")
     return _no_harm(counts, counts.flipped(), margin, minimum, level(alpha), same=same)
@@ -265,8 +257,7 @@ def judge_improvement(
     base: Numbers,
     k_base: Samples,
     *,
-    margin: float = IMPROVEMENT.margin,
-    minimum: float = IMPROVEMENT.minimum,
+    bounds: Bounds = IMPROVEMENT,
     alpha: float = ALPHA,
 ) -> Evidence:
     """Judge whether the trained policy is better than its base, on new problems too.
@@ -277,7 +268,7 @@ def judge_improvement(
 
     Raises ValueError as `judge` does.
     """
-    margin, minimum = below(1.0, "margin", margin), below(1.0, "minimum", minimum)
+    margin, minimum = (below(1.0, name, value) for name, value in asdict(bounds).items())
     alpha = level(alpha)
     counts = Counts.of(trained, k, base, k_base)
     loss, gain = _drop_p(counts, True), _drop_p(counts.flipped(), True)
@@ -298,13 +289,7 @@ def judge_improvement(
 
 
 def judge_length(
-    now: Numbers,
-    k: Samples,
-    then: Numbers,
-    *,
-    margin: float = LENGTH.margin,
-    minimum: float = LENGTH.minimum,
-    alpha: float = ALPHA,
+    now: Numbers, k: Samples, then: Numbers, *, bounds: Bounds = LENGTH, alpha: float = ALPHA
 ) -> Evidence:
     """Judge whether completions have become longer or shorter.
 
@@ -317,7 +302,7 @@ def judge_length(
     Raises ValueError with the problem (by index) that has no logarithm of a length, and on invalid
     settings.
     """
-    margin, minimum = sizes(margin, minimum, most=1e300)
+    margin, minimum = sizes(bounds, most=1e300)
     alpha = level(alpha)
     ours, theirs = paired(now, then)
     drawn = samples(k, len(ours), "k")

@@ -15,24 +15,18 @@ from typing import Literal
 
 import numpy as np
 
+from grpo_harness.evaluation import Tally
+from grpo_harness.gate.bounds import ALPHA
 from grpo_harness.gate.stats import Estimate
-from grpo_harness.gate.verdicts import Evidence, judge_improvement
+from grpo_harness.gate.verdicts import Evidence
+from grpo_harness.rules import RULES, Terms
 
 FIFTH = 5
 """A run is divided into this many equal parts; the first and the last are compared."""
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The results of one policy on held-out problems.
-
-    ``correct`` counts the correct ones of ``k`` completions, and ``log_length`` is the mean natural
-    logarithm of their lengths in tokens; both of shape (problems,).
-    """
-
-    correct: tuple[int, ...]
-    log_length: tuple[float, ...]
-    k: int
+Answers = tuple[Tally, ...]
+"""The results of one policy on held-out problems, in their order."""
 
 
 @dataclass(frozen=True)
@@ -176,15 +170,17 @@ def gain(trials: Sequence[Trial]) -> Gain:
 def judge_learning(trials: Sequence[Trial], before: Answers, limits: Limits = Limits()) -> Learning:
     """Judge whether ``trials`` have learned; ``before`` are the results of their start policy.
 
-    Held-out accuracy is judged by the gate's ``judge_improvement``, with the completions of all
+    Held-out accuracy is judged by the rule ``improvement``, with the completions of all
     trials pooled by problem. Raises ``ValueError`` for what cannot be judged: no trials, fewer than
     five steps, a figure that is missing or not finite, results on other problems.
     """
     found = gain(trials)
     lower = found.estimate.lower(limits.confidence)
     after = _pooled(trials, before)
-    accuracy = judge_improvement(after.correct, after.k, before.correct, before.k)
-    length = math.exp(fmean(after.log_length) - fmean(before.log_length))
+    rule = RULES["improvement"]
+    accuracy = rule.judge(after, before, rule.bounds, Terms(ALPHA))
+    now, then = (fmean(tally.mean_log_length for tally in side) for side in (after, before))
+    length = math.exp(now - then)
     broken: dict[str, str] = {}
     if lower <= limits.gain:
         broken["gain"] = (
@@ -231,20 +227,22 @@ def late(trial: Trial, name: str) -> float:
     return fmean(value for value in values if value is not None)
 
 
-def _pooled(trials: Sequence[Trial], before: Answers) -> Answers:
+def _pooled(trials: Sequence[Trial], before: Answers) -> list[Tally]:
     """Pool all trials' results by problem, as if they were of one policy."""
-    n = len(before.correct)
     for who, answers in [("before", before), *((f"seed {t.seed}", t.answers) for t in trials)]:
-        if len(answers.correct) != n or len(answers.log_length) != n:
+        if len(answers) != len(before):
             raise ValueError(
-                f"{who}: {len(answers.correct)} counts and {len(answers.log_length)} lengths for "
-                f"the {n} problems that were answered before"
+                f"{who}: {len(answers)} problems were answered, and {len(before)} before"
             )
-        if not all(map(math.isfinite, answers.log_length)):
+        if not all(math.isfinite(tally.mean_log_length) for tally in answers):
             raise ValueError(f"{who}: the log-length of a problem is not a finite number")
-    every = [trial.answers for trial in trials]
-    return Answers(
-        correct=tuple(map(sum, zip(*(answers.correct for answers in every), strict=True))),
-        log_length=tuple(map(fmean, zip(*(answers.log_length for answers in every), strict=True))),
-        k=sum(answers.k for answers in every),
-    )
+    return [
+        Tally(
+            k=sum(tally.k for tally in of_one),
+            correct=sum(tally.correct for tally in of_one),
+            truncated=sum(tally.truncated for tally in of_one),
+            unparsable=sum(tally.unparsable for tally in of_one),
+            mean_log_length=fmean(tally.mean_log_length for tally in of_one),
+        )
+        for of_one in zip(*(trial.answers for trial in trials), strict=True)
+    ]

@@ -145,8 +145,7 @@ def held_out(policy: str, seed: int, k: int, device: str = "auto") -> Answers:
             questions = ask(asked, task_types()[name], PROBLEMS, settings=engine.settings())
             store = Store(Path(folder))
             groups += evaluate(questions, engine, k=k, run_seed=seed, store=store).groups
-    tallies = [group.tally for group in groups]
-    return Answers(tuple(t.correct for t in tallies), tuple(t.mean_log_length for t in tallies), k)
+    return tuple(group.tally for group in groups)
 
 
 def base_answers(seed: int, device: str = "auto") -> Answers:
