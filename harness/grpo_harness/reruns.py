@@ -26,10 +26,7 @@ MOST_ATTEMPTS = 64
 
 
 class Attempt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A run of a check: its seed, the number of problems it asked, its verdict.
-
-    ``alpha`` is the check's part of its run's risk of a false alarm.
-    """
+    """A run of a check: its seed, problems asked, verdict, and part of the run's risk."""
 
     seed: int
     n: Annotated[int, Meta(ge=1)]
@@ -69,10 +66,7 @@ class Series:
 
 
 class Reruns:
-    """The attempts in one folder, one per line, append-only.
-
-    ``notices`` lists what was damaged there, and left out.
-    """
+    """The attempts in one folder, one a line, append-only; ``notices`` name damaged ones."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "attempts.jsonl"

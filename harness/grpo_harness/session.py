@@ -146,10 +146,7 @@ class Session:
         return self.engine(policy).sample(requests, None)
 
     def questions(self, policy: Policy, task_type: TaskType) -> Questions:
-        """Return what a policy is asked on a task type as configured; nothing is drawn.
-
-        Raises as :func:`grpo_harness.evaluation.ask`.
-        """
+        """Return what a policy is asked on a task type; nothing is drawn. Raises as ``ask``."""
         key = (policy.name, str(policy.fingerprint), task_type.name)
         if key not in self._questions:
             self._questions[key] = ask(
@@ -186,10 +183,7 @@ class Session:
         return self._draw(short, evaluation.k, run_seed)
 
     def baseline(self, role: str, policy: Policy, task_type: str) -> Baseline:
-        """Load the policy's own baseline, or else that of the configured policy of its role.
-
-        Raises ``BaselineError``, also if neither exists.
-        """
+        """Load the policy's own baseline, or else its role's. Raises ``BaselineError``."""
         return baselines.load(_path(self.settings, role, policy.checkpoint.name, task_type))
 
     def against_baseline(
@@ -266,7 +260,10 @@ class Session:
         judge: Callable[[Sequence[Evaluation], float], Check],
     ) -> Check:
         """Judge evaluations, pooled with those of earlier runs that did not pass."""
-        key = self._key(rule.name, evaluations, reference)
+        # The same for all attempts of one check.
+        same = [[str(e.fingerprint), e.task, dict(e.questions.settings)] for e in evaluations]
+        attempt = [rule.name, self.code, reference, same]
+        key = digest(json.dumps(attempt, sort_keys=True))[:16]
         asked = max(evaluation.n for evaluation in evaluations)
         # Greedy completions of a rerun are the same ones, not new evidence. Evaluations that a
         # suite made itself cannot be repeated by this session.
@@ -276,7 +273,10 @@ class Session:
         )
         if series.attempts:
             # This run may have stopped early on its own samples alone; the pool needs all problems.
-            evaluations = [self._whole(evaluation) for evaluation in evaluations]
+            evaluations = [
+                e if e.n == e.planned else self._draw(e.questions, e.k, e.run_seed)
+                for e in evaluations
+            ]
         pooled = [
             evaluation.pooled([self._of(evaluation, attempt) for attempt in series.earlier])
             for evaluation in evaluations
@@ -285,17 +285,6 @@ class Session:
         if check.evidence is not None and check.verdict != "ERROR":
             self.reruns.add(key, Attempt(self.run_seed, asked, check.verdict, series.risk))
         return replace(check, reason=f"{check.reason}{series}")
-
-    def _key(self, rule: str, evaluations: Sequence[Evaluation], reference: str) -> str:
-        """Return a key that is the same for all attempts of one check."""
-        same = [[str(e.fingerprint), e.task, dict(e.questions.settings)] for e in evaluations]
-        return digest(json.dumps([rule, self.code, reference, same], sort_keys=True))[:16]
-
-    def _whole(self, evaluation: Evaluation) -> Evaluation:
-        """Return the evaluation of this run with all planned problems."""
-        if evaluation.n == evaluation.planned:
-            return evaluation
-        return self._draw(evaluation.questions, evaluation.k, evaluation.run_seed)
 
     def _of(self, evaluation: Evaluation, attempt: Attempt) -> Evaluation:
         """Return the evaluation of an earlier attempt; samples not in the store are drawn again."""

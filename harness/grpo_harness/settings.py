@@ -150,7 +150,10 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     file, table_given = nearest_table(root)
     given = table_given or {}
     home = file.parent if file else root
-    where = f"{_short(file, cwd)}: [{TABLE}" if file else ""
+    where = ""
+    if file:
+        shown_as = file.relative_to(cwd) if file.is_relative_to(cwd) else file
+        where = f"{shown_as}: [{TABLE}"
     table = _converted(given, lambda path: f"{where}{''.join(f'.{p}' for p in path[:-1])}] ")
     set_here = {name: value for name, value in options.items() if value is not None}
     greedy = bool(set_here.pop("greedy", False))
@@ -266,7 +269,7 @@ def _converted(given: Mapping[str, Any], where: Callable[[list[str]], str]) -> T
         # `$.sampling.top_p`, or `$.tasks[0]` of an element
         path = re.findall(r"[A-Za-z_]\w*", at)
     if unknown := re.search(r"unknown field `(.*)`", message, re.DOTALL):
-        fields = _fields(path)
+        fields = (Sampling if path else Table).__struct_fields__
         close = difflib.get_close_matches(unknown[1], fields, 1)
         hint = f": did you mean {close[0]}?" if close else f"; it has {', '.join(fields)}"
         raise SettingsError(f"{where([*path, ''])}has no key '{escape(unknown[1])}'{hint}")
@@ -280,10 +283,6 @@ def _converted(given: Mapping[str, Any], where: Callable[[list[str]], str]) -> T
     raise SettingsError(
         f"{where(path)}{path[-1]} is {escape(repr(value))}: it must be {_description(path)}"
     )
-
-
-def _fields(path: list[str]) -> tuple[str, ...]:
-    return (Sampling if path else Table).__struct_fields__
 
 
 _KINDS: Mapping[Any, str] = {
@@ -301,12 +300,6 @@ def _description(path: list[str]) -> str:
     if kind not in _KINDS:  # a choice or a list: the description is complete
         return str(meta.description)
     return f"{_KINDS[kind]} ({meta.description})"
-
-
-def _short(path: Path | None, cwd: Path) -> str:
-    if path is None:
-        return ""
-    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
 
 
 def _distinct(base: PolicyName, trained: PolicyName) -> None:

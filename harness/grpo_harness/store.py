@@ -79,10 +79,7 @@ class Store:
 
 
 class Samples(dict[Key, Sample]):
-    """The samples of one file; ``add`` writes them to disk before it returns.
-
-    ``damaged`` counts the invalid lines, which are removed from the file.
-    """
+    """The samples of one file; ``add`` writes at once. ``damaged`` counts removed lines."""
 
     def __init__(self, path: Path, key: str) -> None:
         super().__init__()

@@ -131,10 +131,7 @@ class Header(Made, kw_only=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Baseline:
-    """One baseline file: the header, and the records by problem id.
-
-    ``digest`` is the SHA-256 of the file.
-    """
+    """One baseline file: its header, its records by problem id, its SHA-256 ``digest``."""
 
     path: Path
     header: Header
@@ -260,10 +257,7 @@ def _upgrade(content: dict[str, Any]) -> None:
 
 
 def write(path: Path, header: Header, records: Mapping[str, Record]) -> None:
-    """Write a baseline atomically, with the digests of ``records``.
-
-    Raises ``BaselineError`` if the file cannot be written.
-    """
+    """Write a baseline atomically, with digests of ``records``. Raises ``BaselineError``."""
     header = msgspec.structs.replace(
         header,
         problem_set=_problem_set(records),

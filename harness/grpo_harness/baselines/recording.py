@@ -142,7 +142,9 @@ def record(
         notes += said
         if not moves:
             anchor = parent.header.anchor
-            fresh = {name: _anchored(r, parent.records.get(name)) for name, r in fresh.items()}
+            for name in fresh.keys() & parent.records.keys():  # they keep their anchor
+                old = parent.records[name]
+                fresh[name] = replace(fresh[name], anchor=old.anchor, anchor_k=old.anchor_k)
         records = {**{name: parent.records[name] for name in kept}, **fresh}
     header = Header(
         **made,
@@ -196,10 +198,7 @@ def _against_parent(
     alpha: float,
     reason: str | None,
 ) -> tuple[bool, list[str]]:
-    """Test a recording against the previous one and the anchor, each at ``alpha``.
-
-    Returns whether it moves the anchor, with notes for the user.
-    """
+    """Test against the previous recording and the anchor; tell whether the anchor moves."""
     if parent.header.conditions.get("task_version") != first.questions.task_type.version:
         return True, ["the task type's version is another one: the anchor is set anew"]
     shared = [name for name in fresh if name in parent.records]
@@ -250,13 +249,6 @@ def _against_parent(
     elif reason is not None:
         notes.append("nothing was lowered: the reason is kept, and the anchor where it was")
     return gain.verdict == "PASS", notes
-
-
-def _anchored(record: Record, before: Record | None) -> Record:
-    """Keep the anchor of a problem that has one."""
-    if before is None:
-        return record
-    return replace(record, anchor=before.anchor, anchor_k=before.anchor_k)
 
 
 def _record(groups: Iterable[Group], prompt: str) -> Record:

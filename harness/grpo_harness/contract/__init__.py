@@ -10,8 +10,7 @@ formulas in plain torch. Each invariant is a function that returns None or raise
 ``runs.py``         the runs that the invariants check
 ``observer.py``     watches a run from outside
 ``conventions.py``  how TRL computes a step, and known deviations
-``lengths.py``      norms of gradients, and distances between them
-``invariant.py``    what an invariant is, and how it fails
+``invariant.py``    what an invariant is, how it compares figures and fails
 ``oracle.py``       recomputes a step
 ``adam.py``         recomputes an update
 ``rollouts.py``     invariants of what is drawn, scored and counted

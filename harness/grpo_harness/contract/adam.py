@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_harness.contract.lengths import distance, norm, scale
+from grpo_harness.contract.invariant import distance, norm, scale
 from grpo_harness.contract.trace import Step, Tensors, Trace
 from grpo_harness.training.recipes import Recipe
 

@@ -5,8 +5,14 @@ from collections import Counter
 
 import torch
 
-from grpo_harness.contract.invariant import BrokenInvariantError, equal, invariant, require
-from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance
+from grpo_harness.contract.invariant import (
+    GRADIENT_TOLERANCE,
+    BrokenInvariantError,
+    distance,
+    equal,
+    invariant,
+    require,
+)
 from grpo_harness.contract.oracle import Oracle
 from grpo_harness.contract.rollouts import recipe_prompts
 from grpo_harness.contract.trace import Step, Tensors, Tokens, Trace

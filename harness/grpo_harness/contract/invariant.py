@@ -1,4 +1,4 @@
-"""An invariant: a named check, with the usual cause of its failure.
+"""An invariant: a named check with the usual cause of its failure, and how it compares figures.
 
 Every check takes the run (some take two) and the oracle. It computes the figures from the raw
 completions and the weights before each step, and compares them with those of TRL. Issue numbers
@@ -10,12 +10,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo_harness.contract.trace import Batch, Trace
+from grpo_harness.contract.trace import Batch, Tensors, Trace
 
 Check = Callable[..., None]
 
 INVARIANTS: dict[str, Check] = {}
 """All invariants by name."""
+
+GRADIENT_TOLERANCE = 1e-4
+"""Largest relative L2 distance between two gradients that count as equal."""
 
 
 class BrokenInvariantError(AssertionError):
@@ -65,3 +68,22 @@ def where(batch: Batch, i: int, g: int) -> str:
 def average(values: Sequence[float]) -> float:
     """Return the mean, exactly rounded."""
     return math.fsum(values) / len(values)
+
+
+def distance(seen: Tensors, right: Tensors) -> float:
+    """Return the L2 distance divided by the norm of ``right`` (by 1 if that is 0)."""
+    off = norm({name: seen[name] - right[name] for name in right})
+    return off / (norm(right) or 1.0)
+
+
+def scale(seen: Tensors, right: Tensors) -> float | None:
+    """Return the factor that makes ``right`` into ``seen``, or None if no factor does."""
+    dot = sum(float((seen[name].double() * right[name].double()).sum()) for name in right)
+    times = dot / (norm(right) ** 2 or 1.0)
+    scaled = {name: times * values for name, values in right.items()}
+    return times if distance(seen, scaled) <= GRADIENT_TOLERANCE else None
+
+
+def norm(gradient: Tensors) -> float:
+    """Return the L2 norm of all tensors together."""
+    return math.sqrt(sum(float((values.double() ** 2).sum()) for values in gradient.values()))

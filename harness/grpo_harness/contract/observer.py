@@ -111,7 +111,8 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         training_step = self.trainer.training_step
 
         def drawing(*args: Any, **kwargs: Any) -> Any:
-            state = _random_state(model.device)
+            cuda = model.device.type == "cuda"
+            state = torch.cuda.get_rng_state(model.device) if cuda else torch.get_rng_state()
             drawn = generate(*args, **kwargs)
             self._keep_drawn(kwargs["input_ids"], kwargs["attention_mask"], drawn, state)
             return drawn
@@ -238,9 +239,3 @@ def _gradient(model: Any) -> Tensors:
         name: (torch.zeros_like(p) if p.grad is None else p.grad).detach().cpu().clone()
         for name, p in model.named_parameters()
     }
-
-
-def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()

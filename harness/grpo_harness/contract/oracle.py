@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_harness.contract.conventions import Conventions, alternatives
-from grpo_harness.contract.invariant import average
-from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance, scale
+from grpo_harness.contract.invariant import GRADIENT_TOLERANCE, average, distance, scale
 from grpo_harness.contract.trace import Batch, Step, Tensors, Trace
 from grpo_harness.engines.weights import device_of, load_weights
 from grpo_harness.grpo import advantages, entropy, grpo_loss, kl, log_probabilities, ratio
@@ -150,8 +149,9 @@ class Oracle:
                 rho = ratio(new[rows], old[rows])
                 divergence = kl(new[rows], reference[rows], how.estimator)
                 divergence = divergence * rho if how.kl_times_ratio else divergence
-                clips = _clipped(rho, given[rows], how)
-                figures.append(_figures(entropies[rows], divergence, *clips, mask[rows]))
+                low = (rho < 1 - how.epsilon) & (given[rows] < 0)[:, None]
+                high = (rho > 1 + how.epsilon_high) & (given[rows] > 0)[:, None]
+                figures.append(_figures(entropies[rows], divergence, low, high, mask[rows]))
         total = torch.stack(losses).sum()
         names, leaves = zip(*self._model.named_parameters(), strict=True)
         gradients = torch.autograd.grad(total, leaves)
@@ -243,13 +243,6 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, tokens, kept / kept.sum(-1, keepdim=True))
 
 
-def _clipped(rho: Tensor, given: Tensor, how: Conventions) -> tuple[Tensor, Tensor]:
-    """Tell which tokens are clipped below, and which above."""
-    low = (rho < 1 - how.epsilon) & (given < 0)[:, None]
-    high = (rho > 1 + how.epsilon_high) & (given > 0)[:, None]
-    return low, high
-
-
 def _figures(
     entropies: Tensor, divergence: Tensor, low: Tensor, high: Tensor, mask: Tensor
 ) -> dict[str, float]:
@@ -277,10 +270,7 @@ def _figures(
 
 
 def rows_of(step: Step) -> list[list[int]]:
-    """Return, for each micro-batch of ``step``, the places of its rows in the batch.
-
-    Rows that the batch does not have are left out.
-    """
+    """Return, for each micro-batch, the places of those of its rows that the batch has."""
     pairs = zip(step.batch.prompt_ids, step.batch.completion_ids, strict=True)
     free: dict[object, list[int]] = {}
     for place, pair in enumerate(pairs):

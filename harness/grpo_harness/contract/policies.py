@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from grpo_harness.policy import PolicyName, find
 
@@ -18,8 +17,9 @@ def two_ended(folder: Path) -> str:
     """
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(find(PolicyName("nano-base")).path, folder)
-    tokenizer = _read(folder / "tokenizer.json")
-    vocabulary, begin = tokenizer["model"]["vocab"], "<|im_start|>"
+    names = ("tokenizer", "tokenizer_config", "generation_config")
+    files = {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in names}
+    tokenizer, begin = files["tokenizer"], "<|im_start|>"
     (begin_id,) = (t["id"] for t in tokenizer["added_tokens"] if t["content"] == begin)
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
@@ -30,19 +30,10 @@ def two_ended(folder: Path) -> str:
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
         "special_tokens": {begin: {"id": begin, "ids": [begin_id], "tokens": [begin]}},
     }
-    _write(folder / "tokenizer.json", tokenizer)
-    config = _read(folder / "tokenizer_config.json")
-    _write(folder / "tokenizer_config.json", {**config, "bos_token": begin})
-    generation = _read(folder / "generation_config.json")
-    ends = [generation["eos_token_id"], vocabulary["1"]]
-    _write(folder / "generation_config.json", {**generation, "eos_token_id": ends})
+    files["tokenizer_config"]["bos_token"] = begin
+    ends = [files["generation_config"]["eos_token_id"], tokenizer["model"]["vocab"]["1"]]
+    files["generation_config"]["eos_token_id"] = ends
+    for name, content in files.items():
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        (folder / f"{name}.json").write_text(text, "utf-8")
     return str(folder)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _write(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -6,14 +6,15 @@ import torch
 
 from grpo_harness.contract.conventions import Conventions
 from grpo_harness.contract.invariant import (
+    GRADIENT_TOLERANCE,
     BrokenInvariantError,
     average,
+    distance,
     equal,
     invariant,
     require,
     where,
 )
-from grpo_harness.contract.lengths import GRADIENT_TOLERANCE, distance
 from grpo_harness.contract.oracle import Oracle, rows_of
 from grpo_harness.contract.trace import Step, Trace
 

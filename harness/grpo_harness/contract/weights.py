@@ -4,8 +4,13 @@ import torch
 from safetensors.torch import load_file
 
 from grpo_harness.contract.adam import clipped, rate, settings, updates
-from grpo_harness.contract.invariant import BrokenInvariantError, equal, invariant, require
-from grpo_harness.contract.lengths import distance
+from grpo_harness.contract.invariant import (
+    BrokenInvariantError,
+    distance,
+    equal,
+    invariant,
+    require,
+)
 from grpo_harness.contract.trace import Tensors, Trace
 
 

@@ -243,10 +243,7 @@ class _SeededDraw(LogitsProcessor):
         self._step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return ``scores`` (rows × vocabulary) with all except the drawn token at -inf.
-
-        Raises ``_NotFiniteError`` for a row without a finite maximum.
-        """
+        """Leave one token in each row of ``scores`` (rows × vocabulary), the drawn one."""
         greatest = scores.amax(-1)
         if not bool(greatest.isfinite().all()):
             row = int((~greatest.isfinite()).nonzero()[0])

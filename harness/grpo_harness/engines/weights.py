@@ -7,7 +7,7 @@ every value is finite.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +26,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device: ``auto`` is CUDA if there is one, else the CPU.
-
-    Raises ``PolicyError`` for a device that this machine does not have.
-    """
+    """Return the device; ``auto`` is CUDA or else the CPU. Raises ``PolicyError`` without it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -142,15 +139,12 @@ def _all_there(policy: Policy, info: dict[str, Any]) -> None:
         ("have, in addition to the model's, the tensor", info["unexpected_keys"]),
     ):
         if names:
+            first, *others = sorted(names)
+            more = f" (and {len(others)} more)" if others else ""
             raise PolicyError(
                 f"{policy.checkpoint}: the files in {policy.checkpoint.path} {what} "
-                f"{_some(names)}; get the checkpoint again, or save it whole"
+                f"{first}{more}; get the checkpoint again, or save it whole"
             )
-
-
-def _some(names: Collection[str]) -> str:
-    first, *others = sorted(names)
-    return f"{first} (and {len(others)} more)" if others else first
 
 
 def _the_files_own(policy: Policy, model: PreTrainedModel) -> None:

@@ -30,9 +30,16 @@ def paired(now: Numbers, then: Numbers) -> tuple[Floats, Floats]:
     Raises ValueError with the problem (by index) that has no counterpart, or no number from
     -`GREATEST_LOG` to `GREATEST_LOG`.
     """
-    ours, theirs = _logarithms(now, "now"), _logarithms(then, "then")
-    same_length(len(ours), len(theirs))
-    return ours, theirs
+    sides = []
+    for name, values in (("now", now), ("then", then)):
+        entries = _entries(values, name)
+        for i, entry in enumerate(entries):
+            if isinstance(entry, bool) or not is_real(entry, -GREATEST_LOG, GREATEST_LOG):
+                wanted = f"not a logarithm from {-GREATEST_LOG:g} to {GREATEST_LOG:g}"
+                raise ValueError(f"problem {i}: {name} is {brief(entry)}, {wanted}")
+        sides.append(np.asarray(entries, dtype=np.float64))
+    same_length(*map(len, sides))
+    return sides[0], sides[1]
 
 
 def brief(value: object) -> str:
@@ -156,15 +163,6 @@ def _entries(values: Any, name: str) -> list[Any]:
     if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes, bytearray)):
         raise ValueError(f"problem 0: {name} is {brief(values)}, not real numbers, one a problem")
     return [entry if type(entry) is int else plain(entry) for entry in listed]
-
-
-def _logarithms(values: Any, name: str) -> Floats:
-    entries = _entries(values, name)
-    for i, entry in enumerate(entries):
-        if isinstance(entry, bool) or not is_real(entry, -GREATEST_LOG, GREATEST_LOG):
-            wanted = f"not a logarithm from {-GREATEST_LOG:g} to {GREATEST_LOG:g}"
-            raise ValueError(f"problem {i}: {name} is {brief(entry)}, {wanted}")
-    return np.asarray(entries, dtype=np.float64)
 
 
 def same_length(now: int, then: int) -> None:

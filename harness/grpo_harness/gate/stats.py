@@ -206,10 +206,7 @@ class Estimate:
 
     @classmethod
     def of(cls, observations: Floats, *, guarded: bool = False) -> Self:
-        """The mean of one observation per problem, shape (n,), n >= 1.
-
-        `guarded` adds `PSEUDO_PROBLEMS`, for observations that lie in -1..1.
-        """
+        """The mean of one observation per problem, shape (n,); ``guarded`` if it lies in -1..1."""
         if guarded:
             observations = np.append(observations, PSEUDO_PROBLEMS)
         n = len(observations)

@@ -405,22 +405,19 @@ def _conclude(
     FAIL means beyond the change itself.
     """
     needed = None if e.needed is None else max(e.needed, MINIMUM_PROBLEMS)
-    n = planned or e.n
-    if n < MINIMUM_PROBLEMS:
-        reason = f"{n} problems are too few to judge, the floor is {MINIMUM_PROBLEMS}"
-        return replace(e, verdict="ERROR", reason=reason, needed=needed)
-    if failed:
-        reason = f"the change of {e.delta:+.3f} is proven harm, p = {e.p:.2g}"
-        if harm:
-            reason = f"the change of {e.delta:+.3f} is proven, p = {e.p:.2g}; {harm}"
-        return replace(e, verdict="FAIL", reason=reason, needed=needed)
-    within = f"{e.lower:+.3f}..{e.upper:+.3f}"
-    if passed:
-        reason = f"the change of {e.delta:+.3f}, within {within}, is proven to be acceptable"
-        return replace(e, verdict="PASS", reason=reason, needed=needed)
+    change, within = f"the change of {e.delta:+.3f}", f"{e.lower:+.3f}..{e.upper:+.3f}"
     wanted = "no number of" if needed is None else f"about {needed}"
+    verdict: Verdict = "UNPROVEN"
     reason = f"{within} proves neither harm nor PASS; at this change {wanted} problems would pass"
-    return replace(e, reason=reason, needed=needed)
+    if (n := planned or e.n) < MINIMUM_PROBLEMS:
+        verdict = "ERROR"
+        reason = f"{n} problems are too few to judge, the floor is {MINIMUM_PROBLEMS}"
+    elif failed:
+        what = f"proven, p = {e.p:.2g}; {harm}" if harm else f"proven harm, p = {e.p:.2g}"
+        verdict, reason = "FAIL", f"{change} is {what}"
+    elif passed:
+        verdict, reason = "PASS", f"{change}, within {within}, is proven to be acceptable"
+    return replace(e, verdict=verdict, reason=reason, needed=needed)
 
 
 def _relative(log_ratio: float) -> float:

@@ -45,11 +45,6 @@ Signal = Callable[[Random, Sequence[Any], list[float]], list[float]]
 """Changes a step's rewards before the trainer sees them: (luck, prompts, rewards)."""
 
 
-def as_it_is(_luck: Random, _prompts: Sequence[Any], rewards: list[float]) -> list[float]:
-    """Return the rewards unchanged."""
-    return rewards
-
-
 def shuffled(luck: Random, prompts: Sequence[Any], rewards: list[float]) -> list[float]:
     """Shuffle within each group: the group keeps its mean and spread, but carries no signal."""
     mixed: list[float] = []
@@ -79,7 +74,7 @@ class Condition:
     """
 
     recipe: Recipe
-    signal: Signal = as_it_is
+    signal: Signal = lambda _luck, _prompts, rewards: rewards
     problem_seeds: tuple[int, ...] = ()
     trials: int = TRIALS
 
@@ -176,10 +171,7 @@ def laboratory(
     seeds: Sequence[int] = tuple(range(len(LONG_LISTS))),
     processes: int = 2,
 ) -> Iterator[Laboratory]:
-    """Start trials, ``processes`` at a time, each on one thread; cancel the rest at the end.
-
-    The matrices are so small that two processes are nearly twice as fast as two threads.
-    """
+    """Start trials, ``processes`` at a time, one thread each; cancel the rest at the end."""
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
     )

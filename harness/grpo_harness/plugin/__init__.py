@@ -47,10 +47,7 @@ from grpo_harness.plugin.state import PROPERTY, RUN, Run, usage_errors
 
 
 def activated(config: pytest.Config) -> Run:
-    """Return the run's state; the first call activates the harness for the run.
-
-    Raises ``pytest.UsageError`` for settings that cannot be used.
-    """
+    """Return the run's state; the first call activates the harness. Raises ``UsageError``."""
     if RUN not in config.stash:
         worker = getattr(config, "workerinput", None)
         seed = config.getoption("grpo_seed") if worker is None else worker[PROPERTY]

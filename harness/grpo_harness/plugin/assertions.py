@@ -90,10 +90,7 @@ class Gate:
         return check
 
     def _again(self) -> str:
-        """Return the command that repeats this test with the same samples and verdict.
-
-        It runs the test alone: the reruns know its part of the risk at the time of its samples.
-        """
+        """Return the command that repeats this test alone, with its samples and its verdict."""
         from grpo_harness.plugin.options import settable
 
         words = ["pytest", shlex.quote(self._node.nodeid), f"--grpo-seed={self._session.run_seed}"]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo_harness.errors import HarnessError
 from grpo_harness.text import digest, escape, one_line
@@ -157,7 +157,7 @@ def elements(checkpoint: Checkpoint) -> int:
     if checkpoint.gguf_file:
         return (checkpoint.path / checkpoint.gguf_file).stat().st_size
     return sum(
-        entry.elements
+        math.prod(entry.shape)
         for path in weight_files(checkpoint)
         for entry in _tensors(checkpoint, path).values()
     )
@@ -273,18 +273,13 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
     )
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A tensor in a file: the bytes from ``first`` to before ``last``."""
 
     dtype: str
     shape: list[int]
     first: int
     last: int
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
 
 
 def _tensors(checkpoint: Checkpoint, path: Path) -> dict[str, _Entry]:
@@ -297,10 +292,7 @@ def _tensors(checkpoint: Checkpoint, path: Path) -> dict[str, _Entry]:
         start = 8 + length
         tensors = {
             name: _Entry(
-                entry["dtype"],
-                entry["shape"],
-                start + entry["data_offsets"][0],
-                start + entry["data_offsets"][1],
+                entry["dtype"], entry["shape"], *(start + at for at in entry["data_offsets"])
             )
             for name, entry in header.items()
             if name != "__metadata__"

@@ -60,10 +60,7 @@ def write_samples(folder: Path, evaluation: Evaluation) -> None:
 
 
 def append_summary(report: Report, target: str) -> None:
-    """Append the Markdown to the job summary of a CI system, the file ``target``.
-
-    Raises ``ReportError``.
-    """
+    """Append the Markdown to ``target``, a CI system's summary. Raises ``ReportError``."""
     with _writing(Path(target)), Path(target).open("a", encoding="utf-8") as file:
         file.write(report.markdown())
 

@@ -150,9 +150,10 @@ class Report:
         ):
             if table:
                 parts.append(f"## {title}\n\n{table.markdown()}")
+        failures = [f"{name}: {' '.join(said.split())}" for name, said in self.failed.items()]
         for title, lines in (
             ("Not passed", self.unsettled()),
-            ("Tests that failed or could not be run", self._failures()),
+            ("Tests that failed or could not be run", failures),
             ("Not run", self.not_run),
             ("To know", self.notices),
         ):
@@ -170,9 +171,6 @@ class Report:
             if table:
                 lines += ["", *table.terminal(width)]
         return [*lines, "", *(plain(line) for line in (*self.unsettled(), *self.notices))]
-
-    def _failures(self) -> list[str]:
-        return [f"{name}: {' '.join(said.split())}" for name, said in self.failed.items()]
 
     def _sampling(self) -> list[str]:
         """Return the sampling settings, one line for all policies that share them."""
@@ -210,10 +208,12 @@ class Report:
         ]
         accuracy = self.checks.get(("accuracy", *key))
         e = accuracy["evidence"] if accuracy else None
+        # A sequential run may have stopped early.
+        asked = row["n"] if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
         return {
             "task type": row["task_type"],
             "policy": row["policy"],
-            "n × k": f"{_asked(row)} × {e['k'] if e else row['k']}",
+            "n × k": f"{asked} × {e['k'] if e else row['k']}",
             "baseline": _percent(e["then"]) if e else "",
             # A rerun is judged on the samples of all its attempts, so those are shown.
             "now": _percent(e["now"] if e else row["accuracy"]),
@@ -240,11 +240,6 @@ def _worst(checks: Iterable[Row]) -> str:
         if name in by_name:
             return name if name == "PASS" else f"{name}: {', '.join(by_name[name])}"
     return "not judged"
-
-
-def _asked(row: Row) -> str:
-    """The number of problems, and of how many if a run stopped early."""
-    return f"{row['n']}" if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
 
 
 def _side(row: Row, side: str) -> str:

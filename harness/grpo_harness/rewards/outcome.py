@@ -15,10 +15,7 @@ OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "unparsable", "truncated", 
 
 
 def read(task_type: TaskType, task: Mapping[str, Any], completion: str) -> Reading:
-    """Judge whether ``completion`` answers ``task``, by the lenient rule of its type.
-
-    Raises what the type's ``read`` raises on a task that it cannot read.
-    """
+    """Judge ``completion`` by the lenient rule of its type. Raises what its ``read`` raises."""
     return task_type.read(task, first_line(completion))
 
 

@@ -53,10 +53,7 @@ def reward_func(
 
 
 def read(prompt: str, completion: str) -> Reading:
-    """Judge whether ``completion`` answers ``prompt``, by the reward's own, lenient rule.
-
-    Also ``"wrong"`` for a prompt without a readable task.
-    """
+    """Judge by the reward's lenient rule; ``"wrong"`` for a prompt without a readable task."""
     if (found := task_of(prompt)) is None:
         return "wrong"
     task_type, task = found

@@ -204,12 +204,9 @@ def _check_names(recipe: Recipe, own: Mapping[str, Any]) -> None:
         value, least = recipe.config[key], _LEAST.get(key)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where} to {value}: it must be finite")
-        if least is not None and value is not None and not _at_least(value, least):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if least is not None and value is not None and not (number and value >= least):
             raise ValueError(f"{where} to {value!r}: it must be a number from {least} on")
-
-
-def _at_least(value: Any, least: int) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= least
 
 
 def _no_such(recipe: Recipe, key: str) -> str:

@@ -36,21 +36,13 @@ _OF_THE_MACHINE = {
 """Keys that depend on the folder, the device or the number of processes, not on the recipe."""
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that affect a config."""
-    return {name: version(name) for name in ("trl", "transformers")}
-
-
 def path_of(name: str, baselines: Path) -> Path:
     """Return the path of a recipe's recorded config below a project's ``baselines``."""
     return baselines / FOLDER / f"{name}.json"
 
 
 def recorded(name: str, baselines: Path) -> Mapping[str, Any]:
-    """Return the recorded ``versions`` and ``config`` of the recipe ``name``.
-
-    Raises ``HarnessError`` when there is no record, or it cannot be read.
-    """
+    """Return the recorded ``versions`` and ``config`` of a recipe. Raises ``HarnessError``."""
     path = path_of(name, baselines)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -90,7 +82,8 @@ def record(recipe: Recipe, baselines: Path) -> Path:
     config = _portable(resolve(recipe, Path("out"), device="cpu"))
     path = path_of(recipe.name, baselines)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"versions": versions(), "config": dict(sorted(config.items()))}
+    versions = {name: version(name) for name in ("trl", "transformers")}
+    content = {"versions": versions, "config": dict(sorted(config.items()))}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 

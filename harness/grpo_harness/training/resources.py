@@ -119,10 +119,7 @@ def read_resources(folder: Path) -> Resources:
 
 
 def compare(now: Resources, then: Resources) -> Mapping[str, float]:
-    """Return now over then for seconds per step, tokens per second and peak memory.
-
-    Raises ``ResourcesError`` if hardware or number of processes differ.
-    """
+    """Return now over then of each figure. Raises ``ResourcesError`` for unequal machines."""
     for name in ("hardware", "processes"):
         if getattr(now, name) != getattr(then, name):
             raise ResourcesError(
