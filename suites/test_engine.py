@@ -11,7 +11,7 @@ from itertools import combinations
 import pytest
 
 from grpo_harness.engines.engine import Request, sample_seed
-from grpo_harness.rewards.functions import score
+from grpo_harness.rewards.functions import Batch
 from grpo_harness.tasks import task_types
 
 AGAIN = 16
@@ -123,17 +123,17 @@ def test_an_answer_does_not_depend_on_its_batch(engine, policy):
         )
 
 
-def test_rewards_belong_to_their_completions(evaluation, grpo_session):
+def test_rewards_belong_to_their_completions(evaluation):
     """Some completions, each scored again by itself, get the rewards that they had."""
+    questions = evaluation.questions
     scored = [(g.problem, c) for g in evaluation.groups for c in g.completions]
     chosen = random.Random(evaluation.run_seed).sample(scored, min(RESCORED, len(scored)))
     for problem, completion in chosen:
-        (again,) = score(
-            grpo_session.settings.reward, [problem.prompt], [completion.text], where=problem.id
-        )
-        assert again == completion.reward, (
-            f"{problem.id}: the completion {completion.text[:80]!r} has reward "
-            f"{completion.reward}, and scored by itself {again}: rewards are given to other "
+        batch = Batch.of(questions.task_type, [problem], [completion.text], [completion.ids])
+        (again,) = questions.rewards.score(batch, problem.id)
+        assert again == completion.rewards, (
+            f"{problem.id}: the completion {completion.text[:80]!r} has rewards "
+            f"{completion.rewards}, and scored by itself {again}: rewards are given to other "
             "completions than they belong to, or depend on the company"
         )
 

@@ -29,7 +29,8 @@ def score(grpo_session, cases):
     """Score cases with the configured reward: one number each, or the test fails."""
     prompts = [case["prompt"] for case in cases]
     completions = [case["completion"] for case in cases]
-    scores = grpo_session.settings.reward(prompts=prompts, completions=completions)
+    (reward,) = grpo_session.settings.rewards.functions
+    scores = reward.function(prompts=prompts, completions=completions)
     assert len(scores) == len(cases), f"{len(scores)} scores for {len(cases)} completions"
     return scores
 
@@ -74,9 +75,11 @@ def test_readings(name):
 def test_what_is_cut_off_is_not_correct(task_type):
     """A completion that the token limit cut off is truncated, also if its text is the answer."""
     for problem in task_type.problems(8):
-        right = task_type.canonical(problem.task)
-        assert outcome(task_type, problem.task, right, truncated=False) == "correct", right
-        cut = outcome(task_type, problem.task, right, truncated=True)
+        right = task_type.wanted(problem)
+        if right is None or task_type.reading(problem, right) is None:
+            pytest.skip(f"{task_type.name} is judged by its rewards alone")
+        assert outcome(task_type, problem, right, truncated=False) == "correct", right
+        cut = outcome(task_type, problem, right, truncated=True)
         assert cut == "truncated", f"'{escape(right)}', cut off by the token limit, counts as {cut}"
 
 

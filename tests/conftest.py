@@ -16,6 +16,7 @@ import grpo_harness.session  # noqa: F401
 from grpo_harness.engines.engine import Sample
 from grpo_harness.evaluation import ask, evaluate
 from grpo_harness.policy.policy import load
+from grpo_harness.rewards.functions import Reward, Rewards
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.store import Store
 from grpo_harness.tasks import task_types
@@ -140,7 +141,9 @@ def measure(tiny_policy, tmp_path, answers):
     def measure(run_seed=1, n=8, k=3, engine=None, reward=reward_func):
         engine = engine or answers()
         gcd = task_types()["gcd"]
-        questions = ask(tiny_policy, gcd, n, settings=engine.settings(), reward=reward)
+        questions = ask(
+            tiny_policy, gcd, n, settings=engine.settings(), rewards=Rewards((Reward(reward),))
+        )
         return evaluate(
             questions,
             engine,
@@ -148,7 +151,6 @@ def measure(tiny_policy, tmp_path, answers):
             run_seed=run_seed,
             store=Store(tmp_path / "samples"),
             code=str(id(engine)),
-            reward=reward,
         )
 
     return measure

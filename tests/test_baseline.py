@@ -6,7 +6,7 @@ import pytest
 
 from grpo_harness.baselines.file import BaselineError, conditions, load, path_of
 from grpo_harness.baselines.recording import record
-from grpo_harness.rewards.functions import reward_digest
+from grpo_harness.rewards.functions import Reward, Rewards, rewards_digest
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.rules import recorded_bounds
 from grpo_harness.tasks import task_types
@@ -102,7 +102,7 @@ class TestNotComparable:
         assert now.groups[0].problem.id in self.refused(recorded[0], now)
 
     def test_another_reward(self, recorded, measure):
-        def kinder(prompts, completions):
+        def kinder(prompts, completions, **_):
             return [score + 1e-12 for score in reward_func(prompts, completions)]
 
         assert "reward" in self.refused(recorded[0], measure(reward=kinder))
@@ -280,19 +280,21 @@ class TestDamaged:
 
 
 def test_the_reward_digest_is_of_what_a_reward_does():
-    def same_rule_other_code(*, prompts, completions):
+    def same_rule_other_code(*, prompts, completions, **_):
         return [reward_func([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
 
-    def stricter(*, prompts, completions):
+    def stricter(*, prompts, completions, **_):
         return [
             -1.0 if " " in c else s
             for c, s in zip(completions, reward_func(prompts, completions), strict=True)
         ]
 
     for task_type in task_types().values():
-        own = reward_digest(reward_func, task_type)
-        assert reward_digest(same_rule_other_code, task_type) == own
-        assert reward_digest(stricter, task_type) != own
+        own, same, other = (
+            rewards_digest(Rewards((Reward(reward),)), task_type)
+            for reward in (reward_func, same_rule_other_code, stricter)
+        )
+        assert own == same != other
 
 
 def test_conditions_name_what_must_not_change(measure):

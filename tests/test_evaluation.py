@@ -6,7 +6,7 @@ import pytest
 from grpo_harness.engines.engine import Sample
 from grpo_harness.evaluation import EvaluationError, ask, evaluate
 from grpo_harness.policy import load
-from grpo_harness.rewards.functions import RewardError
+from grpo_harness.rewards.functions import Reward, RewardError, Rewards
 from grpo_harness.rewards.outcome import OUTCOMES
 from grpo_harness.rewards.rule import reward_func, rule_reward
 from grpo_harness.store import Store
@@ -40,9 +40,9 @@ def right(request, _):
 
 
 def run(policy, engine, tmp_path, n=6, k=2, reward=reward_func, **options):
-    questions = ask(policy, GCD, n, settings=engine.settings(), reward=reward)
+    questions = ask(policy, GCD, n, settings=engine.settings(), rewards=Rewards((Reward(reward),)))
     store = Store(tmp_path)
-    return evaluate(questions, engine, k=k, run_seed=1, store=store, reward=reward, **options)
+    return evaluate(questions, engine, k=k, run_seed=1, store=store, **options)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_every_sample_has_its_own_seed(tiny_policy, tmp_path):
     assert len({request.seed for request in sampler.requests}) == 12
 
 
-@pytest.mark.parametrize("score", [None, math.nan, math.inf, "1", [1.0]])
+@pytest.mark.parametrize("score", [math.nan, math.inf, "1", [1.0]])
 def test_a_reward_without_a_number_is_an_error_and_never_a_zero(tiny_policy, tmp_path, score):
-    def reward(prompts, completions):
+    def reward(completions, **_):
         return [1.0] * (len(completions) - 1) + [score]
 
     with pytest.raises((EvaluationError, RewardError), match="must return a"):
@@ -136,20 +136,20 @@ def test_a_reward_without_a_number_is_an_error_and_never_a_zero(tiny_policy, tmp
 
 def test_a_reward_that_raises_ends_it_before_anything_is_drawn(tiny_policy, tmp_path):
     engine = Scripted(right)
-    with pytest.raises(RewardError, match="gcd: the reward <lambda> raised ZeroDivisionError"):
+    with pytest.raises(RewardError, match=r"gcd: the reward <lambda> .* raised ZeroDivisionError"):
         run(tiny_policy, engine, tmp_path, reward=lambda **_: 1 / 0)
     assert engine.requests == []
 
 
-def test_a_reward_cannot_change_what_it_scores(tiny_policy, tmp_path):
-    def greedy(prompts, completions):
-        scores = reward_func(prompts, completions)
-        prompts.clear()
-        completions[:] = ["1"] * len(completions)
+@pytest.mark.parametrize("changed", ["prompts", "completions"])
+def test_a_reward_that_changes_what_it_is_given_is_named(tiny_policy, tmp_path, changed):
+    def greedy(**given):
+        scores = reward_func(**given)
+        given[changed][:] = ["1"] * len(given[changed])
         return scores
 
-    plain = run(tiny_policy, Scripted(right), tmp_path / "a")
-    assert run(tiny_policy, Scripted(right), tmp_path / "b", reward=greedy).groups == plain.groups
+    with pytest.raises(RewardError, match=r"the reward greedy .* changes the prompts"):
+        run(tiny_policy, Scripted(right), tmp_path, reward=greedy)
 
 
 def own_type(tmp_path, body):
@@ -178,17 +178,36 @@ def own_type(tmp_path, body):
             "cannot be read (Skipped: x)",
         ),
         ("    def canonical(self, task): return 'x' + self.answer(task)", "is read as wrong"),
-        ("    def draw(self, rng): return {'x': '}' + str(rng.random())}", "TASK={…} back out"),
-        (
-            "    def draw(self, rng): return {'x': {'y': rng.random()}}\n"
-            "    def answer(self, task): return str(task['x']['y'])",
-            "TASK={…} back out",
-        ),
     ],
 )
 def test_a_type_whose_own_answer_is_not_correct_is_refused(tiny_policy, tmp_path, body, says):
     with pytest.raises(EvaluationError, match=re.escape(says)):
         ask(tiny_policy, own_type(tmp_path, body), 3, settings={})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    def draw(self, rng): return {'x': '}' + str(rng.random())}",
+        "    def draw(self, rng): return {'x': {'y': rng.random()}}\n"
+        "    def answer(self, task): return str(task['x']['y'])",
+        "    def draw(self, rng): return {'x': rng.random()}\n"
+        '    def statement(self, task): return f\'TASK={{"type":"own","x":0}} {task}\'',
+        "    def read(self, task, text):\n"
+        "        line = text.split('\\n')[-1]\n"
+        "        return 'correct' if line == str(task['x']) else 'wrong'",
+    ],
+)
+def test_a_problem_is_read_by_itself_and_a_completion_whole(tiny_policy, tmp_path, body):
+    """No task is parsed back out of the prompt, and a type reads more than the first line."""
+    own = own_type(tmp_path, body)
+    questions = ask(tiny_policy, own, 3, settings={})
+    wanted = {p: own.wanted(q) for p, q in zip(questions.prompts, questions.problems, strict=True)}
+    lines = "" if "split" not in body else "Let me think.\n"
+    engine = Scripted(lambda request, _: Sample(lines + wanted[request.prompt], 2, truncated=False))
+    found = evaluate(questions, engine, k=1, run_seed=1, store=Store(tmp_path / "s"))
+    assert found.accuracy == 1
+    assert all(completion.reward > 0 for completion in found.completions)
 
 
 def test_a_read_that_raises_on_a_completion_is_named(tiny_policy, tmp_path):

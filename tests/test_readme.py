@@ -35,8 +35,9 @@ def test_the_task_type_is_one(roman):
     for n, numeral in numerals.items():
         assert task_type.answer({"type": "roman", "n": n}) == numeral
     for problem in task_type.problems(30):
-        assert rule_reward(problem.prompt, task_type.canonical(problem.task)) > 0.9
-        assert rule_reward(problem.prompt, "") < 0
+        right = task_type.canonical(problem.task)
+        assert rule_reward(problem.prompt, right, problem.task) > 0.9
+        assert rule_reward(problem.prompt, "", problem.task) < 0
 
 
 def test_a_repository_that_follows_it_goes_green(pytester, roman, save_tiny):

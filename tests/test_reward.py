@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from grpo_harness.rewards import outcome as outcomes
 from grpo_harness.rewards.outcome import OUTCOMES
 from grpo_harness.rewards.rule import read, reward_func, rule_reward, task_of
-from grpo_harness.tasks import task_types
+from grpo_harness.tasks import Problem, TaskType, task_types
 
 ROOT = Path(__file__).parent.parent
 reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("reference.py"))))
@@ -36,16 +36,19 @@ FIVE = prompt_of(type="math", op="add", a=2, b=3)
 ABC = prompt_of(type="reverse", s="cba")
 
 
-def strictly_correct(prompt: str, completion: str) -> bool:
+def problem_of(prompt: str) -> tuple[TaskType, Problem]:
     found = task_of(prompt)
     assert found is not None
-    return outcomes.strictly_correct(*found, completion)
+    task_type, task = found
+    return task_type, Problem("x", task_type.name, task, prompt)
+
+
+def strictly_correct(prompt: str, completion: str) -> bool:
+    return outcomes.strictly_correct(*problem_of(prompt), completion)
 
 
 def outcome(prompt: str, completion: str | None, *, truncated: bool) -> str:
-    found = task_of(prompt)
-    assert found is not None
-    return outcomes.outcome(*found, completion, truncated=truncated)
+    return outcomes.outcome(*problem_of(prompt), completion, truncated=truncated)
 
 
 # --- what is asked and what is answered ------------------------------------------------------

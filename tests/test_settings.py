@@ -28,7 +28,7 @@ def test_nothing_set_means_the_nano_pair(project, tmp_path):
     assert settings.tasks == tuple(task_types())
     assert (settings.problems, settings.samples) == (256, 4)
     assert settings.baselines == tmp_path / "baselines"
-    assert settings.reward is reward_func
+    assert settings.rewards.functions[0].function is reward_func
 
 
 def test_without_a_pyproject_too(tmp_path):
@@ -62,7 +62,7 @@ def test_own_task_types_and_reward(project, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     settings = project('tasks = ["gcd", "double.py"]\nreward = "own_rewards:lenient"')
     assert settings.tasks == ("gcd", "double")
-    assert settings.reward.__name__ == "lenient"
+    assert settings.rewards.functions[0].name == "lenient"
 
 
 def test_own_sampling(project):
@@ -125,7 +125,7 @@ def test_what_cannot_be_used_is_one_clear_error(
     project, tmp_path, monkeypatch, table, options, says
 ):
     if says is None:  # a function like any other: what it does shows when it is called
-        assert project(table, **options).reward is sys.exit
+        assert project(table, **options).rewards.functions[0].function is sys.exit
         return
     (tmp_path / "broken.py").write_text("raise SystemExit(3)")
     for name in ("skips", "skipping"):

@@ -55,24 +55,24 @@ PATCHES = {
     ),
     "rewards_of_the_next": (
         """
-        from grpo_harness import evaluation
-        own = evaluation.score
-        def score(*args, **kwargs):
-            scores = own(*args, **kwargs)
+        from grpo_harness.rewards.functions import Rewards
+        own = Rewards.score
+        def score(*args):
+            scores = own(*args)
             return scores[1:] + scores[:1]
-        evaluation.score = score
+        Rewards.score = score
         """,
         "test_rewards_belong_to_their_completions",
         "rewards are given to other completions",
     ),
     "rewards_past_a_batch": (
         """
-        from grpo_harness import evaluation
-        own = evaluation.score
-        def score(*args, **kwargs):
-            scores = own(*args, **kwargs)
+        from grpo_harness.rewards.functions import Rewards
+        own = Rewards.score
+        def score(*args):
+            scores = own(*args)
             return scores[:128] + scores[:len(scores) - 128]
-        evaluation.score = score
+        Rewards.score = score
         """,
         "test_rewards_belong_to_their_completions",
         "rewards are given to other completions",

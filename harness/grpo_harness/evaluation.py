@@ -2,22 +2,26 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Self
 
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
 from grpo_harness.errors import HarnessError, user_code
-from grpo_harness.policy import Fingerprint, Policy
-from grpo_harness.rewards import rule
-from grpo_harness.rewards.functions import RewardFunction, reward_digest, score
+from grpo_harness.policy import SYSTEM_MESSAGE, Fingerprint, Policy
+from grpo_harness.rewards.functions import Batch, Reward, Rewards, Scores, rewards_digest
 from grpo_harness.rewards.outcome import OUTCOMES, Outcome, check_answers, outcome, strictly_correct
+from grpo_harness.rewards.rule import reward_func
 from grpo_harness.store import Store
-from grpo_harness.tasks import Problem, TaskType, check_disjoint
+from grpo_harness.tasks import Problem, Source, check_disjoint
 from grpo_harness.text import escape, one_line
 
 _CHUNK = 512
 """Samples between two writes to the store: at most these are lost by an interruption."""
+
+
+RULE = Rewards((Reward(reward_func),))
+"""The rule reward alone."""
 
 
 class EvaluationError(HarnessError):
@@ -44,7 +48,9 @@ class Completion:
     """One scored completion.
 
     ``tokens`` includes the end token. ``strict`` tells whether the text is exactly the required
-    answer and nothing else; the reward is more lenient. ``reward`` is NaN for a draw that failed.
+    answer and nothing else; the reward is more lenient. ``reward`` is the total, and ``rewards``
+    has those of the single functions; it is NaN for a draw that failed, and if none applies.
+    ``ids`` are the token ids, if the engine told them.
     """
 
     text: str
@@ -52,6 +58,8 @@ class Completion:
     reward: float
     outcome: Outcome
     strict: bool
+    rewards: Scores = field(default_factory=dict)
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,16 +91,17 @@ class Group:
 class Questions:
     """What a policy is asked on a task type, and everything that must be equal for a comparison.
 
-    ``prompts`` are those of ``problems``, as the policy sees them. ``settings`` are the engine's
-    and ``reward`` is a digest of the reward.
+    ``prompts`` are those of ``problems``, as the policy sees them. ``settings`` are the engine's,
+    and ``reward`` is a digest of ``rewards``.
     """
 
     policy: Policy
-    task_type: TaskType
+    task_type: Source
     settings: Mapping[str, Any]
     reward: str
     problems: tuple[Problem, ...]
     prompts: tuple[str, ...]
+    rewards: Rewards = RULE
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -175,7 +184,8 @@ class Evaluation:
     @property
     def mean_reward(self) -> float:
         """The mean reward of all completions."""
-        return fmean(completion.reward for completion in self.completions)
+        applied = [c.reward for c in self.completions if not math.isnan(c.reward)]
+        return fmean(applied) if applied else math.nan
 
     @property
     def mean_length(self) -> float:
@@ -209,27 +219,30 @@ class Evaluation:
                     "problem": group.problem.id,
                     "sample": number,
                     "prompt": prompt,
-                    "wanted": self.questions.task_type.canonical(group.problem.task),
+                    "wanted": self.questions.task_type.wanted(group.problem),
                     "completion": completion.text,
                     "tokens": completion.tokens,
                     "outcome": completion.outcome,
                     "strict": completion.strict,
                     "reward": None if math.isnan(completion.reward) else completion.reward,
+                    "rewards": dict(completion.rewards),
                 }
 
 
 def ask(
     policy: Policy,
-    task_type: TaskType,
+    task_type: Source,
     n: int,
     *,
     settings: Mapping[str, Any],
-    reward: RewardFunction = rule.reward_func,
+    rewards: Rewards = RULE,
+    system: str = SYSTEM_MESSAGE,
 ) -> Questions:
     """Render the first ``n`` problems of ``task_type`` for ``policy``, and test the scoring.
 
-    Nothing is drawn. Raises ``EvaluationError`` when there are not ``n`` problems, when the
-    policy's checkpoint says that it was trained on one of them, and when a problem's true answer is
+    Nothing is drawn. ``system`` is the system message, if not empty. Raises ``EvaluationError``
+    when there are not ``n`` problems, when the policy's checkpoint says that it was trained on one
+    of them, and when a problem's true answer is
     not read as correct; ``PolicyError`` when the chat template cannot be applied, and
     ``RewardError`` when the reward cannot score completions of this type.
     """
@@ -237,17 +250,16 @@ def ask(
         problems = tuple(task_type.problems(n))
         check_disjoint(policy.checkpoint.trained_on(), (problem.id for problem in problems))
         check_answers(task_type, problems)
-        if reward is rule.reward_func:
-            _check_readable(task_type, problems)
     except ValueError as error:
         raise EvaluationError(str(error)) from error
     return Questions(
         policy=policy,
         task_type=task_type,
         settings=settings,
-        reward=reward_digest(reward, task_type),
+        reward=rewards_digest(rewards, task_type),
         problems=problems,
-        prompts=tuple(policy.render(problem.prompt) for problem in problems),
+        prompts=tuple(_rendered(policy, task_type, problem, system) for problem in problems),
+        rewards=rewards,
     )
 
 
@@ -258,7 +270,6 @@ def evaluate(
     k: int,
     run_seed: int,
     store: Store,
-    reward: RewardFunction = rule.reward_func,
     code: str = "",
     until: Callable[[Sequence[Group]], bool] | None = None,
     look: int = 16,
@@ -297,45 +308,30 @@ def evaluate(
                 chunk = missing[start : start + _CHUNK]
                 drawn = engine.sample([planned[key] for key in chunk], progress)
                 samples.add(dict(zip(chunk, drawn, strict=True)))
-            groups += _scored(questions, asked, [samples[key] for key in keys], reward)
+            groups += _scored(questions, asked, [samples[key] for key in keys])
     return Evaluation(questions, engine.identity(), run_seed, k, tuple(groups))
 
 
-def _check_readable(task_type: TaskType, problems: Sequence[Problem]) -> None:
-    """Raise ``ValueError`` if the rule reward cannot read a task from its prompt."""
-    for problem in problems:
-        if rule.read(problem.prompt, task_type.canonical(problem.task)) != "correct":
-            raise ValueError(
-                f"task type {task_type.name!r}, problem {problem.id}: the rule reward cannot read "
-                "TASK={…} back out of the prompt. It ends at the first '}', so no field may have "
-                "one in it: write the fields without it, or set a reward of your own"
-            )
+def _rendered(policy: Policy, source: Source, problem: Problem, system: str) -> str:
+    asked = source.conversation(problem, system)
+    return asked if isinstance(asked, str) else policy.render(asked)
 
 
 def _scored(
-    questions: Questions,
-    problems: Sequence[Problem],
-    samples: Sequence[Sample],
-    reward: RewardFunction,
+    questions: Questions, problems: Sequence[Problem], samples: Sequence[Sample]
 ) -> list[Group]:
     """Score samples, the same number for each problem and in the order of the problems."""
-    k = len(samples) // len(problems)
+    k, rewards = len(samples) // len(problems), questions.rewards
     of_sample = [problem for problem in problems for _ in range(k)]
+    texts, ids = [sample.text for sample in samples], [sample.ids for sample in samples]
+    batch = Batch.of(questions.task_type, of_sample, texts, ids)
     where = f"{escape(questions.policy.name)} on {questions.task_type.name}"
-    scores = score(
-        reward,
-        [problem.prompt for problem in of_sample],
-        [sample.text for sample in samples],
-        where=where,
-    )
-    completions = []
-    for problem, sample, value in zip(of_sample, samples, scores, strict=True):
-        if sample.error is None and value is None:
-            raise EvaluationError(
-                f"{where}: the reward returned None for a completion of {problem.id}, "
-                f"'{escape(sample.text)}': it must return a finite number for every text"
-            )
-        completions.append(_completion(questions.task_type, problem, sample, value))
+    completions = [
+        _completion(questions, problem, sample, scores)
+        for problem, sample, scores in zip(
+            of_sample, samples, rewards.score(batch, where), strict=True
+        )
+    ]
     return [
         Group(problem, tuple(completions[i * k : (i + 1) * k]))
         for i, problem in enumerate(problems)
@@ -343,22 +339,30 @@ def _scored(
 
 
 def _completion(
-    task_type: TaskType, problem: Problem, sample: Sample, reward: float | None
+    questions: Questions, problem: Problem, sample: Sample, scores: Scores
 ) -> Completion:
-    failed = sample.error is not None or reward is None
-    text = None if failed else sample.text
+    source, rewards, failed = questions.task_type, questions.rewards, sample.error is not None
+    total = None if failed else rewards.total(scores)
     with user_code(
         lambda error: EvaluationError(
-            f"task type {task_type.name!r}, problem {problem.id}: the completion "
+            f"task type {source.name!r}, problem {problem.id}: the completion "
             f"'{escape(sample.text)}' cannot be read ({one_line(error)}): fix the type's read"
         )
     ):
         return Completion(
             text=sample.text,
             tokens=sample.tokens,
-            reward=math.nan if failed or reward is None else reward,
-            outcome=outcome(task_type, problem.task, text, truncated=sample.truncated),
+            reward=math.nan if total is None else total,
+            outcome=outcome(
+                source,
+                problem,
+                None if failed else sample.text,
+                truncated=sample.truncated,
+                reading=rewards.reading(scores),
+            ),
             strict=not failed
             and not sample.truncated
-            and strictly_correct(task_type, problem.task, sample.text),
+            and strictly_correct(source, problem, sample.text),
+            rewards=scores,
+            ids=sample.ids,
         )

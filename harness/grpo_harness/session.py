@@ -23,7 +23,7 @@ from grpo_harness.reruns import Attempt, Reruns
 from grpo_harness.rules import Check, Rule, Terms
 from grpo_harness.settings import ROLES, Settings
 from grpo_harness.store import Store
-from grpo_harness.tasks import TaskType, task_types
+from grpo_harness.tasks import Source, task_types
 from grpo_harness.text import digest
 
 Until = Callable[[Sequence[Group]], bool]
@@ -101,7 +101,7 @@ class Session:
         self._residents.close()
 
     @property
-    def task_types(self) -> list[TaskType]:
+    def task_types(self) -> list[Source]:
         """The configured task types."""
         return [task_types()[name] for name in self.settings.tasks]
 
@@ -145,7 +145,7 @@ class Session:
         ]
         return self.engine(policy).sample(requests, None)
 
-    def questions(self, policy: Policy, task_type: TaskType) -> Questions:
+    def questions(self, policy: Policy, task_type: Source) -> Questions:
         """Return what a policy is asked on a task type; nothing is drawn. Raises as ``ask``."""
         key = (policy.name, str(policy.fingerprint), task_type.name)
         if key not in self._questions:
@@ -154,11 +154,11 @@ class Session:
                 task_type,
                 self.settings.problems,
                 settings=self.engine(policy).settings(),
-                reward=self.settings.reward,
+                rewards=self.settings.rewards,
             )
         return self._questions[key]
 
-    def evaluation(self, policy: Policy, task_type: TaskType) -> Evaluation:
+    def evaluation(self, policy: Policy, task_type: Source) -> Evaluation:
         """Evaluate a policy on a task type as configured. Raises ``HarnessError``.
 
         A sequential run of the recorded policy stops when accuracy is decided, whichever checks are
@@ -216,7 +216,7 @@ class Session:
         return self._judged(rule, [*trained, *base], "base", alpha, judge)
 
     def record(
-        self, role: str, policy: Policy, task_type: TaskType, files: int, reason: str | None
+        self, role: str, policy: Policy, task_type: Source, files: int, reason: str | None
     ) -> Recording:
         """Record the baseline of a policy on a task type, from fresh samples of several seeds.
 
@@ -329,7 +329,6 @@ class Session:
                 k=k,
                 run_seed=seed,
                 store=self.store,
-                reward=self.settings.reward,
                 code=self.code,
                 until=until,
                 look=LOOK,

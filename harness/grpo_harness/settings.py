@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -23,7 +23,7 @@ from grpo_harness.text import escape, one_line
 
 if TYPE_CHECKING:
     from grpo_harness.policy import PolicyName
-    from grpo_harness.rewards.functions import RewardFunction
+    from grpo_harness.rewards.functions import Rewards
 
 Role = Literal["base", "trained"]
 ROLES: tuple[Role, ...] = ("base", "trained")
@@ -72,6 +72,9 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     reward: Annotated[
         str | None, _key("a reward as module:function; the rule reward if left out", option=False)
     ] = None
+    reward_seconds: Annotated[
+        float, _key("seconds that a reward may take for 64 completions", option=False, gt=0)
+    ] = 60.0
     baselines: Annotated[str, _key("the folder of the baselines", "DIR", min_length=1)] = (
         "baselines"
     )
@@ -125,7 +128,7 @@ class Settings:
     problems: int
     samples: int
     sampling: Sampling
-    reward: RewardFunction
+    rewards: Rewards
     baselines: Path
     sequential: bool
     device: str
@@ -200,7 +203,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         problems=resolved.problems,
         samples=1 if sampling.greedy else resolved.samples,
         sampling=sampling,
-        reward=_reward(resolved.reward, f"{where}] reward"),
+        rewards=_rewards(resolved, f"{where}] reward"),
         baselines=folder,
         sequential=resolved.sequential,
         device=resolved.device,
@@ -218,11 +221,13 @@ def shown(settings: Settings) -> Iterator[tuple[str, str, str]]:
                 key = f"sampling.{name}"
                 yield key, str(getattr(settings.sampling, name)), settings.sources[key]
             continue
-        value = getattr(settings, setting.name)
+        value = getattr(settings, setting.name, None)
         if setting.name == "tasks":
-            value = ", ".join(value)
+            value = ", ".join(settings.tasks)
         elif setting.name == "reward":
-            value = f"{value.__module__}:{getattr(value, '__qualname__', value)}"
+            value = settings.rewards.functions[0].source
+        elif setting.name == "reward_seconds":
+            value = settings.rewards.seconds
         yield setting.name, escape(str(value), 1000), settings.sources[setting.name]
 
 
@@ -335,13 +340,13 @@ def _tasks(names: list[str] | None, home: Path, where: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _reward(source: str | None, where: str) -> RewardFunction:
-    from grpo_harness.rewards.functions import RewardError, load_reward
+def _rewards(table: Table, where: str) -> Rewards:
+    from grpo_harness.rewards.functions import Reward, RewardError, Rewards, load_reward
     from grpo_harness.rewards.rule import reward_func
 
-    if source is None:
-        return cast("RewardFunction", reward_func)
+    if table.reward is None:
+        return Rewards((Reward(reward_func),), seconds=table.reward_seconds)
     try:
-        return load_reward(source)
+        return Rewards((Reward(load_reward(table.reward)),), seconds=table.reward_seconds)
     except RewardError as error:
         raise SettingsError(f"{where}: {error}") from error

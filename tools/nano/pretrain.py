@@ -111,7 +111,7 @@ def _schedule(step: int, stage: Stage) -> float:
 
 def _training_problem(name: str, rng: random.Random) -> Problem:
     task_type = task_types()[name]
-    while is_held_out((problem := task_type.problem(rng)).prompt):
+    while is_held_out(str((problem := task_type.problem(rng)).prompt)):
         pass
     return problem
 

@@ -267,7 +267,7 @@ def _record(groups: Iterable[Group], prompt: str) -> Record:
         unparsable=outcomes.count("unparsable"),
         length=sum(completion.tokens for completion in completions),
         log_length=round(sum(math.log(completion.tokens) for completion in completions), 9),
-        reward=round(sum(completion.reward for completion in completions), 9),
+        reward=round(sum(c.reward for c in completions if not math.isnan(c.reward)), 9),
         prompt=prompt_digest(prompt),
         anchor=outcomes.count("correct"),
         anchor_k=len(completions),

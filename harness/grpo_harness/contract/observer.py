@@ -146,7 +146,9 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, prompts: Sequence[str], completions: Sequence[str], **kwargs: Any
     ) -> Sequence[float | None]:
         """Score with the run's own reward function, and record the scores."""
-        rewards = self._score(prompts=prompts, completions=completions, **kwargs)
+        rewards: Sequence[float | None] = self._score(
+            prompts=prompts, completions=completions, **kwargs
+        )
         scored = [tuple(ids) for ids in kwargs["completion_ids"]]
         if self._drawn is None:
             given = self._tokenizer(text=list(prompts))["input_ids"]

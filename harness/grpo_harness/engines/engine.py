@@ -70,13 +70,15 @@ class Request:
 class Sample:
     """One drawn completion. ``tokens`` includes the end token; ``truncated`` means there is none.
 
-    ``error`` is the reason if the engine could not draw a completion.
+    ``error`` is the reason if the engine could not draw a completion. ``ids`` are its token ids, if
+    the engine tells them.
     """
 
     text: str
     tokens: int
     truncated: bool
     error: str | None = None
+    ids: tuple[int, ...] = ()
 
 
 Progress = Callable[[int], object]

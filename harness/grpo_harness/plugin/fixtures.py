@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grpo_harness.evaluation import Evaluation
     from grpo_harness.policy import Policy
     from grpo_harness.session import Session
-    from grpo_harness.tasks import TaskType
+    from grpo_harness.tasks import Source
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +140,7 @@ def engine(policy: Policy, grpo_session: Session) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def task_type(request: pytest.FixtureRequest) -> TaskType:
+def task_type(request: pytest.FixtureRequest) -> Source:
     """Return each configured task type in turn. Parametrized."""
     from grpo_harness.tasks import task_types
 
@@ -148,7 +148,7 @@ def task_type(request: pytest.FixtureRequest) -> TaskType:
 
 
 @pytest.fixture(scope="session")
-def all_task_types(grpo_session: Session) -> list[TaskType]:
+def all_task_types(grpo_session: Session) -> list[Source]:
     """Return the configured task types."""
     return grpo_session.task_types
 
@@ -166,10 +166,10 @@ def sample(grpo_session: Session) -> Callable[..., list[Sample]]:
 @pytest.fixture
 def evaluate(
     request: pytest.FixtureRequest, grpo_session: Session
-) -> Callable[[Policy, TaskType], Evaluation]:
+) -> Callable[[Policy, Source], Evaluation]:
     """Return a function that evaluates a policy on a task type, once per session."""
 
-    def evaluate(policy: Policy, task_type: TaskType) -> Evaluation:
+    def evaluate(policy: Policy, task_type: Source) -> Evaluation:
         evaluation = clearly(lambda: grpo_session.evaluation(policy, task_type))
         carry(request.node, "evaluation", evaluation.summary())
         carry_notices(request.node, grpo_session)
@@ -183,8 +183,8 @@ def evaluation(
     request: pytest.FixtureRequest,
     grpo_session: Session,
     policy: Policy,
-    task_type: TaskType,
-    evaluate: Callable[[Policy, TaskType], Evaluation],
+    task_type: Source,
+    evaluate: Callable[[Policy, Source], Evaluation],
 ) -> Evaluation:
     """Evaluate ``policy`` on ``task_type``; while recording, record its baseline instead.
 
@@ -205,7 +205,7 @@ def evaluation(
 
 
 def _comparable(
-    node: pytest.Item, session: Session, policy: Policy, task_type: TaskType, baseline: Baseline
+    node: pytest.Item, session: Session, policy: Policy, task_type: Source, baseline: Baseline
 ) -> None:
     """Fail the test, before anything is drawn, if its checks would be an ERROR."""
     from grpo_harness.baselines.file import BaselineError
@@ -225,7 +225,7 @@ def _comparable(
 
 
 def _cannot_judge(
-    node: pytest.Item, policy: Policy, task_type: TaskType, reference: str, reason: str
+    node: pytest.Item, policy: Policy, task_type: Source, reference: str, reason: str
 ) -> NoReturn:
     """Fail a test with an ERROR for each rule that it declares."""
     from grpo_harness.rules import RULES, UNDECLARED, opened
@@ -244,7 +244,7 @@ def baseline(
     grpo_session: Session,
     role: str,
     policy: Policy,
-    task_type: TaskType,
+    task_type: Source,
 ) -> Baseline:
     """Load the baseline to judge ``policy`` by on ``task_type``; a missing one is an error."""
     from grpo_harness.baselines.file import BaselineError

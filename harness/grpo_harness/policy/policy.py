@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grpo_harness.policy.checkpoint import Checkpoint, PolicyError, PolicyName, find, weights_digest
-from grpo_harness.text import digest, one_line
+from grpo_harness.tasks.task import Message, Prompt
+from grpo_harness.text import digest, escape, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,27 +60,45 @@ class Policy:
     def __repr__(self) -> str:
         return f"<Policy {self.name} {self.fingerprint}>"
 
-    def render(self, prompt: str) -> str:
-        """Render a user prompt with the chat template, up to where the completion begins.
+    def render(self, prompt: Prompt, **template: Any) -> str:
+        """Render a conversation with the chat template, up to where the completion begins.
 
-        The system message comes first. A tokenizer without a chat template gets the prompt as it
-        is. Raises ``PolicyError`` with what the template raises.
+        A text is a user message, after the default system message. ``template`` has further
+        variables of the template. A tokenizer without one gets the text of the last message. Raises
+        ``PolicyError`` with what the template raises.
         """
         try:
-            return render(self.tokenizer, prompt)
+            return render(self.tokenizer, prompt, **template)
         except Exception as error:  # a template is a program and can raise anything
-            raise PolicyError(
-                f"{self.checkpoint}: its chat template cannot be applied to a system and a user "
-                f"message ({one_line(error)}): fix chat_template.jinja in {self.checkpoint.path}"
-            ) from error
+            cause = one_line(error)
+        messages = conversation(prompt)
+        if messages[0].get("role") == "system":
+            with suppress(Exception):
+                render(self.tokenizer, messages[1:], **template)
+                cause = 'it takes no system message: set system = ""'
+        raise PolicyError(
+            f"{self.checkpoint}: its chat template cannot be applied to messages of "
+            f"{', '.join(escape(str(m.get('role'))) for m in messages)} ({cause}), or fix "
+            f"chat_template.jinja in {self.checkpoint.path}"
+        )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Render the system message and a user prompt with the chat template of ``tokenizer``."""
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: Any) -> str:
+    """Render a conversation, or a user prompt, with the chat template of ``tokenizer``."""
+    messages = conversation(prompt)
     if not tokenizer.chat_template:
+        return str(messages[-1]["content"])
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **template
+    )
+    return str(text)
+
+
+def conversation(prompt: Prompt) -> list[Message]:
+    """Return a user prompt as a conversation, with the default system message."""
+    if not isinstance(prompt, str):
         return prompt
-    messages = [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": prompt}]
 
 
 def load(name: str | PolicyName) -> Policy:

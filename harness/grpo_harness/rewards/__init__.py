@@ -3,6 +3,6 @@
 ================  ==================================================================
 ``outcome.py``    the outcome of a completion: correct, wrong, unparsable, truncated, error
 ``rule.py``       the tutorial's rule reward
-``functions.py``  any reward function: load, call, check and digest it
+``functions.py``  reward functions: load, call, check, weigh and digest them
 ================  ==================================================================
 """

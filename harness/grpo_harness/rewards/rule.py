@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo_harness.rewards import outcome
 from grpo_harness.tasks import Reading, TaskType, task_types
 
 LENGTH_PENALTY = 0.002
@@ -21,44 +20,49 @@ Conversation = list[dict[str, Any]]
 """Messages with ``role`` and ``content``, as TRL passes them for conversational data sets."""
 
 
-def rule_reward(prompt: str | None, completion: str | None) -> float:
+def rule_reward(prompt: str | None, completion: str | None, task: Any = None) -> float:
     """Score one completion: +1 if correct, else -1, minus 0.002 per character up to 200.
 
-    The length is that of the whole completion, in characters. A prompt without a readable
-    ``TASK={…}`` scores as incorrect. ``None`` is the empty text. Never raises for any two texts.
+    The length is that of the whole completion, in characters. Without a ``task`` the prompt tells
+    it; one without a readable ``TASK={…}`` scores as incorrect. ``None`` is the empty text. Never
+    raises for any two texts.
     """
     prompt, completion = prompt or "", completion or ""
-    score = 1.0 if read(prompt, completion) == "correct" else -1.0
+    score = 1.0 if read(prompt, completion, task) == "correct" else -1.0
     return score - LENGTH_PENALTY * min(len(completion), LONGEST_PENALISED)
 
 
 def reward_func(
     prompts: Sequence[str | Conversation | None],
     completions: Sequence[str | Conversation | None],
+    task: Sequence[Any] | None = None,
     **_: Any,
 ) -> list[float]:
     """Score completions pairwise: the reward function that TRL's ``GRPOTrainer`` takes.
 
-    Accepts texts and conversations (the last message counts); other keyword arguments of TRL are
-    ignored. Raises ``ValueError`` when the two lists differ in length.
+    Accepts texts and conversations (the last message counts), and a column ``task``; other keyword
+    arguments of TRL are ignored. Raises ``ValueError`` when the lists differ in length.
     """
     if len(prompts) != len(completions):
         raise ValueError(
             f"{len(prompts)} prompts but {len(completions)} completions: they are scored in pairs"
         )
     return [
-        rule_reward(_text(prompt), _text(completion))
-        for prompt, completion in zip(prompts, completions, strict=True)
+        rule_reward(_text(prompt), _text(completion), own)
+        for prompt, completion, own in zip(
+            prompts, completions, task or [None] * len(prompts), strict=True
+        )
     ]
 
 
-def read(prompt: str, completion: str) -> Reading:
+def read(prompt: str, completion: str, task: Any = None) -> Reading:
     """Judge by the reward's lenient rule; ``"wrong"`` for a prompt without a readable task."""
-    if (found := task_of(prompt)) is None:
-        return "wrong"
-    task_type, task = found
+    if not isinstance(task, Mapping) or (task_type := _type_of(task)) is None:
+        if (found := task_of(prompt)) is None:
+            return "wrong"
+        task_type, task = found
     try:
-        return outcome.read(task_type, task, completion)
+        return task_type.read(task, completion)
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         # The task does not have the fields or values that its type says it has.
         return "wrong"
@@ -75,9 +79,13 @@ def task_of(prompt: str) -> tuple[TaskType, Mapping[str, Any]] | None:
         task = json.loads(prompt[start + len("TASK=") : end + 1])
     except (ValueError, RecursionError):
         return None
-    name = task.get("type")
-    task_type = task_types().get(name) if isinstance(name, str) else None
+    task_type = _type_of(task)
     return None if task_type is None else (task_type, task)
+
+
+def _type_of(task: Mapping[str, Any]) -> TaskType | None:
+    name = task.get("type")
+    return task_types().get(name) if isinstance(name, str) else None
 
 
 def _text(value: str | Conversation | None) -> str:

@@ -4,12 +4,12 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_harness.tasks.task import Reading, TaskType, int_field, read_integer
+from grpo_harness.tasks.task import Reading, TutorialType, int_field, read_integer
 
 _SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "//"}
 
 
-class Arithmetic(TaskType):
+class Arithmetic(TutorialType):
     """Add, subtract, multiply and divide, uniformly."""
 
     name = "math"

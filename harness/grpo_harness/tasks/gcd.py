@@ -5,10 +5,10 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_harness.tasks.task import Reading, TaskType, int_field, read_integer
+from grpo_harness.tasks.task import Reading, TutorialType, int_field, read_integer
 
 
-class Gcd(TaskType):
+class Gcd(TutorialType):
     """Both numbers uniform in 1..500."""
 
     name = "gcd"

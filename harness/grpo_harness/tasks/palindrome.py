@@ -5,12 +5,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_harness.tasks.task import Reading, TaskType, letters, str_field
+from grpo_harness.tasks.task import Reading, TutorialType, letters, str_field
+from grpo_harness.text import first_line
 
 _VERDICT = re.compile("YES|NO", re.IGNORECASE)
 
 
-class Palindrome(TaskType):
+class Palindrome(TutorialType):
     """A half of two to four letters, mirrored, or followed by one to three random letters.
 
     The second kind can be a palindrome by chance, so the answer is always computed.
@@ -36,7 +37,7 @@ class Palindrome(TaskType):
 
     def read(self, task: Mapping[str, Any], text: str) -> Reading:
         answer = self.answer(task)
-        match = _VERDICT.search(text)
+        match = _VERDICT.search(first_line(text))
         if match is None:
             return "unparsable"
         return "correct" if match.group().upper() == answer else "wrong"

@@ -5,7 +5,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grpo_harness.tasks.task import Reading, TaskType, letters, read_integer, read_text, str_field
+from grpo_harness.tasks.task import (
+    Reading,
+    TutorialType,
+    letters,
+    read_integer,
+    read_text,
+    str_field,
+)
 
 # A subset of Python: what Python would refuse (a leading zero, a no-break space, a null
 # character) has no value here either.
@@ -14,7 +21,7 @@ _INTEGER = r"[+-]?(?:0|[1-9][0-9]{0,3999})"
 _INTEGERS = rf"(?P<numbers>[ \t]*{_INTEGER}(?:[ \t]*,[ \t]*{_INTEGER})*[ \t]*)"
 
 
-class PyEval(TaskType):
+class PyEval(TutorialType):
     """Seven kinds of expression, uniformly.
 
     The answer comes from matching the expression against a fixed list of forms, with any string or

@@ -4,10 +4,10 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_harness.tasks.task import Reading, TaskType, letters, read_text, str_field
+from grpo_harness.tasks.task import Reading, TutorialType, letters, read_text, str_field
 
 
-class Reverse(TaskType):
+class Reverse(TutorialType):
     """Four to ten lowercase letters."""
 
     name = "reverse"

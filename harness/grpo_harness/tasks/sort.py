@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from grpo_harness.tasks.task import Reading, TaskType, is_int
-from grpo_harness.text import integers
+from grpo_harness.tasks.task import Reading, TutorialType, is_int
+from grpo_harness.text import first_line, integers
 
 
-class Sort(TaskType):
+class Sort(TutorialType):
     """Five to nine integers in -50..50."""
 
     name = "sort"
@@ -32,7 +32,7 @@ class Sort(TaskType):
     def read(self, task: Mapping[str, Any], text: str) -> Reading:
         answer = self.answer(task)
         # One number past the answer's length already makes the lists differ.
-        written = list(islice(integers(text), len(answer) + 1))
+        written = list(islice(integers(first_line(text)), len(answer) + 1))
         if written == answer:
             return "correct"
         return "wrong" if written else "unparsable"

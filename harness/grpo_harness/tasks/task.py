@@ -15,40 +15,71 @@ import string
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from grpo_harness.text import integers, unquoted
+from grpo_harness.text import first_line, integers, unquoted
 
 Answer = int | str | list[int]
 Reading = Literal["correct", "wrong", "unparsable"]
+Message = dict[str, Any]
+Prompt = str | list[Message]
+"""A text, or a conversation: messages with ``role`` and ``content``."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt with its true answer.
+    """One prompt with its true answer, if that is known.
 
-    ``id`` is the task type and a hash of the prompt. A prompt that a training set draws twice gets
-    ``.2``, ``.3`` at the end, so ids are unique within a list and stable across lists.
+    ``id`` is the source's name and a hash of what is asked. A problem that occurs twice gets
+    ``.2``, ``.3`` at the end, so ids are unique within a list and stable across lists. ``task`` has
+    the problem's fields by name.
     """
 
     id: str
     type: str
     task: Mapping[str, Any]
-    prompt: str
-    answer: Answer
+    prompt: Prompt
+    answer: Answer | None = None
 
 
-class TaskType(ABC):
+class Source(ABC):
+    """Where problems come from, by name: a task type, or a table of rows.
+
+    ``version`` increases whenever a change makes old and new results incomparable.
+    """
+
+    name: str
+    version: int = 1
+
+    @abstractmethod
+    def problems(self, n: int) -> list[Problem]:
+        """Return the first ``n`` problems that a suite asks, always in the same order."""
+
+    @abstractmethod
+    def conversation(self, problem: Problem, system: str) -> Prompt:
+        """Return what the policy is asked; ``system`` is the system message, if not empty."""
+
+    @abstractmethod
+    def columns(self, problem: Problem) -> Mapping[str, Any]:
+        """Return what reward functions get of a problem, beside prompt and completion."""
+
+    @abstractmethod
+    def wanted(self, problem: Problem) -> str | None:
+        """Return the true answer as a policy should write it, if it is known."""
+
+    @abstractmethod
+    def reading(self, problem: Problem, completion: str) -> Reading | None:
+        """Judge a completion; ``None`` if only a reward can."""
+
+
+class TaskType(Source):
     """How one type of problem is drawn, written, answered and read.
 
     A subclass sets ``name`` (the ``"type"`` field of its tasks), increases ``version`` whenever a
-    change makes old and new results incomparable, and implements the abstract methods. ``task`` is
-    always the JSON object of the prompt, and may come from anywhere: ``answer`` raises
-    ``ValueError``, ``KeyError`` or ``TypeError`` on one that it cannot read.
+    change makes old and new results incomparable, and implements the abstract methods. ``task`` has
+    the fields that ``draw`` returned, and the type's name as ``"type"``. It may come from anywhere:
+    ``answer`` raises ``ValueError``, ``KeyError`` or ``TypeError`` on one that it cannot read.
     """
-
-    name: ClassVar[str]
-    version: ClassVar[int] = 1
 
     @abstractmethod
     def draw(self, rng: random.Random) -> dict[str, Any]:
@@ -68,7 +99,7 @@ class TaskType(ABC):
 
     @abstractmethod
     def read(self, task: Mapping[str, Any], text: str) -> Reading:
-        """Judge ``text``, one trimmed line of a completion, by the lenient rule of the reward."""
+        """Judge ``text``, a whole completion, by the lenient rule of the reward."""
 
     def canonical(self, task: Mapping[str, Any]) -> str:
         """Write the true answer exactly as the requirement asks for it (the strict reading)."""
@@ -76,9 +107,8 @@ class TaskType(ABC):
         return " ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
 
     def prompt(self, task: Mapping[str, Any]) -> str:
-        """Write the user prompt: statement, requirement and the task as compact JSON."""
-        encoded = json.dumps(dict(task), ensure_ascii=False, separators=(",", ":"))
-        return f"{self.statement(task)}\n{self.requirement(task)}\nTASK={encoded}"
+        """Write the user prompt: statement and requirement."""
+        return f"{self.statement(task)}\n{self.requirement(task)}"
 
     def problem(self, rng: random.Random) -> Problem:
         """Draw one problem, held out or not."""
@@ -86,6 +116,23 @@ class TaskType(ABC):
         prompt = self.prompt(task)
         digest = hashlib.sha256(prompt.encode()).hexdigest()[:12]
         return Problem(f"{self.name}-{digest}", self.name, task, prompt, self.answer(task))
+
+    def conversation(self, problem: Problem, system: str) -> Prompt:
+        """Return the user prompt as a message, after the system message if there is one."""
+        user = {"role": "user", "content": problem.prompt}
+        return [{"role": "system", "content": system}, user] if system else [user]
+
+    def columns(self, problem: Problem) -> Mapping[str, Any]:
+        """Return the task, from which the rule reward knows the answer."""
+        return {"task": problem.task}
+
+    def wanted(self, problem: Problem) -> str:
+        """Return the true answer in the required form."""
+        return self.canonical(problem.task)
+
+    def reading(self, problem: Problem, completion: str) -> Reading:
+        """Judge a completion by ``read``."""
+        return self.read(problem.task, completion)
 
     def problems(self, n: int, seed: int = 0) -> list[Problem]:
         """Draw ``n`` distinct held-out problems: what a suite asks.
@@ -98,8 +145,9 @@ class TaskType(ABC):
         misses = 0
         while len(found) < n:
             problem = self.problem(rng)
-            if is_held_out(problem.prompt) and problem.prompt not in found:
-                found[problem.prompt] = problem
+            prompt = str(problem.prompt)
+            if is_held_out(prompt) and prompt not in found:
+                found[prompt] = problem
                 misses = 0
             elif (misses := misses + 1) > 10_000:
                 raise ValueError(
@@ -107,6 +155,15 @@ class TaskType(ABC):
                     f"problems within reach, and {n} were asked for: ask for fewer"
                 )
         return list(found.values())
+
+
+class TutorialType(TaskType):
+    """A type of the tutorial, whose prompts also show the task, as compact JSON."""
+
+    def prompt(self, task: Mapping[str, Any]) -> str:
+        """Write the user prompt: statement, requirement and ``TASK={…}``."""
+        encoded = json.dumps(dict(task), ensure_ascii=False, separators=(",", ":"))
+        return f"{super().prompt(task)}\nTASK={encoded}"
 
 
 def is_int(value: object) -> bool:
@@ -134,17 +191,18 @@ def letters(rng: random.Random, n: int) -> str:
 
 
 def read_integer(text: str, answer: int) -> Reading:
-    """Compare the first integer in ``text`` with ``answer``."""
-    for number in integers(text):
+    """Compare the first integer in the first line of ``text`` with ``answer``."""
+    for number in integers(first_line(text)):
         return "correct" if number == answer else "wrong"
     return "unparsable"
 
 
 def read_text(text: str, answer: str) -> Reading:
-    """Compare ``text``, without one pair of surrounding quotes, with ``answer``."""
-    if unquoted(text) == answer:
+    """Compare the first line of ``text``, without a pair of quotes around it, with ``answer``."""
+    line = first_line(text)
+    if unquoted(line) == answer:
         return "correct"
-    return "wrong" if text else "unparsable"
+    return "wrong" if line else "unparsable"
 
 
 def is_held_out(prompt: str) -> bool:

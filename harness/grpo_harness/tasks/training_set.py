@@ -32,7 +32,7 @@ def make_problems(n_math: int, n_prog: int, seed: int) -> list[Problem]:
 
 
 def _training_problem(task_type: TaskType, rng: random.Random) -> Problem:
-    while is_held_out((problem := task_type.problem(rng)).prompt):
+    while is_held_out(str((problem := task_type.problem(rng)).prompt)):
         pass
     return problem
 
