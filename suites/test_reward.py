@@ -14,6 +14,7 @@ import pytest
 
 from grpo_harness.rewards.outcome import outcome
 from grpo_harness.rewards.rule import read
+from grpo_harness.tasks import task_types
 from grpo_harness.text import escape
 
 FILE = Path(__file__).with_name("reward_cases.json")
@@ -25,12 +26,12 @@ IF_MEANT = (
 )
 
 
-def score(grpo_session, cases):
+def score(name, grpo_session, cases):
     """Score cases with the configured reward: one number each, or the test fails."""
     prompts = [case["prompt"] for case in cases]
     completions = [case["completion"] for case in cases]
-    (reward,) = grpo_session.settings.rewards.functions
-    scores = reward.function(prompts=prompts, completions=completions)
+    task = grpo_session.settings.task(task_types()[name])
+    scores = task.rewards.functions[0].function(prompts=prompts, completions=completions)
     assert len(scores) == len(cases), f"{len(scores)} scores for {len(cases)} completions"
     return scores
 
@@ -61,7 +62,9 @@ def report(name, changed, what):
 def test_scores(name, grpo_session):
     """Every case has its stored score, to the last bit."""
     cases = CASES[name]
-    report(name, changes(cases, "score", score(grpo_session, cases)), "are scored differently")
+    report(
+        name, changes(cases, "score", score(name, grpo_session, cases)), "are scored differently"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -83,13 +86,16 @@ def test_what_is_cut_off_is_not_correct(task_type):
         assert cut == "truncated", f"'{escape(right)}', cut off by the token limit, counts as {cut}"
 
 
-def test_scores_are_finite_and_repeatable(grpo_session):
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_finite_and_repeatable(name, grpo_session):
     """Scores are finite, and the same when repeated and in another order."""
-    cases = [case for of_type in CASES.values() for case in of_type]
-    first = score(grpo_session, cases)
+    cases = CASES[name]
+    first = score(name, grpo_session, cases)
     bad = [value for value in first if not math.isfinite(value)]
     assert not bad, f"{len(bad)} of {len(first)} scores are not finite: {bad[:5]}"
-    assert list(score(grpo_session, cases)) == list(first), "the same cases scored differently"
-    assert list(score(grpo_session, cases[::-1])) == list(first)[::-1], (
+    assert list(score(name, grpo_session, cases)) == list(first), (
+        "the same cases scored differently"
+    )
+    assert list(score(name, grpo_session, cases[::-1])) == list(first)[::-1], (
         "a score depends on the other completions of its batch"
     )

@@ -3,6 +3,7 @@
 import shutil
 from functools import partial
 
+import datasets  # noqa: F401 - imported anew in a test, it would register its types twice
 import pytest
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM

@@ -25,10 +25,11 @@ def project(tmp_path):
 def test_nothing_set_means_the_nano_pair(project, tmp_path):
     settings = project()
     assert (settings.base.text, settings.trained.text) == ("nano-base", "nano-trained")
-    assert settings.tasks == tuple(task_types())
+    assert list(settings.tasks) == list(task_types())
     assert (settings.problems, settings.samples) == (256, 4)
     assert settings.baselines == tmp_path / "baselines"
-    assert settings.rewards.functions[0].function is reward_func
+    (reward,) = settings.tasks["gcd"].rewards.functions
+    assert reward.function is reward_func
 
 
 def test_without_a_pyproject_too(tmp_path):
@@ -61,8 +62,8 @@ def test_own_task_types_and_reward(project, tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text("def lenient(prompts, completions, **_): return []\n")
     monkeypatch.syspath_prepend(tmp_path)
     settings = project('tasks = ["gcd", "double.py"]\nreward = "own_rewards:lenient"')
-    assert settings.tasks == ("gcd", "double")
-    assert settings.rewards.functions[0].name == "lenient"
+    assert list(settings.tasks) == ["gcd", "double"]
+    assert {t.rewards.functions[0].name for t in settings.tasks.values()} == {"lenient"}
 
 
 def test_own_sampling(project):
@@ -125,7 +126,8 @@ def test_what_cannot_be_used_is_one_clear_error(
     project, tmp_path, monkeypatch, table, options, says
 ):
     if says is None:  # a function like any other: what it does shows when it is called
-        assert project(table, **options).rewards.functions[0].function is sys.exit
+        (reward,) = project(table, **options).tasks["gcd"].rewards.functions
+        assert reward.function is sys.exit
         return
     (tmp_path / "broken.py").write_text("raise SystemExit(3)")
     for name in ("skips", "skipping"):
@@ -185,7 +187,7 @@ def test_every_setting_is_shown_with_where_it_comes_from(project):
     assert table["samples"] == ("4", "default")
     assert table["sampling.top_p"][0] == "0.5"
     assert table["sampling.temperature"] == ("0.8", "default")
-    assert table["reward"][0] == "grpo_harness.rewards.rule:reward_func"
+    assert table["reward"][0] == "the rule reward"
     keys = {s.name for s in table_settings()} - {"sampling"}
     assert set(table) == keys | {f"sampling.{name}" for name in Sampling.__struct_fields__}
 

@@ -17,6 +17,8 @@ files of a package, in the order of its own table.
 ``baselines/``     the stored references: file, recording, pruning, provenance
 ``reruns.py``      runs that did not pass: a rerun pools its samples with theirs
 ``report/``        rows -> tables for a terminal, Markdown and JSON
+``tables.py``      a table of settings as a checked model, with messages
+``asked.py``       what a run asks: each task with its rewards and sampling
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
 ``session.py``     what the tests of one run share
 ``plugin/``        pytest's options, fixtures, assertions, summary

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, Self
 
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
@@ -112,6 +113,10 @@ class Questions:
     def ids(self) -> list[str]:
         """The ids of the problems, in order."""
         return [problem.id for problem in self.problems]
+
+    def content(self, i: int) -> str:
+        """Return a digest of what problem ``i`` has beside its prompt, or an empty text."""
+        return self.task_type.content(self.problems[i])
 
 
 @dataclass(frozen=True)
@@ -236,11 +241,13 @@ def ask(
     *,
     settings: Mapping[str, Any],
     rewards: Rewards = RULE,
-    system: str = SYSTEM_MESSAGE,
+    system: str | None = SYSTEM_MESSAGE,
+    template: Mapping[str, Any] = MappingProxyType({}),
 ) -> Questions:
     """Render the first ``n`` problems of ``task_type`` for ``policy``, and test the scoring.
 
-    Nothing is drawn. ``system`` is the system message, if not empty. Raises ``EvaluationError``
+    Nothing is drawn. ``system`` is the system message, if not empty, and ``template`` has further
+    variables of the chat template. Raises ``EvaluationError``
     when there are not ``n`` problems, when the policy's checkpoint says that it was trained on one
     of them, and when a problem's true answer is
     not read as correct; ``PolicyError`` when the chat template cannot be applied, and
@@ -258,7 +265,7 @@ def ask(
         settings=settings,
         reward=rewards_digest(rewards, task_type),
         problems=problems,
-        prompts=tuple(_rendered(policy, task_type, problem, system) for problem in problems),
+        prompts=tuple(_rendered(policy, task_type, p, system, template) for p in problems),
         rewards=rewards,
     )
 
@@ -312,9 +319,15 @@ def evaluate(
     return Evaluation(questions, engine.identity(), run_seed, k, tuple(groups))
 
 
-def _rendered(policy: Policy, source: Source, problem: Problem, system: str) -> str:
+def _rendered(
+    policy: Policy,
+    source: Source,
+    problem: Problem,
+    system: str | None,
+    template: Mapping[str, Any],
+) -> str:
     asked = source.conversation(problem, system)
-    return asked if isinstance(asked, str) else policy.render(asked)
+    return asked if isinstance(asked, str) else policy.render(asked, **template)
 
 
 def _scored(

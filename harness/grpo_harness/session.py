@@ -15,6 +15,7 @@ from grpo_harness.baselines.pruning import Stale, stale
 from grpo_harness.baselines.recording import Recording
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
 from grpo_harness.engines.residency import Residents
+from grpo_harness.errors import HarnessError
 from grpo_harness.evaluation import Evaluation, Group, Questions, ask, evaluate
 from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS
 from grpo_harness.gate.verdicts import Plan
@@ -23,7 +24,7 @@ from grpo_harness.reruns import Attempt, Reruns
 from grpo_harness.rules import Check, Rule, Terms
 from grpo_harness.settings import ROLES, Settings
 from grpo_harness.store import Store
-from grpo_harness.tasks import Source, task_types
+from grpo_harness.tasks import Source
 from grpo_harness.text import digest
 
 Until = Callable[[Sequence[Group]], bool]
@@ -42,9 +43,10 @@ def plan(settings: Settings, role: str, task_type: str, alpha: float) -> Plan | 
     if not path.exists():
         return "no baseline"
     try:
-        ids = [problem.id for problem in task_types()[task_type].problems(settings.problems)]
+        source = settings.tasks[task_type].source
+        ids = [problem.id for problem in source.problems(settings.problems)]
         stored = baselines.load(path)
-    except (BaselineError, ValueError):
+    except (HarnessError, ValueError):
         return "a damaged baseline, or too few problems"
     if not all(problem in stored.records for problem in ids):
         return f"problems that were not recorded (of {len(stored.records)} that were)"
@@ -54,7 +56,7 @@ def plan(settings: Settings, role: str, task_type: str, alpha: float) -> Plan | 
 def stale_entries(settings: Settings) -> list[Stale]:
     """List the stale baselines below the baselines folder."""
     names = {*settings.configured.values(), *(settings.policy(role) for role in ROLES)}
-    types = {name: task_types()[name] for name in settings.tasks}
+    types = {name: task.source for name, task in settings.tasks.items()}
     slugs = {name.slug for name in names}
     return stale(settings.baselines, slugs, types, settings.problems)
 
@@ -103,7 +105,7 @@ class Session:
     @property
     def task_types(self) -> list[Source]:
         """The configured task types."""
-        return [task_types()[name] for name in self.settings.tasks]
+        return [task.source for task in self.settings.tasks.values()]
 
     def policy(self, role: str) -> Policy:
         """Return the policy in a role (``base`` or ``trained``). Raises ``PolicyError``.
@@ -137,6 +139,11 @@ class Session:
             )
         return self._engines[key]
 
+    def _engine_of(self, policy: Policy, source: Source) -> Engine:
+        """Return the policy's engine, which draws as the task says."""
+        engine, sampling = self.engine(policy), self.settings.task(source).sampling
+        return engine if sampling == self.settings.sampling else engine.drawing(sampling)
+
     def sample(self, policy: Policy, prompts: Sequence[str], *, seed: int = 0) -> list[Sample]:
         """Draw one completion per user prompt, as configured; the same seed draws the same ones."""
         requests = [
@@ -149,12 +156,15 @@ class Session:
         """Return what a policy is asked on a task type; nothing is drawn. Raises as ``ask``."""
         key = (policy.name, str(policy.fingerprint), task_type.name)
         if key not in self._questions:
+            task = self.settings.task(task_type)
             self._questions[key] = ask(
                 policy,
                 task_type,
                 self.settings.problems,
-                settings=self.engine(policy).settings(),
-                rewards=self.settings.rewards,
+                settings=self._engine_of(policy, task_type).settings(),
+                rewards=task.rewards,
+                system=task.system,
+                template=task.template,
             )
         return self._questions[key]
 
@@ -325,7 +335,7 @@ class Session:
         with self.progress(title, len(questions.problems) * k) as progress:
             return evaluate(
                 questions,
-                self.engine(questions.policy),
+                self._engine_of(questions.policy, questions.task_type),
                 k=k,
                 run_seed=seed,
                 store=self.store,

@@ -6,34 +6,29 @@ values derive from :class:`Table`. Importing the model loads nothing heavy, no t
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
+from grpo_harness.asked import Defaults, Task, tasks
 from grpo_harness.engines.engine import Sampling
-from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES
+from grpo_harness.tables import SettingsError, converted
 from grpo_harness.text import escape, one_line
 
 if TYPE_CHECKING:
     from grpo_harness.policy import PolicyName
-    from grpo_harness.rewards.functions import Rewards
+    from grpo_harness.tasks import Source
 
 Role = Literal["base", "trained"]
 ROLES: tuple[Role, ...] = ("base", "trained")
 """The roles of policies in a run."""
 
 TABLE = "tool.grpo-harness"
-
-
-class SettingsError(HarnessError):
-    """A setting cannot be used. One line: which, where it is set, and what it may be."""
 
 
 def _key(
@@ -60,8 +55,14 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = "nano-trained"
     tasks: Annotated[
         list[Annotated[str, Meta(min_length=1)]] | None,
-        _key("a list of task types: built-in names, and paths of .py files", option=False),
+        _key(
+            "a list of tasks: built-in types, paths of .py files, and data sets of the table data",
+            option=False,
+        ),
     ] = None
+    data: Annotated[
+        dict[str, Any], _key("a table with a table for each data set", option=False)
+    ] = {}
     problems: Annotated[
         int, _key(f"problems per task type, 1 to {MOST_PROBLEMS}", "N", ge=1, le=MOST_PROBLEMS)
     ] = 256
@@ -72,6 +73,12 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     reward: Annotated[
         str | None, _key("a reward as module:function; the rule reward if left out", option=False)
     ] = None
+    system: Annotated[
+        str, _key("the system message of generated tasks; empty for none", option=False)
+    ] = "You are a helpful assistant."
+    chat_template_kwargs: Annotated[
+        dict[str, Any], _key("a table of variables of the chat template", option=False)
+    ] = {}
     reward_seconds: Annotated[
         float, _key("seconds that a reward may take for 64 completions", option=False, gt=0)
     ] = 60.0
@@ -117,24 +124,33 @@ class Settings:
 
     ``root`` is the project's folder. ``configured`` has the project's policy of each role; its
     baseline is used for a policy that has none. ``sources`` says where the value of each key comes
-    from.
+    from, and ``table`` has the keys as they were set.
     """
 
     root: Path
     base: PolicyName
     trained: PolicyName
     configured: Mapping[Role, PolicyName]
-    tasks: tuple[str, ...]
+    tasks: Mapping[str, Task]
     problems: int
     samples: int
     sampling: Sampling
-    rewards: Rewards
     baselines: Path
     sequential: bool
     device: str
     dtype: str
     resident: Literal["auto", "one", "all"]
     sources: Mapping[str, str]
+    table: Table
+
+    def task(self, source: Source) -> Task:
+        """Return how a source is asked; one that is not configured is asked as by default."""
+        found = self.tasks.get(source.name)
+        if found is not None and found.source is source:
+            return found
+        from grpo_harness.evaluation import RULE
+
+        return Task(source, RULE, self.sampling, self.table.system, self.table.chat_template_kwargs)
 
     def policy(self, role: str) -> PolicyName:
         """Return the name of the policy in a role."""
@@ -157,10 +173,10 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     if file:
         shown_as = file.relative_to(cwd) if file.is_relative_to(cwd) else file
         where = f"{shown_as}: [{TABLE}"
-    table = _converted(given, lambda path: f"{where}{''.join(f'.{p}' for p in path[:-1])}] ")
+    table = converted(given, Table, lambda path: f"{where}{''.join(f'.{p}' for p in path[:-1])}] ")
     set_here = {name: value for name, value in options.items() if value is not None}
     greedy = bool(set_here.pop("greedy", False))
-    chosen = _converted(set_here, lambda _: "--grpo-")
+    chosen = converted(set_here, Table, lambda _: "--grpo-")
     resolved = msgspec.structs.replace(table, **{name: getattr(chosen, name) for name in set_here})
     sampling = resolved.sampling
     if greedy:
@@ -199,17 +215,29 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         base=base,
         trained=trained,
         configured=configured,
-        tasks=_tasks(resolved.tasks, home, f"{where}] tasks"),
+        tasks=tasks(
+            resolved.tasks,
+            resolved.data,
+            Defaults(
+                resolved.reward,
+                resolved.reward_seconds,
+                sampling,
+                resolved.system,
+                resolved.chat_template_kwargs,
+            ),
+            home,
+            lambda key: f"{where}.{key}]" if key.startswith("data.") else f"{where}] {key}",
+        ),
         problems=resolved.problems,
         samples=1 if sampling.greedy else resolved.samples,
         sampling=sampling,
-        rewards=_rewards(resolved, f"{where}] reward"),
         baselines=folder,
         sequential=resolved.sequential,
         device=resolved.device,
         dtype=resolved.dtype,
         resident=resolved.resident,
         sources=sources,
+        table=resolved,
     )
 
 
@@ -221,13 +249,11 @@ def shown(settings: Settings) -> Iterator[tuple[str, str, str]]:
                 key = f"sampling.{name}"
                 yield key, str(getattr(settings.sampling, name)), settings.sources[key]
             continue
-        value = getattr(settings, setting.name, None)
-        if setting.name == "tasks":
-            value = ", ".join(settings.tasks)
+        value = getattr(settings, setting.name, getattr(settings.table, setting.name))
+        if setting.name in ("tasks", "data"):
+            value = ", ".join(value) or "none"
         elif setting.name == "reward":
-            value = settings.rewards.functions[0].source
-        elif setting.name == "reward_seconds":
-            value = settings.rewards.seconds
+            value = value or "the rule reward"
         yield setting.name, escape(str(value), 1000), settings.sources[setting.name]
 
 
@@ -265,48 +291,6 @@ def nearest_table(place: Path) -> tuple[Path | None, Mapping[str, Any] | None]:
     return file, table
 
 
-def _converted(given: Mapping[str, Any], where: Callable[[list[str]], str]) -> Table:
-    """Convert what was given to a table. Raises ``SettingsError`` with the first wrong key."""
-    try:
-        return msgspec.convert(given, Table)
-    except msgspec.ValidationError as error:
-        message, _, at = str(error).partition(" - at `$")
-        # `$.sampling.top_p`, or `$.tasks[0]` of an element
-        path = re.findall(r"[A-Za-z_]\w*", at)
-    if unknown := re.search(r"unknown field `(.*)`", message, re.DOTALL):
-        fields = (Sampling if path else Table).__struct_fields__
-        close = difflib.get_close_matches(unknown[1], fields, 1)
-        hint = f": did you mean {close[0]}?" if close else f"; it has {', '.join(fields)}"
-        raise SettingsError(f"{where([*path, ''])}has no key '{escape(unknown[1])}'{hint}")
-    if not message.startswith(("Expected", "Invalid")):  # a message of the model itself
-        raise SettingsError(f"{where([*path, ''])}{message}")
-    value: Any = given
-    for part in path:
-        value = value.get(part, UNSET) if isinstance(value, dict) else value
-    if isinstance(value, UnsetType) or not path:
-        raise SettingsError(f"{where(path)}{message}")
-    raise SettingsError(
-        f"{where(path)}{path[-1]} is {escape(repr(value))}: it must be {_description(path)}"
-    )
-
-
-_KINDS: Mapping[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text that is not empty",
-    bool: "true or false",
-    Sampling: "a table",
-}
-
-
-def _description(path: list[str]) -> str:
-    hints = get_type_hints(Sampling if len(path) > 1 else Table, include_extras=True)
-    kind, meta = get_args(hints[path[-1]])
-    if kind not in _KINDS:  # a choice or a list: the description is complete
-        return str(meta.description)
-    return f"{_KINDS[kind]} ({meta.description})"
-
-
 def _distinct(base: PolicyName, trained: PolicyName) -> None:
     """Raise ``SettingsError`` if two policies would keep their baselines in one folder."""
     folders = [policy.folder.resolve() if policy.folder else None for policy in (base, trained)]
@@ -318,35 +302,3 @@ def _distinct(base: PolicyName, trained: PolicyName) -> None:
             f"base '{escape(base.text)}' and trained '{escape(trained.text)}' would keep their "
             f"baselines in one folder, {base.slug!r}: rename one of them"
         )
-
-
-def _tasks(names: list[str] | None, home: Path, where: str) -> tuple[str, ...]:
-    from grpo_harness.tasks import load_task_type, task_types
-
-    found = []
-    for name in task_types() if names is None else names:
-        source = str(home / name) if name.endswith(".py") else name
-        with user_code(
-            lambda error: SettingsError(
-                f"{where}: {error if isinstance(error, ValueError) else one_line(error)}"
-            )
-        ):
-            found.append(load_task_type(source).name)
-    if not found:
-        raise SettingsError(f"{where} is empty: there is nothing to ask")
-    if len(set(found)) < len(found):
-        twice = next(name for name in found if found.count(name) > 1)
-        raise SettingsError(f"{where} has {twice!r} twice")
-    return tuple(found)
-
-
-def _rewards(table: Table, where: str) -> Rewards:
-    from grpo_harness.rewards.functions import Reward, RewardError, Rewards, load_reward
-    from grpo_harness.rewards.rule import reward_func
-
-    if table.reward is None:
-        return Rewards((Reward(reward_func),), seconds=table.reward_seconds)
-    try:
-        return Rewards((Reward(load_reward(table.reward)),), seconds=table.reward_seconds)
-    except RewardError as error:
-        raise SettingsError(f"{where}: {error}") from error

@@ -37,13 +37,16 @@ class BaselineError(HarnessError):
     """A baseline is missing, damaged, not comparable or must not be recorded. One line."""
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Record(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """The results of one problem: counts and sums over its ``k`` completions.
 
     ``correct``, ``truncated`` and ``unparsable`` are counts. ``length`` is in tokens,
     ``log_length`` is the sum of the natural logarithms of the lengths. ``prompt`` is a digest of
-    the prompt as the policy saw it. ``anchor`` of the anchor's ``anchor_k`` completions were
-    correct. Raises ``ValueError`` for counts that do not fit together.
+    the prompt as the policy saw it, ``columns`` one of a row's other columns. ``anchor`` of the
+    anchor's ``anchor_k`` completions were correct. Raises ``ValueError`` for counts that do not fit
+    together.
     """
 
     k: _Samples
@@ -56,6 +59,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prompt: str
     anchor: _Count
     anchor_k: _Samples
+    columns: str = ""
 
     def __post_init__(self) -> None:
         if self.correct + self.truncated + self.unparsable > self.k:
@@ -161,18 +165,25 @@ class Baseline:
             )
         missing = [problem for problem in questions.ids if problem not in self.records]
         if missing:
+            known = {record.prompt for record in self.records.values()}
+            asked = zip(questions.ids, questions.prompts, strict=True)
+            same = [name for name, p in asked if name in missing and prompt_digest(p) in known]
+            but = f"; {len(same)} of their prompts are, with other columns" if same else ""
             raise BaselineError(
                 f"not comparable with {self.path}: of the {len(questions.ids)} problems asked, "
                 f"{len(missing)} are not among its {len(self.records)}, the first of them "
-                f"{missing[0]}. Ask fewer with --grpo-problems, or record anew: --grpo-record"
+                f"{missing[0]}{but}. Ask fewer with --grpo-problems, or record anew: "
+                "--grpo-record"
             )
         records = [self.records[problem] for problem in questions.ids]
-        for record, problem, prompt in zip(records, questions.ids, questions.prompts, strict=True):
-            if record.prompt != prompt_digest(prompt):
+        for i, (record, prompt) in enumerate(zip(records, questions.prompts, strict=True)):
+            what = "prompt is" if record.prompt != prompt_digest(prompt) else ""
+            if record.columns and record.columns != questions.content(i):
+                what = what or "columns are"
+            if what:
                 raise BaselineError(
-                    f"not comparable with {self.path}: the prompt of problem {problem} is "
-                    "not the one that was recorded. If that is meant, record a baseline: "
-                    "--grpo-record"
+                    f"not comparable with {self.path}: of problem {questions.ids[i]} the {what} "
+                    "not what was recorded. If that is meant, record a baseline: --grpo-record"
                 )
         return [record.tally for record in records]
 
@@ -266,7 +277,7 @@ def write(path: Path, header: Header, records: Mapping[str, Record]) -> None:
     )
     head = json.dumps(msgspec.to_builtins(header), indent=1, sort_keys=True, ensure_ascii=True)
     lines = (
-        f"  {json.dumps(name)}: {json.dumps(msgspec.structs.asdict(record), sort_keys=True)}"
+        f"  {json.dumps(name)}: {json.dumps(msgspec.to_builtins(record), sort_keys=True)}"
         for name, record in sorted(records.items())
     )
     text = head.removesuffix("\n}") + ',\n "problems": {\n' + ",\n".join(lines) + "\n }\n}\n"

@@ -13,7 +13,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "grpo-harness")
 
 _SAMPLES_AND_JUDGES = (
     *("text.py", "tasks", "rewards", "policy", "engines", "evaluation.py", "gate"),
-    *("rules.py", "reruns.py", "session.py"),
+    *("rules.py", "reruns.py", "asked.py", "session.py"),
 )
 """The modules that decide what is sampled, how it is scored and the verdict."""
 

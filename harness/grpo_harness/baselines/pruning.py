@@ -7,7 +7,8 @@ from pathlib import Path
 
 from grpo_harness.baselines.file import BaselineError, load, write
 from grpo_harness.baselines.provenance import git
-from grpo_harness.tasks import TaskType
+from grpo_harness.errors import HarnessError
+from grpo_harness.tasks import Source
 from grpo_harness.text import escape
 
 
@@ -25,7 +26,7 @@ class Stale:
 
 
 def stale(
-    folder: Path, slugs: Collection[str], task_types: Mapping[str, TaskType], problems: int
+    folder: Path, slugs: Collection[str], task_types: Mapping[str, Source], problems: int
 ) -> list[Stale]:
     """List the stale baselines: those that no run of ``slugs`` on ``task_types`` uses.
 
@@ -47,7 +48,7 @@ def stale(
         else:
             try:
                 drawn = task_type.problems(max(problems, stored.header.planned))
-            except ValueError:  # too few problems exist: a run that asks for them reports it
+            except (ValueError, HarnessError):  # a run that asks for them reports it
                 continue
             gone = frozenset(stored.records) - {problem.id for problem in drawn}
             if gone:

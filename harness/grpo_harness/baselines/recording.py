@@ -30,7 +30,7 @@ from grpo_harness.baselines.file import (
     write,
 )
 from grpo_harness.baselines.provenance import environment, git
-from grpo_harness.evaluation import Completion, Evaluation, Group
+from grpo_harness.evaluation import Completion, Evaluation, Group, Questions
 from grpo_harness.gate import verdicts as gate
 from grpo_harness.gate.bounds import ALPHA, MINIMUM_PROBLEMS
 from grpo_harness.rules import recorded_bounds
@@ -118,7 +118,7 @@ def record(
     questions = first.questions
     path = path_of(folder, questions.policy.slug, first.task)
     fresh = {
-        group.problem.id: _record([e.groups[i] for e in evaluations], questions.prompts[i])
+        group.problem.id: _record([e.groups[i] for e in evaluations], questions, i)
         for i, group in enumerate(first.groups)
     }
     made: dict[str, Any] = {
@@ -251,7 +251,7 @@ def _against_parent(
     return gain.verdict == "PASS", notes
 
 
-def _record(groups: Iterable[Group], prompt: str) -> Record:
+def _record(groups: Iterable[Group], questions: Questions, i: int) -> Record:
     completions: list[Completion] = [c for group in groups for c in group.completions]
     failed = sum(completion.outcome == "error" for completion in completions)
     if failed:
@@ -268,7 +268,8 @@ def _record(groups: Iterable[Group], prompt: str) -> Record:
         length=sum(completion.tokens for completion in completions),
         log_length=round(sum(math.log(completion.tokens) for completion in completions), 9),
         reward=round(sum(c.reward for c in completions if not math.isnan(c.reward)), 9),
-        prompt=prompt_digest(prompt),
+        prompt=prompt_digest(questions.prompts[i]),
+        columns=questions.content(i),
         anchor=outcomes.count("correct"),
         anchor_k=len(completions),
     )

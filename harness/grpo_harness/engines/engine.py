@@ -101,6 +101,9 @@ class Engine(AbstractContextManager["Engine"], Protocol):
     def identity(self) -> dict[str, Any]:
         """Return engine, device and number format: samples of another identity are not reused."""
 
+    def drawing(self, sampling: Sampling) -> "Engine":
+        """Return an engine of the same policy and weights that draws otherwise."""
+
     def sample(self, requests: Sequence[Request], progress: Progress | None) -> list[Sample]:
         """Draw the samples. Raises ``PolicyError`` and ``EngineError``."""
 

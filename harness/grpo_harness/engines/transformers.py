@@ -8,6 +8,7 @@ single possible token, and decodes greedily.
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 from collections.abc import Iterator, Sequence
@@ -83,10 +84,19 @@ class TransformersEngine:
         self._batch_size = batch_size
         self._residents = residents or Residents("all")
         self._model: PreTrainedModel | None = None
+        self._owner: TransformersEngine | None = None
+
+    def drawing(self, sampling: Sampling) -> TransformersEngine:
+        """Return an engine of the same policy and weights that draws otherwise."""
+        other = copy.copy(self)
+        other._sampling, other._owner = sampling, self
+        return other
 
     @property
     def model(self) -> PreTrainedModel:
         """The model with the policy's weights, which are loaded if they are not in memory."""
+        if self._owner is not None:
+            return self._owner.model
         if self._model is None:
             self._residents.make_room(self)
             self._model = load_weights(self.policy, self.device, self.dtype)
@@ -104,6 +114,9 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Release the weights; the next request loads them again."""
+        if self._owner is not None:
+            self._owner.close()
+            return
         self._model = None
         self._residents.leave(self)
         _free()

@@ -142,9 +142,7 @@ def engine(policy: Policy, grpo_session: Session) -> Engine:
 @pytest.fixture(scope="session")
 def task_type(request: pytest.FixtureRequest) -> Source:
     """Return each configured task type in turn. Parametrized."""
-    from grpo_harness.tasks import task_types
-
-    return task_types()[request.param]
+    return request.config.stash[RUN].settings.tasks[request.param].source
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grpo_harness.plugin.state import Run
+from grpo_harness.plugin.state import Run, usage_errors
 
 _FIXTURES = "grpo_harness.plugin.fixtures"
 MARKER = "grpo"
@@ -102,8 +102,25 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not any(uses(item, "grpo_session") for item in session.items):
         return
     run = activated(session.config)
+    _try_rewards(run, session)
     run.planned = [name for item in session.items for name in declared(item)]
     run.files = len(session.items) if session.config.getoption("grpo_record") else 1
+
+
+def _try_rewards(run: Run, session: pytest.Session) -> None:
+    """Score one problem of each task that a test asks, before anything is loaded or drawn.
+
+    Raises ``pytest.UsageError``, except in a worker of pytest-xdist, where each test says it.
+    """
+    from grpo_harness.rewards.functions import try_on
+
+    if hasattr(session.config, "workerinput"):
+        return
+    named = {role_and_type(item)[1] for item in session.items if uses(item, "task_type")}
+    for name, task in run.settings.tasks.items():
+        if name in named:
+            with usage_errors():
+                try_on(task.rewards, task.source)
 
 
 def asked(run: Run, items: list[pytest.Item]) -> list[tuple[str, str]]:

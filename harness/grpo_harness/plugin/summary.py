@@ -233,7 +233,7 @@ class Summary:
         }
         report = Report(
             header,
-            settings.tasks,
+            list(settings.tasks),
             (settings.base.text, settings.trained.text),
             status,
             passed=len(self._passed - self._failed.keys()),

@@ -274,6 +274,13 @@ class Rewards:
         )
 
 
+def try_on(rewards: Rewards, source: Source) -> None:
+    """Score the true answer, or some text, of one problem. Raises ``RewardError``."""
+    (problem,) = source.problems(1)
+    batch = Batch.of(source, [problem], [source.wanted(problem) or "I do not know."])
+    rewards.score(batch, source.name)
+
+
 def rewards_digest(rewards: Rewards, source: Source) -> str:
     """Digest what rewards do on a source's problems: their scores of right and wrong texts.
 

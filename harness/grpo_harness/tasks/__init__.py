@@ -3,6 +3,7 @@
 ===================  ================================================================
 ``task.py``          problems and task types; which problems are held out
 ``arithmetic.py`` …  the six built-in types
+``dataset.py``       a table of the user's rows
 ``sources.py``       where types come from: this folder, and files of your own
 ``training_set.py``  problems to train on, none of which an evaluation may ask
 ===================  ================================================================

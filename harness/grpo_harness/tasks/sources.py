@@ -22,7 +22,7 @@ from grpo_harness.text import escape
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")
 """Valid names of task types, which are used in names of files and of tests."""
 
-_NO_TYPES = {"task", "sources", "training_set"}
+_NO_TYPES = {"task", "dataset", "sources", "training_set"}
 
 
 @cache

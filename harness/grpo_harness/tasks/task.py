@@ -45,18 +45,20 @@ class Problem:
 class Source(ABC):
     """Where problems come from, by name: a task type, or a table of rows.
 
-    ``version`` increases whenever a change makes old and new results incomparable.
+    ``version`` increases whenever a change makes old and new results incomparable. ``slices`` are
+    the columns whose values have rows of their own in the report.
     """
 
     name: str
     version: int = 1
+    slices: tuple[str, ...] = ()
 
     @abstractmethod
     def problems(self, n: int) -> list[Problem]:
         """Return the first ``n`` problems that a suite asks, always in the same order."""
 
     @abstractmethod
-    def conversation(self, problem: Problem, system: str) -> Prompt:
+    def conversation(self, problem: Problem, system: str | None) -> Prompt:
         """Return what the policy is asked; ``system`` is the system message, if not empty."""
 
     @abstractmethod
@@ -70,6 +72,10 @@ class Source(ABC):
     @abstractmethod
     def reading(self, problem: Problem, completion: str) -> Reading | None:
         """Judge a completion; ``None`` if only a reward can."""
+
+    def content(self, problem: Problem) -> str:
+        """Return a digest of what a problem has beside its prompt, if that may change."""
+        return ""
 
 
 class TaskType(Source):
@@ -117,7 +123,7 @@ class TaskType(Source):
         digest = hashlib.sha256(prompt.encode()).hexdigest()[:12]
         return Problem(f"{self.name}-{digest}", self.name, task, prompt, self.answer(task))
 
-    def conversation(self, problem: Problem, system: str) -> Prompt:
+    def conversation(self, problem: Problem, system: str | None) -> Prompt:
         """Return the user prompt as a message, after the system message if there is one."""
         user = {"role": "user", "content": problem.prompt}
         return [{"role": "system", "content": system}, user] if system else [user]

@@ -1,0 +1,233 @@
+"""What a run asks: each task with its source, its rewards and its sampling.
+
+A task is a built-in type, a type in a ``.py`` file, or a data set that
+``[tool.grpo-harness.data.NAME]`` describes.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from grpo_harness.engines.engine import Sampling
+from grpo_harness.errors import user_code
+from grpo_harness.tables import SettingsError, converted
+from grpo_harness.text import escape, one_line
+
+if TYPE_CHECKING:
+    from grpo_harness.rewards.functions import Correct, Reward, Rewards
+    from grpo_harness.tasks import Source
+
+_Text = Annotated[str, Meta(min_length=1)]
+
+
+class CorrectTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which reward decides that a completion is correct."""
+
+    reward: Annotated[str, Meta(description="the name of a reward", min_length=1)]
+    at_least: Annotated[float, Meta(description="the least score of a correct one")] = 1.0
+
+
+class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A data set of the project, ``[tool.grpo-harness.data.NAME]``."""
+
+    path: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="a .jsonl, .csv or .parquet file, a folder that datasets saved, "
+            "module:function, or the id of a data set on the Hub",
+        ),
+    ]
+    split: Annotated[str | None, Meta(description="a split")] = None
+    name: Annotated[str | None, Meta(description="a config of a data set")] = None
+    revision: Annotated[str | None, Meta(description="a revision")] = None
+    prompt: Annotated[str, Meta(description="the column of the prompt", min_length=1)] = "prompt"
+    answer: Annotated[str | None, Meta(description="the column of the true answer")] = None
+    id: Annotated[str | None, Meta(description="the column of the row's id")] = None
+    slices: Annotated[list[_Text], Meta(description="a list of columns")] = []
+    system: Annotated[str | None, Meta(description="a system message; empty for none")] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any], Meta(description="a table of variables of the chat template")
+    ] = {}
+    rewards: Annotated[
+        list[_Text] | None, Meta(description="a list of rewards, each as module:function")
+    ] = None
+    reward_weights: Annotated[
+        list[float] | None, Meta(description="a list of numbers, one for each reward")
+    ] = None
+    correct: Annotated[
+        CorrectTable | None, Meta(description="reward, and the score that it must reach")
+    ] = None
+    sampling: Annotated[
+        dict[str, Any], Meta(description="a table: what differs from the run's sampling")
+    ] = {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked under one name: where problems come from, how they are put, drawn and scored.
+
+    ``system`` is the system message, ``template`` has further variables of the chat template.
+    """
+
+    source: Source
+    rewards: Rewards
+    sampling: Sampling
+    system: str | None
+    template: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds for every task that does not say otherwise."""
+
+    reward: str | None
+    seconds: float
+    sampling: Sampling
+    system: str
+    template: Mapping[str, Any]
+
+
+def tasks(
+    names: Sequence[str] | None,
+    data: Mapping[str, Any],
+    defaults: Defaults,
+    home: Path,
+    where: Callable[[str], str],
+) -> dict[str, Task]:
+    """Return the tasks of a run by name, in their order.
+
+    Without ``names`` they are the data sets, or else all built-in types. ``where`` returns the
+    place of a key, for messages. Raises ``SettingsError``.
+    """
+    from grpo_harness.tasks import task_types
+
+    if str(home) not in sys.path:
+        sys.path.append(str(home))  # as TRL does, so that rewards in the project are found
+    if names is None:
+        names = [*data] or [*task_types()]
+    found: dict[str, Task] = {}
+    for name in names:
+        task = _of_data(name, data[name], defaults, home, where) if name in data else None
+        if task is None:
+            task = _of_type(name, defaults, home, where("tasks"), data)
+        if task.source.name in found:
+            raise SettingsError(f"{where('tasks')} has {task.source.name!r} twice")
+        found[task.source.name] = task
+    if not found:
+        raise SettingsError(f"{where('tasks')} is empty: there is nothing to ask")
+    return found
+
+
+def _of_type(
+    name: str, defaults: Defaults, home: Path, where: str, data: Mapping[str, Any]
+) -> Task:
+    from grpo_harness.rewards.functions import Rewards
+    from grpo_harness.tasks import load_task_type
+
+    source = str(home / name) if name.endswith(".py") else name
+    known = f"; data sets are {', '.join(map(escape, data))}" if data else ""
+    with user_code(
+        lambda error: SettingsError(
+            f"{where}: {error if isinstance(error, ValueError) else one_line(error)}{known}"
+        )
+    ):
+        task_type = load_task_type(source)
+    reward = _reward(defaults.reward, where.removesuffix("tasks") + "reward")
+    rewards = Rewards((reward,), seconds=defaults.seconds)
+    return Task(task_type, rewards, defaults.sampling, defaults.system, defaults.template)
+
+
+def _of_data(
+    name: str, given: Any, defaults: Defaults, home: Path, where: Callable[[str], str]
+) -> Task:
+    from grpo_harness.tasks import task_types
+    from grpo_harness.tasks.dataset import DatasetSource
+    from grpo_harness.tasks.sources import NAME
+
+    place = where(f"data.{escape(name)}")
+    if not NAME.fullmatch(name) or name in task_types():
+        raise SettingsError(
+            f"{place}: a data set's name is 1 to 64 letters, digits, '_', '-' and '.', and not "
+            "that of a built-in task type"
+        )
+    if not isinstance(given, Mapping):
+        raise SettingsError(f"{place} is {escape(repr(given))}: it must be a table")
+    table = converted(given, Data, lambda path: f"{place}{''.join(f'.{p}' for p in path[:-1])} ")
+    source = DatasetSource(
+        name=name,
+        path=table.path,
+        home=home,
+        split=table.split,
+        config=table.name,
+        revision=table.revision,
+        prompt=table.prompt,
+        answer=table.answer,
+        row_id=table.id,
+        slices=tuple(table.slices),
+    )
+    sampling = converted(
+        {**msgspec.structs.asdict(defaults.sampling), **table.sampling},
+        Sampling,
+        lambda _: f"{place}.sampling ",
+    )
+    template = {**defaults.template, **table.chat_template_kwargs}
+    return Task(source, _rewards(table, defaults, place), sampling, table.system, template)
+
+
+def _rewards(table: Data, defaults: Defaults, place: str) -> Rewards:
+    from grpo_harness.rewards.functions import Reward, Rewards
+
+    names = table.rewards or ([] if defaults.reward is None else [defaults.reward])
+    if not names:
+        raise SettingsError(f"{place} has no rewards: name at least one, as module:function")
+    weights = [1.0] * len(names) if table.reward_weights is None else table.reward_weights
+    if len(weights) != len(names):
+        raise SettingsError(
+            f"{place} has {len(weights)} reward_weights for {len(names)} rewards: give one each"
+        )
+    functions = tuple(
+        Reward(_reward(name, f"{place} rewards").function, weight)
+        for name, weight in zip(names, weights, strict=True)
+    )
+    known = [reward.name for reward in functions]
+    if len(set(known)) < len(known):
+        twice = next(name for name in known if known.count(name) > 1)
+        raise SettingsError(
+            f"{place} has two rewards of the name {escape(twice)}, by which they are told apart: "
+            "rename one of the functions"
+        )
+    return Rewards(functions, _correct(table, known, place), defaults.seconds)
+
+
+def _correct(table: Data, known: Sequence[str], place: str) -> Correct | None:
+    from grpo_harness.rewards.functions import Correct
+
+    if table.correct is None:
+        return None
+    name = re.sub(r".*:", "", table.correct.reward)
+    if name not in known:
+        raise SettingsError(
+            f"{place}.correct reward is '{escape(name)}': it must be one of {', '.join(known)}"
+        )
+    return Correct(name, table.correct.at_least)
+
+
+def _reward(source: str | None, where: str) -> Reward:
+    from grpo_harness.rewards.functions import Reward, RewardError, load_reward
+    from grpo_harness.rewards.rule import reward_func
+
+    if source is None:
+        return Reward(reward_func)
+    try:
+        return Reward(load_reward(source))
+    except RewardError as error:
+        raise SettingsError(f"{where}: {error}") from error

@@ -1,0 +1,217 @@
+"""A table of the user's rows: a file, a data set, or what a function of the user's returns.
+
+Read with `datasets`, from local caches first. Every row is a problem, and all its columns go to the
+reward functions, as in TRL. Nothing is held out: the splits of a data set are its owner's.
+"""
+
+import importlib
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from grpo_harness.errors import HarnessError, user_code
+from grpo_harness.tasks.task import Problem, Prompt, Reading, Source
+from grpo_harness.text import digest, escape, one_line, shown
+
+_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_NO_COLUMNS = ("prompt", "completion", "completion_ids")
+"""Columns that TRL does not pass on, because the reward's own arguments have these names."""
+
+
+class DataError(HarnessError):
+    """A data set cannot be used. One line: which, the row, and what to do."""
+
+
+@dataclass(frozen=True)
+class DatasetSource(Source):
+    """The rows of a table as problems.
+
+    ``path`` is a .jsonl, .csv or .parquet file or a folder that `datasets` saved, looked for from
+    ``home``; ``module:function``; or the id of a data set on the Hub, with its ``config`` and
+    ``revision``. ``prompt``, ``answer``, ``row_id`` and ``slices`` name columns.
+    """
+
+    name: str
+    path: str
+    home: Path = Path()
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    prompt: str = "prompt"
+    answer: str | None = None
+    row_id: str | None = None
+    slices: tuple[str, ...] = field(default=())
+
+    def problems(self, n: int) -> list[Problem]:
+        """Return at most ``n`` problems, in the order of their ids. Raises ``DataError``."""
+        return self._problems[:n]
+
+    def conversation(self, problem: Problem, system: str | None) -> Prompt:
+        """Return the row's prompt; ``system`` replaces its system message, or removes it if empty.
+
+        Raises ``DataError`` for a ``system`` and a prompt that is a text.
+        """
+        if system is None:
+            return problem.prompt
+        if isinstance(problem.prompt, str):
+            raise DataError(
+                f"data {self.name!r}: a prompt that is a text goes to the policy as it is, without "
+                "a system message: remove system, or make the prompt a list of messages"
+            )
+        others = [m for m in problem.prompt if m["role"] != "system"]
+        return [{"role": "system", "content": system}, *others] if system else others
+
+    def columns(self, problem: Problem) -> Mapping[str, Any]:
+        """Return the other columns of the row."""
+        return problem.task
+
+    def wanted(self, problem: Problem) -> str | None:
+        """Return the column of the true answer, if one is named."""
+        return None if self.answer is None else str(problem.task[self.answer])
+
+    def reading(self, problem: Problem, completion: str) -> Reading | None:
+        """Leave the judgement to the rewards."""
+        return None
+
+    def content(self, problem: Problem) -> str:
+        """Return a digest of the columns."""
+        return digest(_canonical(problem.task))[:12]
+
+    @cached_property
+    def _problems(self) -> list[Problem]:
+        times: dict[str, int] = {}
+        found: dict[str, Problem] = {}
+        for number, row in enumerate(self._rows()):
+            problem = self._problem(number, row)
+            times[problem.id] = count = times.get(problem.id, 0) + 1
+            if count > 1 and self.row_id:
+                raise DataError(
+                    f"{self._where(number)}: {self.row_id} is {escape(repr(row[self.row_id]))}, as "
+                    "in a row before: name a column whose values differ, or none"
+                )
+            own = problem.id if count == 1 else f"{problem.id}.{count}"
+            found[own] = Problem(own, self.name, problem.task, problem.prompt)
+        if not found:
+            raise DataError(f"data {self.name!r}: {escape(self.path)} has no rows")
+        return [found[name] for name in sorted(found)]
+
+    def _problem(self, number: int, row: Mapping[str, Any]) -> Problem:
+        named = (self.prompt, self.answer, self.row_id, *self.slices)
+        for column in (name for name in named if name is not None):
+            if column not in row:
+                raise DataError(
+                    f"{self._where(number)}: there is no column {column!r}; it has "
+                    f"{', '.join(map(escape, row))}"
+                )
+        prompt = row[self.prompt]
+        if not (isinstance(prompt, str) and prompt) and not _is_conversation(prompt):
+            raise DataError(
+                f"{self._where(number)}: {self.prompt} is {escape(shown(prompt), 80)}: it must be "
+                "a text, or a list of messages with role and content"
+            )
+        columns = {name: value for name, value in row.items() if name not in _NO_COLUMNS}
+        own = str(row[self.row_id]) if self.row_id else ""
+        if not own or not re.fullmatch(r"[\w.-]{1,64}", own, re.ASCII):
+            own = digest(own or _canonical([prompt, columns]))[:12]
+        return Problem(f"{self.name}-{own}", self.name, columns, prompt)
+
+    def _where(self, number: int) -> str:
+        return f"data {self.name!r}, row {number} of {escape(self.path)}"
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        with (
+            user_code(
+                lambda error: DataError(
+                    f"data {self.name!r}: {escape(self.path)} cannot be read as a data set "
+                    f"({one_line(error.__cause__ or error)}): see path, split and name"
+                )
+            ),
+            _quiet(),
+            tempfile.TemporaryDirectory() as cache,
+        ):
+            rows: list[dict[str, Any]] = self._table(cache).to_list()
+        yield from rows
+
+    def _table(self, cache: str) -> Any:
+        """Return the data set, a ``datasets.Dataset``."""
+        import datasets
+
+        path = self.home / self.path
+        if _FUNCTION.fullmatch(self.path):
+            module, _, function = self.path.partition(":")
+            table = getattr(importlib.import_module(module), function)()
+        elif path.is_dir():
+            table = datasets.load_from_disk(str(path))
+        elif path.suffix in _READERS:
+            split = re.match(r"\w+", self.split or "train")
+            files = {split.group() if split else "train": str(path)}
+            return datasets.load_dataset(
+                _READERS[path.suffix], data_files=files, split=self.split or "train",
+                cache_dir=cache,
+            )  # fmt: skip
+        else:
+            return self._downloaded()
+        if isinstance(table, datasets.DatasetDict):
+            if self.split not in table:
+                raise ValueError(f"it has the splits {', '.join(table)}: name one with split")
+            table = table[self.split]
+        if not isinstance(table, datasets.Dataset):
+            raise TypeError(f"it is {type(table).__name__}, not a Dataset")
+        return table
+
+    def _downloaded(self) -> Any:
+        import datasets
+        from huggingface_hub import constants
+
+        how = {"name": self.config, "split": self.split or "train", "revision": self.revision}
+        offline = (
+            patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+            patch.object(constants, "HF_HUB_OFFLINE", True),
+        )
+        try:
+            with offline[0], offline[1]:
+                return datasets.load_dataset(self.path, **how)
+        except Exception:  # not in the cache, in one of many ways
+            if constants.HF_HUB_OFFLINE:
+                raise
+        return datasets.load_dataset(self.path, **how)
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and m.get("content") is not None
+            for m in prompt
+        )
+    )
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, ensure_ascii=True, default=shown)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress progress bars and log messages of `datasets`: errors are told in one line."""
+    import datasets
+
+    bars, before = datasets.is_progress_bar_enabled(), logging.root.manager.disable
+    datasets.disable_progress_bars()
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,215 @@
+"""A team's data set and rewards in a repository of its own, from the settings to the verdicts."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from tests.projects import OWN_SUITE, run
+
+REWARDS = '''
+import asyncio
+import functools
+import re
+
+SEEN = []
+
+
+def accuracy(completions, solution, **kwargs):
+    """1 for the right last word, 0 for a wrong one, None for an empty text."""
+    SEEN.append(kwargs)
+    texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
+    return [None if not t else float(s in t) for t, s in zip(texts, solution, strict=True)]
+
+
+async def brief(prompts, completions, completion_ids, solution, kind, trainer_state, log_extra,
+                log_metric):
+    """All arguments by name, and no others."""
+    await asyncio.sleep(0)
+    log_extra("kind", kind)
+    log_metric("share", 0.5)
+    return [-len(ids) / 100 for ids in completion_ids]
+
+
+class Even:
+    def __call__(self, completions, kind, **kwargs):
+        return [1.0 if k == "even" else None for k in kind]
+
+
+def _off(completions, by, **kwargs):
+    return [by] * len(completions)
+
+
+partly = functools.partial(_off, by=0.25)
+'''
+
+T, R = "pyproject.toml", "our_rewards.py"
+
+TABLE = """
+[tool.grpo-harness]
+base = "base-policy"
+trained = "trained-policy"
+problems = 64
+samples = 2
+
+[tool.grpo-harness.sampling]
+max_new_tokens = 2
+
+[tool.grpo-harness.data.sums]
+path = "sums.jsonl"
+answer = "solution"
+rewards = ["our_rewards:accuracy", "our_rewards:brief", "our_rewards:Even", "our_rewards:partly"]
+reward_weights = [1.0, 0.5, 2.0, 1.0]
+correct = { reward = "accuracy", at_least = 1.0 }
+sampling = { max_new_tokens = 3 }
+"""
+
+ROWS = [
+    {
+        "prompt": [{"role": "user", "content": f"How much is {i} + {i}?"}],
+        "solution": str(i % 10),
+        "kind": "even" if i % 2 == 0 else "odd",
+    }
+    for i in range(80)
+]
+
+
+@pytest.fixture
+def team(project):
+    """A repository with a data set, four rewards of every kind and one suite."""
+    sys.modules.pop("our_rewards", None)
+    project.makepyprojecttoml(TABLE)
+    project.makepyfile(our_rewards=REWARDS, test_own=OWN_SUITE)
+    (project.path / "sums.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    for file in project.path.glob("test_*.py"):
+        if file.name != "test_own.py":
+            file.unlink()
+    project.syspathinsert()
+    return project
+
+
+def replaced(team, file, old, new):
+    path = team.path / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_it_is_recorded_judged_and_reported(team):
+    run(team, "--grpo-record", skipped=2)
+    result = run(team, "--grpo-report=out")
+    assert result.ret in (0, 1)
+    assert "not comparable" not in result.stdout.str()
+    (team.path / "out" / "samples" / "trained-policy--sums.jsonl").exists()
+    rows = [
+        json.loads(line)
+        for line in (team.path / "out/samples/trained-policy--sums.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 128
+    problems = {row["problem"] for row in rows}
+    assert len(problems) == 64
+    by_prompt = {row["prompt"][0]["content"]: row for row in ROWS}
+    for row in rows:
+        own = next(r for text, r in by_prompt.items() if text in row["prompt"])
+        scores, right = row["rewards"], own["solution"]
+        assert row["wanted"] == right
+        assert row["prompt"].count("<|im_start|>") == 2, "no system message was asked for"
+        assert 1 <= row["tokens"] <= 3
+        assert scores["accuracy"] == (None if not row["completion"] else right in row["completion"])
+        assert scores["brief"] == pytest.approx(-row["tokens"] / 100)
+        assert scores["Even"] == (1.0 if own["kind"] == "even" else None)
+        assert scores["_off"] == 0.25
+        total = (scores["accuracy"] or 0) + 0.5 * scores["brief"] + 2 * (scores["Even"] or 0) + 0.25
+        assert row["reward"] == pytest.approx(total)
+        if row["outcome"] != "truncated":
+            wanted = {None: "unparsable", 0.0: "wrong", 1.0: "correct"}[scores["accuracy"]]
+            assert row["outcome"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        (R, "float(s in t)", "1.0", "reward was "),
+        (
+            "pyproject.toml",
+            "reward_weights = [1.0, 0.5,",
+            "reward_weights = [1.0, 0.7,",
+            "reward was",
+        ),
+        (T, "at_least = 1.0", "at_least = 0.0", "reward was"),
+        (T, "max_new_tokens = 3", "max_new_tokens = 4", "max_new_tokens was 3"),
+        (
+            "pyproject.toml",
+            'answer = "solution"',
+            'answer = "solution"\nsystem = "x"',
+            "the prompt is",
+        ),
+        (
+            "sums.jsonl",
+            '"solution": "3"',
+            '"solution": "4"',
+            "their prompts are, with other columns",
+        ),
+    ],
+)
+def test_what_changed_is_named_before_anything_is_drawn(team, file, old, new, says):
+    run(team, "--grpo-record", skipped=2)
+    replaced(team, file, old, new)
+    sys.modules.pop("our_rewards", None)
+    result = run(team, errors=2)
+    text = " ".join(result.stdout.str().split())
+    assert says in text
+    assert "not comparable" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        (T, 'path = "sums.jsonl"', 'pth = "sums.jsonl"', "no key 'pth': did you mean path"),
+        (T, 'path = "sums.jsonl"', "", "missing required field `path`"),
+        (T, 'answer = "solution"', "answer = 7", "answer is 7"),
+        (T, 'reward = "accuracy"', 'reward = "acuracy"', "must be one of accuracy, brief"),
+        (T, "[1.0, 0.5, 2.0, 1.0]", "[1.0]", "1 reward_weights for 4 rewards"),
+        (T, "our_rewards:brief", "our_rewards:accuracy", "two rewards of the name accuracy"),
+        (T, "our_rewards:brief", "our_rewards:briefe", "can be imported"),
+        (T, "max_new_tokens = 3", "max_tokens = 3", "no key 'max_tokens'"),
+        (T, "data.sums", "data.gcd", "not that of a built-in"),
+        (R, "solution, **kwargs", "answers, **kwargs", "accuracy .* TypeError"),
+        (R, "trainer_state, log_extra", "log_extra", "brief .* TypeError"),
+        (R, "return [by]", "return [float('nan')]", "_off .* nan"),
+        ("sums.jsonl", '"prompt"', '"question"', "there is no column 'prompt'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_ends_the_run_before_weights_are_loaded(
+    team, monkeypatch, file, old, new, says
+):
+    def load_weights(*_):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("grpo_harness.engines.transformers.load_weights", load_weights)
+    replaced(team, file, old, new)
+    result = run(team, "--grpo-record")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in result.errlines if line.startswith("ERROR")]
+    assert re.search(says, line), line
+
+
+def test_a_reward_that_hangs_is_named_with_the_completion(team):
+    replaced(team, "our_rewards.py", "return [by]", "while by: pass\n    return [by]")
+    replaced(team, "pyproject.toml", "problems = 64", "problems = 64\nreward_seconds = 0.2")
+    result = run(team, "--grpo-record")
+    assert "the reward _off (problem sums-" in result.stderr.str()
+    assert "did not return within 0.2 seconds" in result.stderr.str()
+
+
+def test_a_reward_that_differs_from_call_to_call_is_named(team):
+    replaced(team, "our_rewards.py", "return [by]", "import random\n    return [random.random()]")
+    result = run(team, "--grpo-record", errors=2)
+    assert "the reward _off scored the same completion" in " ".join(result.stdout.str().split())
+
+
+def test_a_task_without_correct_has_rewards_alone(team):
+    replaced(team, "pyproject.toml", 'correct = { reward = "accuracy", at_least = 1.0 }', "")
+    result = run(team, "--grpo-record", skipped=2)
+    assert result.ret == 0
