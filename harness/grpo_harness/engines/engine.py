@@ -68,15 +68,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """One drawn completion. ``tokens`` includes the end token; ``truncated`` means there is none.
+    """One drawn completion: its text, and how many tokens it has, the end token included.
 
-    ``error`` is the reason if the engine could not draw a completion.
+    ``truncated`` means that neither an end token nor a stop string ended it. ``error`` is the
+    reason if the engine could not draw a completion. ``ids`` are the ids of its tokens, or empty
+    if the engine does not tell them. Raises ``ValueError`` if they are not ``tokens`` many.
     """
 
     text: str
     tokens: int
     truncated: bool
     error: str | None = None
+    ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.ids and len(self.ids) != self.tokens:
+            raise ValueError(f"{len(self.ids)} ids of {self.tokens} tokens")
 
 
 Progress = Callable[[int], object]
