@@ -19,7 +19,7 @@ from msgspec import UNSET, Meta, UnsetType
 from grpo_harness.engines.engine import Sampling
 from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES
-from grpo_harness.text import escape, one_line
+from grpo_harness.text import escape, one_line, plain
 
 if TYPE_CHECKING:
     from grpo_harness.policy import PolicyName
@@ -216,7 +216,8 @@ def shown(settings: Settings) -> Iterator[tuple[str, str, str]]:
         if setting.name == "sampling":
             for name in Sampling.__struct_fields__:
                 key = f"sampling.{name}"
-                yield key, str(getattr(settings.sampling, name)), settings.sources[key]
+                value = getattr(settings.sampling, name)
+                yield key, plain(str(value)), settings.sources[key]
             continue
         value = getattr(settings, setting.name)
         if setting.name == "tasks":
