@@ -1,18 +1,27 @@
+import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from grpo_harness.engines.engine import EngineError, Request, Sampling, sample_seed
-from grpo_harness.engines.transformers import TransformersEngine, _SeededDraw
+from grpo_harness.engines.engine import EngineError, Request, Sample, Sampling, sample_seed
+from grpo_harness.engines.transformers import TransformersEngine, _kept, _SeededDraw
+from grpo_harness.policy.policy import load
 from grpo_harness.tasks import task_types
 
 SHORT = Sampling(max_new_tokens=16)
+BASELINES = Path(__file__).parent.parent / "baselines"
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +45,40 @@ def engine(policy, sampling=SHORT, **how):
 
 def by_transformers(scores, sampling):
     """The distribution of transformers' own warpers, as an oracle."""
-    warped = TemperatureLogitsWarper(sampling.temperature)(None, scores)
-    return TopPLogitsWarper(sampling.top_p)(None, warped).softmax(-1)
+    warpers = [
+        TemperatureLogitsWarper(sampling.temperature),
+        *([TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []),
+        TopPLogitsWarper(sampling.top_p),
+        *([MinPLogitsWarper(sampling.min_p)] if sampling.min_p is not None else []),
+    ]
+    for warper in warpers:
+        scores = warper(None, scores)
+    return scores.softmax(-1)
+
+
+def settings_of_a_draw():
+    """Settings, and logits on a grid (so that many are equal) or off it, of two rows."""
+    grid = st.integers(-24, 24).map(lambda step: step / 3)
+    sampling = st.builds(
+        Sampling,
+        temperature=st.floats(0.3, 3),
+        top_k=st.none() | st.integers(1, 20) | st.integers(1, 500),
+        top_p=st.floats(0.05, 0.99) | st.just(1.0),
+        min_p=st.none() | st.floats(0, 0.99) | st.just(1.0),
+    )
+    seeds = st.integers(0, 2**32)
+    return st.tuples(
+        sampling,
+        st.lists(grid | st.floats(-8, 8), min_size=2, max_size=30)
+        | st.tuples(seeds, st.integers(250, 700)).map(many_logits),
+    )
+
+
+def many_logits(seed_and_size):
+    seed, size = seed_and_size
+    of = random.Random(seed)
+    spread = of.choice([0.1, 1, 3])
+    return [round(of.gauss(0, spread), of.choice([1, 6])) for _ in range(size)]
 
 
 class TestDraw:
@@ -59,10 +100,54 @@ class TestDraw:
         spread = (scores[0] / temperature).softmax(-1)
         assert spread[spread > spread[drawn] * (1 + 1e-5)].sum() < top_p + 1e-5
 
+    @given(settings_of_a_draw())
+    @settings(max_examples=400, deadline=None)
+    def test_the_kept_tokens_are_those_of_transformers(self, drawn):
+        sampling, logits = drawn
+        scores = torch.tensor([logits])
+        exact = scores[0].double() / sampling.temperature
+        if sampling.top_k:
+            exact[exact < exact.sort(descending=True).values[: sampling.top_k][-1]] = -torch.inf
+        share, ratio = exact.softmax(-1), (exact - exact.max()).exp()
+        # Where a bound is met to within a float's rounding, either is right.
+        if sampling.top_p < 1:
+            before = share.sort(descending=True).values
+            assume(((before.cumsum(-1) - before - sampling.top_p).abs() > 1e-5).all())
+        if sampling.min_p is not None:
+            assume((((ratio - sampling.min_p).abs() > 1e-5) | (ratio == 1)).all())
+        tokens, cumulative, kept = _kept(scores, sampling)
+        places = slice(0, int(kept))
+        mass = cumulative.diff(prepend=torch.zeros(1, 1))[0, places]
+        ours = torch.zeros_like(scores[0]).scatter(-1, tokens[0, places], mass / mass.sum())
+        wanted = by_transformers(scores, sampling)[0]
+        # Which of equally likely tokens top_p cuts off is not defined; how many is.
+        assert ours.sort().values.numpy() == pytest.approx(wanted.sort().values.numpy(), abs=1e-5)
+        # A sum of floats reaches 1 before the last of the tokens that are all but impossible.
+        possible = share > 1e-6
+        ours_kept = torch.zeros_like(possible).scatter(-1, tokens[0, places], True)[possible]
+        theirs_kept = (wanted > 0)[possible]
+        assert ours_kept.sum() == theirs_kept.sum()
+        differ = share[possible][ours_kept != theirs_kept].tolist()
+        assert not differ or min(differ) > max(differ) * (1 - 1e-5)
+
+    @pytest.mark.parametrize("narrow", [{"top_k": 40}, {"min_p": 0.2}, {"top_p": 0.3}], ids=str)
+    def test_few_kept_tokens_need_no_sorted_vocabulary(self, narrow, monkeypatch):
+        def sort(*_, **__):
+            raise AssertionError
+
+        monkeypatch.setattr(torch.Tensor, "sort", sort)
+        scores = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1)) * 3
+        tokens, _, kept = _kept(scores, Sampling(**{"top_p": 1.0, **narrow}))
+        assert (kept <= tokens.shape[1]).all()
+        assert tokens.shape[1] == 256
+
     @pytest.mark.parametrize(
         "sampling",
         [
             Sampling(max_new_tokens=1),
+            Sampling(top_k=12, min_p=0.05, max_new_tokens=1),
+            Sampling(temperature=2.0, top_p=1.0, top_k=400, max_new_tokens=1),
+            Sampling(temperature=3.0, top_p=1.0, min_p=0.01, max_new_tokens=1),
             Sampling(temperature=1.5, top_p=1.0, max_new_tokens=1),
             Sampling(temperature=0.7, top_p=0.3, max_new_tokens=1),
         ],
@@ -117,6 +202,14 @@ class TestSampler:
             assert 1 <= sample.tokens <= 3
             assert sample.tokens == 3 or not sample.truncated
 
+    def test_the_ids_are_those_of_the_text(self, tiny_policy, samples):
+        tokenizer = tiny_policy.tokenizer
+        for sample in samples:
+            assert len(sample.ids) == sample.tokens
+            assert tokenizer.decode(sample.ids, skip_special_tokens=True) == sample.text
+            assert tokenizer.eos_token_id not in sample.ids[:-1]
+            assert (sample.ids[-1] == tokenizer.eos_token_id) != sample.truncated
+
     def test_an_answer_ends_with_its_end_token(self, tiny_policy, requests, samples):
         ended = [s for s in samples if not s.truncated]
         assert ended, "the untrained policy ends some answers by chance"
@@ -138,6 +231,25 @@ class TestSampler:
                 text.append(int(token))
                 ids = torch.cat([ids, token[None, None]], dim=1)
         assert sample.text == tiny_policy.tokenizer.decode(text, skip_special_tokens=True)
+
+    @pytest.mark.parametrize("how", [{"greedy": True}, {"top_k": 1}, {"min_p": 1.0}], ids=str)
+    def test_the_repetition_penalty_is_that_of_generate(self, tiny_policy, requests, how):
+        own = engine(tiny_policy, Sampling(**how, repetition_penalty=8.0, max_new_tokens=12))
+        # Of different lengths, so that some rows are padded: padding must not count as repeated.
+        some = requests[::7]
+        drawn = own.sample(some)
+        for request, sample in zip(some, drawn, strict=True):
+            ids = torch.tensor(own.tokens([request.prompt]))
+            wanted = own.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                repetition_penalty=8.0,
+                max_new_tokens=12,
+            )
+            assert list(sample.ids) == wanted[0, ids.shape[1] :].tolist()
+        plain = engine(tiny_policy, Sampling(**how, max_new_tokens=12)).sample(some)
+        assert [s.ids for s in plain] != [s.ids for s in drawn]
 
     def test_nothing_leaks_in_from_the_models_generation_config(self, tiny_policy):
         # The checkpoint's own asks for temperature 0.01 and a heavy repetition penalty.
@@ -240,16 +352,146 @@ class TestSampler:
         }
 
 
+def decoded(policy, ids):
+    return policy.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def cut(policy, sample, stop):
+    """What a stop string makes of a sample that was drawn without one, token after token."""
+    for n in range(1, sample.tokens + 1):
+        text = decoded(policy, sample.ids[:n])
+        if ends := [i for i in range(len(text) + 1) if text[:i].endswith(stop)]:
+            return Sample(text[: ends[0]], n, truncated=False, ids=sample.ids[:n])
+    return sample
+
+
+@pytest.fixture(scope="module")
+def stops(tiny_policy, requests, samples):
+    """Lists of stop strings that occur in ``samples``, by what is special about them."""
+    texts = [sample.text for sample in samples]
+    pairs = Counter(text[i : i + 2] for text in texts for i in range(len(text) - 1))
+    tokens = {decoded(tiny_policy, [token]) for sample in samples for token in sample.ids}
+    word = next(token for token in sorted(tokens) if len(token) > 3 and token.isascii())
+    return {
+        "character": (Counter("".join(texts)).most_common(1)[0][0],),
+        "pairs": tuple(pair for pair, _ in pairs.most_common(4)),
+        "long": tuple(text[len(text) // 2 :][:9] for text in texts[:6]),
+        "inside a token": (word[1:-1],),
+        "across the prompt's end": (requests[1].prompt[-1] + texts[1][0],),
+        "the first to end": (texts[1][4:9], texts[1][5:7]),
+        "absent": ("no such text",),
+    }
+
+
+class TestStop:
+    @pytest.mark.parametrize(
+        "which",
+        [
+            "character",
+            "pairs",
+            "long",
+            "inside a token",
+            "across the prompt's end",
+            "the first to end",
+            "absent",
+        ],
+    )
+    @pytest.mark.parametrize("batch_size", [1, 16])
+    def test_a_completion_ends_right_after_it(
+        self, tiny_policy, requests, samples, stops, which, batch_size
+    ):
+        stop = stops[which]
+        wanted = [cut(tiny_policy, sample, stop) for sample in samples]
+        assert (wanted != samples) == (which not in ("across the prompt's end", "absent"))
+        own = engine(tiny_policy, Sampling(max_new_tokens=16, stop=stop), batch_size=batch_size)
+        assert own.sample(requests) == wanted
+
+    def test_a_token_beyond_it_is_kept_as_an_id_and_not_as_text(self, tiny_policy, requests, stops):
+        stop = stops["inside a token"]
+        drawn = engine(tiny_policy, Sampling(max_new_tokens=16, stop=stop)).sample(requests)
+        beyond = [s for s in drawn if len(decoded(tiny_policy, s.ids)) > len(s.text)]
+        assert beyond
+        for sample in beyond:
+            assert sample.text.endswith(stop)
+            assert stop[0] not in decoded(tiny_policy, sample.ids[:-1])
+
+    def test_where_padding_is_the_end_token_it_is_not_taken_for_one(
+        self, tiny, requests, samples, stops
+    ):
+        policy = load(str(tiny))
+        policy.tokenizer.pad_token = policy.tokenizer.eos_token
+        own = engine(policy, Sampling(max_new_tokens=16, stop=stops["pairs"]))
+        wanted = [cut(policy, sample, stops["pairs"]) for sample in samples]
+        assert own.sample(requests) == wanted
+
+    def test_the_batch_ends_with_its_last_row(self, tiny_policy, requests, stops):
+        own = engine(tiny_policy, Sampling(max_new_tokens=16, stop=stops["character"]))
+        steps = []
+        own.model.register_forward_hook(lambda *_: steps.append(1))
+        few = requests[:3]
+        drawn = [own.sample([request])[0] for request in few]
+        assert len(steps) == sum(sample.tokens for sample in drawn) < 3 * 16
+        steps.clear()
+        own.sample(few)
+        assert len(steps) == max(sample.tokens for sample in drawn)
+
+    def test_greedy_decoding_stops_too(self, tiny_policy, requests):
+        (whole,) = engine(tiny_policy, Sampling(greedy=True, max_new_tokens=8)).sample(requests[:1])
+        stop = (whole.text[:2],)
+        own = engine(tiny_policy, Sampling(greedy=True, max_new_tokens=8, stop=stop))
+        assert own.sample(requests[:1]) == [cut(tiny_policy, whole, stop)]
+
+
 class TestSettings:
     @pytest.mark.parametrize(
-        "wrong", [{"temperature": 0}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0}]
+        "wrong",
+        [
+            {"temperature": 0},
+            {"temperature": float("nan")},
+            {"top_p": 0},
+            {"top_p": 1.1},
+            {"max_new_tokens": 0},
+            {"top_k": 0},
+            {"top_k": 2.5},
+            {"min_p": -0.1},
+            {"repetition_penalty": 0},
+            {"stop": "text"},
+            {"stop": ("a", "")},
+        ],
+        ids=str,
     )
     def test_impossible_settings_are_refused(self, wrong):
-        with pytest.raises(ValueError, match="must be above 0"):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"^{name} cannot be ") as error:
             Sampling(**wrong)
+        assert repr(value) in str(error.value)
 
     def test_greedy_settings_leave_out_what_they_ignore(self):
-        assert Sampling(greedy=True).asdict() == {"greedy": True, "max_new_tokens": 64}
+        ignored = {"temperature": 0.1, "top_p": 0.2, "top_k": 3, "min_p": 0.4}
+        rest = {"greedy": True, "max_new_tokens": 64, "repetition_penalty": 1.5}
+        assert Sampling(**ignored, **rest, stop=("b", "a", "b")).asdict() == {
+            **rest,
+            "stop": ["a", "b"],
+        }
+
+    @pytest.mark.parametrize("off", [{}, {"top_k": None, "min_p": 0.0, "stop": []}], ids=str)
+    def test_settings_that_are_off_are_not_in_a_baseline(self, tiny_policy, off):
+        recorded = json.loads((BASELINES / "nano-base" / "gcd.json").read_text())["conditions"]
+        now = {
+            f"sampling.{name}": value
+            for name, value in engine(tiny_policy, Sampling(**off)).settings().items()
+        }
+        assert now == {name: recorded[name] for name in recorded if name.startswith("sampling.")}
+
+    def test_settings_are_what_json_keeps_of_them(self, tiny_policy):
+        told = engine(tiny_policy, Sampling(top_k=9, min_p=0.5, stop=("x", "y"))).settings()
+        assert json.loads(json.dumps(told)) == told
+        assert {"top_k": 9, "min_p": 0.5, "stop": ["x", "y"]}.items() <= told.items()
+
+    def test_a_samples_ids_fit_its_tokens(self):
+        assert Sample("a", 3, truncated=False).ids == ()
+        with pytest.raises(ValueError, match="2 ids of 3 tokens"):
+            Sample("a", 3, truncated=False, ids=(1, 2))
 
     def test_seeds_differ_by_run_problem_and_sample(self):
         parts = [(run, problem, k) for run in (1, 11) for problem in ("a", "1a") for k in (0, 1)]

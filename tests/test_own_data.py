@@ -145,12 +145,7 @@ def test_it_is_recorded_judged_and_reported(team):
             'answer = "solution"\nsystem = "x"',
             "the prompt is",
         ),
-        (
-            "sums.jsonl",
-            '"solution": "3"',
-            '"solution": "4"',
-            "their prompts are, with other columns",
-        ),
+        ("sums.jsonl", '"solution": "3"', '"solution": "4"', "of them are, with other columns"),
     ],
 )
 def test_what_changed_is_named_before_anything_is_drawn(team, file, old, new, says):

@@ -73,6 +73,14 @@ def test_own_sampling(project):
     assert settings.sampling.top_p == 0.9
 
 
+def test_everything_about_sampling(project):
+    table = 'top_k = 50\nmin_p = 0\nrepetition_penalty = 2\nstop = ["</answer>", "\\n\\n"]'
+    sampling = project(f"[tool.grpo-harness.sampling]\n{table}").sampling
+    assert sampling == Sampling(
+        top_k=50, min_p=0.0, repetition_penalty=2.0, stop=("</answer>", "\n\n")
+    )
+
+
 def test_greedy_draws_one_sample(project):
     settings = project("samples = 8", greedy=True)
     assert settings.sampling.greedy
@@ -109,6 +117,17 @@ def test_greedy_draws_one_sample(project):
         ("[tool.grpo-harness.sampling]\ntemperature = inf", {}, "temperature is inf: it must"),
         ("[tool.grpo-harness.sampling]\ntemperature = nan", {}, "temperature"),
         ("[tool.grpo-harness.sampling]\ntop_p = 1.5", {}, "up to 1"),
+        ('[tool.grpo-harness.sampling]\ntop_k = "a"', {}, "top_k is 'a': it must be a whole"),
+        ("[tool.grpo-harness.sampling]\ntop_k = 0", {}, "a whole number, 1 or more"),
+        ("[tool.grpo-harness.sampling]\ntop_k = 2.5", {}, "top_k is 2.5: it must be a whole"),
+        ("[tool.grpo-harness.sampling]\nmin_p = 2", {}, "min_p is 2: it must be a number, 0 to 1"),
+        ("[tool.grpo-harness.sampling]\nmin_p = nan", {}, "min_p is nan: it must be a number"),
+        ('[tool.grpo-harness.sampling]\nstop = ""', {}, "stop is '': it must be a list of texts"),
+        ('[tool.grpo-harness.sampling]\nstop = [""]', {}, "stop is ['']: it must be a list"),
+        ('[tool.grpo-harness.sampling]\nstop = ["a", 3]', {}, "stop is ['a', 3]: it must be"),
+        ("[tool.grpo-harness.sampling]\nrepetition_penalty = 0", {}, "above 0; 1 is off"),
+        ("[tool.grpo-harness.sampling]\nrepetition_penalty = nan", {}, "_penalty is nan: it must"),
+        ("[tool.grpo-harness.sampling]\nrepetition_penalty = inf", {}, "_penalty is inf: it must"),
         ('tasks = ["gcd", "gcd"]', {}, "'gcd' twice"),
         ('tasks = ["broken.py"]', {}, "SystemExit"),
         ('tasks = ["skips.py"]', {}, "Skipped"),
@@ -179,13 +198,16 @@ def test_two_policies_with_one_folder_for_their_baselines_are_refused(tmp_path):
 
 
 def test_every_setting_is_shown_with_where_it_comes_from(project):
-    settings = project("problems = 100\n[tool.grpo-harness.sampling]\ntop_p = 0.5", base="a/b")
+    sampling = '[tool.grpo-harness.sampling]\ntop_p = 0.5\nstop = ["\\n", "\u202e"]'
+    settings = project(f"problems = 100\n{sampling}", base="a/b")
     table = {name: (value, source) for name, value, source in shown(settings)}
     assert table["base"] == ("a/b", "command line")
     assert table["problems"][0] == "100"
     assert table["problems"][1].endswith("pyproject.toml")
     assert table["samples"] == ("4", "default")
     assert table["sampling.top_p"][0] == "0.5"
+    assert table["sampling.stop"][0] == r"('\n', '\u202e')"
+    assert table["sampling.top_k"] == ("None", "default")
     assert table["sampling.temperature"] == ("0.8", "default")
     assert table["reward"][0] == "the rule reward"
     keys = {s.name for s in table_settings()} - {"sampling"}

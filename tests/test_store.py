@@ -1,16 +1,20 @@
+import hashlib
 import json
 import multiprocessing
 
+import msgspec
 import pytest
+from xxhash import xxh3_64_hexdigest
 
 from grpo_harness.engines.engine import Sample
-from grpo_harness.store import Store, StoreError
+from grpo_harness.store import Store, StoreError, _Line
 
 WHAT = {"policy": "a1", "run_seed": 3}
 
 
 def sample(text, error=None):
-    return Sample(text, len(text) + 1, truncated=False, error=error)
+    ids = (*map(ord, text), 2)
+    return Sample(text, len(ids), truncated=False, error=error, ids=ids)
 
 
 @pytest.fixture
@@ -84,6 +88,8 @@ def test_a_damaged_line_costs_its_sample_alone_and_is_said_once(tmp_path, line):
     [
         ("tokens", -3),
         ("tokens", 99),
+        ("ids", [97, 3]),
+        ("ids", []),
         ("sample", 1),
         ("problem", "p9"),
         ("text", "b"),
@@ -97,6 +103,35 @@ def test_a_line_that_contradicts_itself_is_damaged(tmp_path, field, value):
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}) + "\n")
     with Store(tmp_path).open("x", WHAT) as samples:
         assert dict(samples) == {}
+
+
+def test_ids_that_do_not_fit_the_tokens_are_damage(tmp_path):
+    """Also where the check is right, as an engine's own mistake would leave it."""
+    with Store(tmp_path).open("x", WHAT) as samples:
+        samples.add({("p0", 0): sample("a"), ("p1", 0): Sample("b", 7, truncated=True)})
+    (path,) = tmp_path.glob("*.jsonl")
+    line, other = path.read_text().splitlines()
+    wrong = _Line(**{**json.loads(line), "ids": (97,)})
+    content = {**msgspec.structs.asdict(wrong), "check": wrong.right_check(path.stem[2:])}
+    path.write_text(f"{json.dumps(content)}\n{other}\n")
+    store = Store(tmp_path)
+    with store.open("x", WHAT) as samples:
+        assert dict(samples) == {("p1", 0): Sample("b", 7, truncated=True)}
+    assert len(store.notices) == 1
+
+
+def test_samples_of_the_former_format_are_drawn_again_and_not_called_damaged(tmp_path):
+    key = hashlib.sha256(json.dumps(WHAT, sort_keys=True).encode()).hexdigest()[:16]
+    former = tmp_path / f"x-{key}.jsonl"
+    check = xxh3_64_hexdigest(json.dumps([key, "p0", 0, "a", 2, False]).encode())
+    line = {"problem": "p0", "sample": 0, "text": "a", "tokens": 2, "truncated": False}
+    former.write_text(json.dumps({**line, "check": check}) + "\n")
+    store = Store(tmp_path)
+    with store.open("x", WHAT) as samples:
+        assert dict(samples) == {}
+        samples.add({("p0", 0): sample("b")})
+    assert store.notices == []
+    assert json.loads(former.read_text())["text"] == "a"
 
 
 def test_a_line_of_another_file_is_damaged(tmp_path):

@@ -18,7 +18,7 @@ from grpo_harness.asked import Defaults, Task, tasks
 from grpo_harness.engines.engine import Sampling
 from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES
 from grpo_harness.tables import SettingsError, converted
-from grpo_harness.text import escape, one_line
+from grpo_harness.text import escape, one_line, plain
 
 if TYPE_CHECKING:
     from grpo_harness.policy import PolicyName
@@ -247,7 +247,8 @@ def shown(settings: Settings) -> Iterator[tuple[str, str, str]]:
         if setting.name == "sampling":
             for name in Sampling.__struct_fields__:
                 key = f"sampling.{name}"
-                yield key, str(getattr(settings.sampling, name)), settings.sources[key]
+                value = getattr(settings.sampling, name)
+                yield key, plain(str(value)), settings.sources[key]
             continue
         value = getattr(settings, setting.name, getattr(settings.table, setting.name))
         if setting.name in ("tasks", "data"):

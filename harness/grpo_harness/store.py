@@ -31,6 +31,10 @@ class StoreError(HarnessError):
     """A store cannot be read or written. One line: the place, the cause, what to do."""
 
 
+_FORMAT = 2
+"""The format of the lines: a part of the key, so that lines of another one are in other files."""
+
+
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stored sample. ``check`` is a digest of the other fields and of the file's key."""
 
@@ -39,11 +43,12 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str
     tokens: Annotated[int, Meta(ge=1)]
     truncated: bool
+    ids: tuple[int, ...]
     check: str
 
     def right_check(self, key: str) -> str:
-        parts = [key, self.problem, self.sample, self.text, self.tokens, self.truncated]
-        return xxh3_64_hexdigest(json.dumps(parts).encode())
+        parts = [getattr(self, name) for name in self.__struct_fields__ if name != "check"]
+        return xxh3_64_hexdigest(json.dumps([key, *parts]).encode())
 
 
 class Store:
@@ -59,7 +64,7 @@ class Store:
 
         Raises ``StoreError`` if the folder or a file of it cannot be read or written.
         """
-        key = digest(json.dumps(what, sort_keys=True))[:16]
+        key = digest(json.dumps([_FORMAT, what], sort_keys=True))[:16]
         path = self._folder / f"{name}-{key}.jsonl"
         with writing(path):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -94,11 +99,12 @@ class Samples(dict[Key, Sample]):
                 entry = msgspec.convert(json.loads(line), _Line)
                 if entry.check != entry.right_check(key):
                     raise ValueError
+                sample = Sample(entry.text, entry.tokens, entry.truncated, ids=entry.ids)
             except (msgspec.MsgspecError, ValueError, RecursionError):
                 self.damaged += 1
                 continue
             sound.append(line)
-            self[entry.problem, entry.sample] = Sample(entry.text, entry.tokens, entry.truncated)
+            self[entry.problem, entry.sample] = sample
         # A line without an end was being written when the process died: not damage, no sample.
         if self.damaged or cut:
             replacement = path.with_suffix(".mended")
@@ -108,7 +114,7 @@ class Samples(dict[Key, Sample]):
     def add(self, samples: Mapping[Key, Sample]) -> None:
         """Keep ``samples``, in memory and on disk. Failed draws are not written to disk."""
         lines = [
-            _Line(problem, number, sample.text, sample.tokens, sample.truncated, "")
+            _Line(problem, number, sample.text, sample.tokens, sample.truncated, sample.ids, "")
             for (problem, number), sample in samples.items()
             if sample.error is None
         ]

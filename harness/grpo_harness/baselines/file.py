@@ -158,22 +158,27 @@ class Baseline:
         tokenizer, chat template, reward, sampling setting or bound, or a problem that was not
         recorded.
         """
+        missing = [problem for problem in questions.ids if problem not in self.records]
+        known = {record.prompt for record in self.records.values()}
+        asked = zip(questions.ids, questions.prompts, strict=True)
+        same = [name for name, p in asked if name in missing and prompt_digest(p) in known]
+        if same:
+            raise BaselineError(
+                f"not comparable with {self.path}: of the {len(questions.ids)} problems asked, "
+                f"{len(missing)} are not among its {len(self.records)}, and the prompts of "
+                f"{len(same)} of them are, with other columns, such as {same[0]}: the data "
+                "changed. If that is meant, record a baseline: --grpo-record"
+            )
         if changed := self.changes(questions):
             raise BaselineError(
                 f"not comparable with {self.path}, which was recorded of {escape(self.policy)}: "
                 f"{'; '.join(changed)}. If that is meant, record a baseline: --grpo-record"
             )
-        missing = [problem for problem in questions.ids if problem not in self.records]
         if missing:
-            known = {record.prompt for record in self.records.values()}
-            asked = zip(questions.ids, questions.prompts, strict=True)
-            same = [name for name, p in asked if name in missing and prompt_digest(p) in known]
-            but = f"; {len(same)} of their prompts are, with other columns" if same else ""
             raise BaselineError(
                 f"not comparable with {self.path}: of the {len(questions.ids)} problems asked, "
                 f"{len(missing)} are not among its {len(self.records)}, the first of them "
-                f"{missing[0]}{but}. Ask fewer with --grpo-problems, or record anew: "
-                "--grpo-record"
+                f"{missing[0]}. Ask fewer with --grpo-problems, or record anew: --grpo-record"
             )
         records = [self.records[problem] for problem in questions.ids]
         for i, (record, prompt) in enumerate(zip(records, questions.prompts, strict=True)):

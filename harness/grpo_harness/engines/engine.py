@@ -1,12 +1,11 @@
 """The interface of every engine. Loads no torch."""
 
 import hashlib
-import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -21,9 +20,15 @@ class EngineError(HarnessError):
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a completion is drawn from the policy's distribution.
 
-    The logits are divided by ``temperature``, then the smallest set of most likely tokens whose
-    probability reaches ``top_p`` is kept. With ``greedy`` the most likely token is taken and both
-    are ignored. At most ``max_new_tokens`` tokens are drawn. Raises ``ValueError``.
+    ``repetition_penalty`` divides the positive logits of the tokens in the prompt and the
+    completion so far, and multiplies the negative ones. All logits are divided by ``temperature``.
+    Of the ``top_k`` most likely tokens, with those as likely as the last of them, the smallest set
+    of most likely ones whose probability reaches ``top_p`` is kept, and of these those that have
+    ``min_p`` of the greatest probability. With ``greedy`` the most likely token is taken, and the
+    last four are ignored. At most ``max_new_tokens`` tokens are drawn. Raises ``ValueError``.
+
+    A completion ends with the first string of ``stop`` in its text, which is decoded without
+    special tokens. What the last token has beyond that string is not in the text.
     """
 
     temperature: Annotated[
@@ -41,20 +46,43 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, Meta(ge=1, le=10_000_000, description="tokens drawn at most, 1 to 10000000")
     ] = 64
     greedy: Annotated[bool, Meta(description="take the most likely token, always")] = False
+    repetition_penalty: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=sys.float_info.max,
+            description="logits of tokens that were there are divided by it: above 0; 1 is off",
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="a whole number, 1 or more: how many of the likeliest tokens are kept"),
+    ] = None
+    min_p: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Meta(description="a number, 0 to 1: the least share of the greatest probability"),
+    ] = None
+    stop: Annotated[
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        Meta(description="a list of texts that end a completion, none of them empty"),
+    ] = ()
 
     def __post_init__(self) -> None:
-        possible = 0 < self.temperature < math.inf and 0 < self.top_p <= 1
-        if not possible or self.max_new_tokens < 1:
-            raise ValueError(
-                "temperature must be above 0, top_p in (0, 1] and max_new_tokens at least 1: "
-                f"{self}; for greedy sampling set greedy"
-            )
+        for name, hint in get_type_hints(Sampling, include_extras=True).items():
+            value = getattr(self, name)
+            try:
+                msgspec.convert(value, hint)
+            except msgspec.ValidationError as error:
+                about = get_args(hint)[1].description
+                raise ValueError(f"{name} cannot be {value!r} ({about})") from error
 
     def asdict(self) -> dict[str, Any]:
-        """Return the settings as a baseline stores them; if greedy, without those it ignores."""
-        settings = msgspec.structs.asdict(self)
-        if self.greedy:
-            del settings["temperature"], settings["top_p"]
+        """Return the settings as a baseline stores them, without those that have no effect."""
+        settings = {**msgspec.structs.asdict(self), "stop": sorted(set(self.stop))}
+        ignored = ("temperature", "top_p", "top_k", "min_p") if self.greedy else ()
+        off = (name for name in ("top_k", "min_p", "stop") if not settings[name])
+        for name in {*ignored, *off}:
+            del settings[name]
         return settings
 
 
@@ -68,10 +96,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """One drawn completion. ``tokens`` includes the end token; ``truncated`` means there is none.
+    """One drawn completion: its text, and how many tokens it has, the end token included.
 
-    ``error`` is the reason if the engine could not draw a completion. ``ids`` are its token ids, if
-    the engine tells them.
+    ``truncated`` means that neither an end token nor a stop string ended it. ``error`` is the
+    reason if the engine could not draw a completion. ``ids`` are the ids of its tokens, or empty
+    if the engine does not tell them. Raises ``ValueError`` if they are not ``tokens`` many.
     """
 
     text: str
@@ -79,6 +108,10 @@ class Sample:
     truncated: bool
     error: str | None = None
     ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.ids and len(self.ids) != self.tokens:
+            raise ValueError(f"{len(self.ids)} ids of {self.tokens} tokens")
 
 
 Progress = Callable[[int], object]

@@ -4,6 +4,9 @@
 Here the draw is made before ``generate`` sees the logits: one uniform number per row and step, from
 the row's seed, is looked up in the row's cumulative distribution. ``generate`` gets logits with a
 single possible token, and decodes greedily.
+
+A stop string ends a row where its text first has one. The text decides, and :class:`_Stop` only
+spares the steps after it.
 """
 
 from __future__ import annotations
@@ -11,13 +14,20 @@ from __future__ import annotations
 import copy
 import gc
 import random
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from grpo_harness.engines.engine import EngineError, Progress, Request, Sample, Sampling
 from grpo_harness.engines.residency import Residents
@@ -37,15 +47,14 @@ if TYPE_CHECKING:
 
 _PINNED = {
     "num_beams": 1,
-    "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
 }
 """Settings that would change the policy's distribution, switched off whatever a checkpoint says.
 
-top_k, min_p, typical_p and similar settings act only on sampling in ``generate``. They have no
-effect, because the draw is made here, by temperature and top_p alone.
+typical_p and similar settings act only on sampling in ``generate``. They have no effect, because
+the draw is made here, by what :class:`Sampling` has.
 """
 
 _LIKELY = 256
@@ -151,6 +160,7 @@ class TransformersEngine:
         """Return the generation config in use; the model's own is ignored."""
         return GenerationConfig(
             **_PINNED,
+            repetition_penalty=float(self._sampling.repetition_penalty),
             max_new_tokens=self._sampling.max_new_tokens,
             # The draw happens in _SeededDraw; generate only takes the maximum.
             do_sample=False,
@@ -209,12 +219,15 @@ class TransformersEngine:
         batch = self.policy.tokenizer.pad(
             {"input_ids": prompts}, padding_side="left", return_tensors="pt"
         ).to(self.device)
+        width = batch["input_ids"].shape[1]
         draw = _SeededDraw(seeds, self._sampling, self.device)
+        stop = [_Stop(self._sampling.stop, width, self._text)] if self._sampling.stop else []
         try:
             output = model.generate(  # type: ignore[operator]  # it is typed as a Tensor
                 **batch,
                 generation_config=self.generation_config(),
                 logits_processor=LogitsProcessorList([draw]),
+                stopping_criteria=StoppingCriteriaList(stop),
             )
         except _NotFiniteError as error:
             where = first_not_finite(model, error.tokens)
@@ -224,15 +237,26 @@ class TransformersEngine:
                 f"first module whose output is not finite is {where}. If the checkpoint is sound, "
                 "a wider number format helps: --grpo-dtype float32"
             ) from None
-        width = batch["input_ids"].shape[1]
         return [self._sample(row) for row in output[:, width:].tolist()]
 
     def _sample(self, tokens: list[int]) -> Sample:
         ends = (i for i, token in enumerate(tokens) if token in self.policy.eos_token_ids)
         end = next(ends, None)
-        text = self.policy.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        text, ids = self._text(tokens[:end]), tokens if end is None else tokens[: end + 1]
+        if stop := _stop_end(text, self._sampling.stop):
+            text = text[:stop]
+            last = bisect_left(
+                range(len(ids)),
+                True,
+                key=lambda i: _stop_end(self._text(ids[: i + 1]), self._sampling.stop) > 0,
+            )
+            ids = ids[: last + 1]
+        return Sample(text, len(ids), truncated=end is None and not stop, ids=tuple(ids))
+
+    def _text(self, tokens: list[int]) -> str:
+        text = self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
         assert isinstance(text, str)
-        return Sample(text, len(tokens) if end is None else end + 1, truncated=end is None)
+        return text
 
 
 class _NotFiniteError(Exception):
@@ -265,20 +289,65 @@ class _SeededDraw(LogitsProcessor):
             return scores
         uniform = self._uniform[:, self._step, None]
         self._step += 1
-        spread = (scores.float() / self._sampling.temperature).softmax(-1)
-        # top_p is nearly always reached within a few hundred tokens, and sorting those is many
-        # times cheaper than sorting a vocabulary of 150,000; the result is the same.
-        probabilities, tokens = spread.topk(min(_LIKELY, spread.shape[-1]))
-        if probabilities.sum(-1).min() < self._sampling.top_p:
-            probabilities, tokens = spread.sort(-1, descending=True)
-        cumulative = probabilities.cumsum(-1)
-        # A token is kept if the more likely ones together are below top_p, so the first is always
-        # kept; the draw is uniform over the kept mass.
-        kept = (cumulative - probabilities < self._sampling.top_p).sum(-1, keepdim=True)
+        tokens, cumulative, kept = _kept(scores.float(), self._sampling)
+        # The draw is uniform over the kept mass.
         mass = cumulative.gather(-1, kept - 1)
         place = torch.searchsorted(cumulative, uniform * mass, right=True)
         drawn = tokens.gather(-1, torch.minimum(place, kept - 1))
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def _kept(
+    scores: torch.Tensor, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Apply temperature, top_k, top_p and min_p, as transformers does, to logits.
+
+    Returns the tokens, the most likely first, the sums of the probabilities up to each (both of
+    shape (rows, tokens)), and how many of them are kept, shape (rows, 1).
+    """
+    scores = scores / sampling.temperature
+    if sampling.top_k is not None:
+        least = scores.topk(min(sampling.top_k, scores.shape[-1])).values[:, -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    spread = scores.softmax(-1)
+    # Nearly always the kept tokens are among a few hundred, and sorting those is many times cheaper
+    # than sorting a vocabulary of 150,000; the result is the same.
+    probabilities, tokens = spread.topk(min(_LIKELY, spread.shape[-1]))
+    # At least the smallest normal number, because a token without probability is never kept.
+    least = (probabilities[:, :1] * (sampling.min_p or 0)).clamp_min(torch.finfo(spread.dtype).tiny)
+    enough = (probabilities.sum(-1) >= sampling.top_p) | (probabilities[:, -1:] < least)[:, 0]
+    if not bool(enough.all()):
+        probabilities, tokens = spread.sort(-1, descending=True)
+    cumulative = probabilities.cumsum(-1)
+    # A token is kept if the more likely ones together are below top_p, so the first always is.
+    kept = (cumulative - probabilities < sampling.top_p) & (probabilities >= least)
+    return tokens, cumulative, kept.sum(-1, keepdim=True)
+
+
+class _Stop(StoppingCriteria):
+    """Ends the rows whose text has a stop string that their last token completes.
+
+    ``width`` is the number of tokens of the padded prompts, and ``text`` decodes tokens.
+    """
+
+    def __init__(self, stop: Sequence[str], width: int, text: Callable[[list[int]], str]) -> None:
+        self._stop = stop
+        self._width = width
+        self._text = text
+        # A token has a byte at least. One more, because some tokenizers trim the first.
+        self._reach = max(len(string.encode()) for string in stop) + 1
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Tell for each row of ``input_ids`` (rows × tokens) whether it has ended."""
+        last = input_ids[:, max(self._width, input_ids.shape[1] - self._reach) :].tolist()
+        ended = [_stop_end(self._text(tokens), self._stop) > 0 for tokens in last]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _stop_end(text: str, stop: Sequence[str]) -> int:
+    """Return where the stop string that ends first in ``text`` ends; 0 if there is none."""
+    ends = (at + len(string) for string in stop if (at := text.find(string)) >= 0)
+    return min(ends, default=0)
 
 
 @contextmanager

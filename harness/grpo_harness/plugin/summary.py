@@ -75,7 +75,7 @@ class Summary:
         sampling = " ".join(f"{k}={v}" for k, v in settings.sampling.asdict().items())
         lines = [
             f"grpo-harness: {about}",
-            f"grpo-harness: {sampling}, baselines in {plain(self._relative(settings.baselines))}",
+            plain(f"grpo-harness: {sampling}, baselines in {self._relative(settings.baselines)}"),
         ]
         if not self._config.pluginmanager.hasplugin("cacheprovider"):
             lines.append("grpo-harness: pytest's cache is off: reruns are not pooled")
