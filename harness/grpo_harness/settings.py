@@ -50,7 +50,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         str,
         _key(
             "the base policy: a folder, nano-base, nano-trained, smollm2, or the id "
-            "of a model on ModelScope or Hugging Face",
+            "of a model on ModelScope or Hugging Face, which may end in @revision",
             "POLICY",
             min_length=1,
         ),
