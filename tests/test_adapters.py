@@ -18,6 +18,7 @@ from grpo_harness.engines.transformers import TransformersEngine
 from grpo_harness.engines.weights import load_weights
 from grpo_harness.policy import PolicyError, PolicyName, load
 from grpo_harness.policy.checkpoint import elements, find
+from tests.projects import run
 
 CPU, FULL = torch.device("cpu"), torch.float32
 B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -139,8 +140,30 @@ def test_an_adapter_that_adds_nothing_has_the_same_weights_as_its_base(tiny, tmp
         for path in (tiny, folder)
     )
     base.sample([Request("a", 1)])
-    with pytest.raises(EngineError, match="has the same weights"):
-        same.sample([Request("a", 1)])
+    for _ in range(2):  # however often it is asked
+        with pytest.raises(EngineError, match="has the same weights"):
+            same.sample([Request("a", 1)])
+
+
+def test_adapters_are_candidates_like_any_other(project):
+    """Of two, the one that adds nothing is named."""
+    base = project.path / "base-policy"
+    for step, scale in ((5, 0.05), (10, 0)):
+        adapt(base, project.path / "out" / f"checkpoint-{step}", scale=scale, written="base-policy")
+    run(project, "--grpo-record")
+    project.makepyfile(
+        test_both="""
+        def test_both(base_policy, trained_policy, sample):
+            for policy in (base_policy, trained_policy):
+                sample(policy, ["1 + 1"])
+        """
+    )
+    judged = run(project, "--grpo-trained=out/*", "test_both.py", passed=1, failed=1)
+    judged.stdout.fnmatch_lines(
+        ["*out/checkpoint-10* has the same weights in memory*", "FAILED *?checkpoint-10?*"]
+    )
+    rows = run(project, "--grpo-trained=out/*", "-k", "accuracy and not checkpoint-10")
+    rows.stdout.fnmatch_lines(["palindrome *out/checkpoint-5 *"])
 
 
 def test_the_fingerprint_is_of_the_base_the_adapter_and_how_they_are_merged(

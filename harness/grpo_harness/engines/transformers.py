@@ -89,8 +89,9 @@ class TransformersEngine:
         """The model with the policy's weights, which are loaded if they are not in memory."""
         if self._model is None:
             self._residents.make_room(self)
-            self._model = load_weights(self.policy, self.device, self.dtype)
-            self._residents.take_in(self, loaded_digest(self._model))
+            model = load_weights(self.policy, self.device, self.dtype)
+            self._residents.take_in(self, loaded_digest(model))
+            self._model = model
         return self._model
 
     def __enter__(self) -> Self:
