@@ -1,5 +1,6 @@
 """An adapter is a policy: PEFT's own unmerged model is what it is held against."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -18,7 +19,10 @@ from grpo_harness.engines.transformers import TransformersEngine
 from grpo_harness.engines.weights import load_weights
 from grpo_harness.policy import PolicyError, PolicyName, load
 from grpo_harness.policy.checkpoint import elements, find
+from grpo_harness.training import train
+from grpo_harness.training.recipes import RECIPES
 from tests.projects import run
+from tests.several import scattered
 
 CPU, FULL = torch.device("cpu"), torch.float32
 B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -200,6 +204,21 @@ def test_what_its_base_was_trained_on_counts_too(copy, tmp_path):
     assert find(PolicyName(str(folder))).trained_on() == {"gcd-1"}
     (folder / "problems.txt").write_text("sort-1.2\n")
     assert find(PolicyName(str(folder))).trained_on() == {"gcd-1", "sort-1"}
+
+
+@pytest.mark.parametrize("kind", ["lora", "tied head"])
+def test_a_training_can_start_from_one_and_writes_a_whole_model(tiny, tmp_path, kind):
+    folder = adapt(tiny, tmp_path / "adapter", KINDS[kind])
+    recipe = dataclasses.replace(
+        RECIPES["smoke"], policy=str(folder), steps=1, max_completion_length=4, learning_rate=1e-12
+    )
+    train(recipe, tmp_path / "out", device="cpu", reward=scattered)
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        before, after = (load_all(f)(tokens).logits for f in (folder, tmp_path / "out"))
+    assert (before - after).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="is an adapter: save it"):
+        train(dataclasses.replace(recipe, beta=0.1), tmp_path / "again", device="cpu")
 
 
 class TestTokenizer:
