@@ -51,6 +51,50 @@ class TestHubs:
         (repository / "refs" / "main").write_text("0123abc")
         assert find(PolicyName(QWEN)).path.resolve() == folder.resolve()
 
+    @pytest.mark.parametrize("revision", ["v1.5", "feature/x", "a" * 40])
+    def test_a_revision_is_its_own_snapshot(self, caches, save_tiny, revision):
+        repository = caches / "huggingface" / "models--Qwen--Qwen2-0.5B-Instruct"
+        commits = {"main": "b" * 40, revision: "a" * 40}
+        for seed, (ref, commit) in enumerate(commits.items()):
+            save_tiny(repository / "snapshots" / commit, seed=seed)
+            if ref != commit:
+                (repository / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+                (repository / "refs" / ref).write_text(commit)
+        main, pinned = load(QWEN), load(f"{QWEN}@{revision}")
+        assert (main.checkpoint.path.name, pinned.checkpoint.path.name) == ("b" * 40, "a" * 40)
+        assert main.fingerprint.weights != pinned.fingerprint.weights
+
+    def test_a_revision_is_not_looked_for_where_there_are_none(self, caches, tiny):
+        shutil.copytree(tiny, caches / "modelscope" / "models" / QWEN)
+        assert find(PolicyName(QWEN))
+        with pytest.raises(PolicyError) as error:
+            find(PolicyName(f"{QWEN}@v2"))
+        message = str(error.value)
+        assert f"hf download {QWEN} --revision v2" in message
+        assert "modelscope" not in message.lower()
+        assert "\n" not in message
+
+    def test_a_revision_is_asked_of_the_hub(self, caches, tiny, monkeypatch):
+        import huggingface_hub
+
+        asked = []
+
+        def download(repository, *, revision, local_files_only=False, **_):
+            asked.append((repository, revision))
+            if local_files_only:
+                raise FileNotFoundError(repository)
+            return tiny
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        assert find(PolicyName(f"{QWEN}@v2")).path == tiny
+        assert asked == [(QWEN, "v2")] * 2
+
+    @pytest.mark.parametrize("name", ["a/b@", "a/b@../x", "a/b@x/../../y", "a/b@x y", "a/b/c@d"])
+    def test_what_is_no_revision_is_nothing(self, caches, name):
+        with pytest.raises(PolicyError, match="no policy '"):
+            find(PolicyName(name, caches))
+
     def test_in_neither_cache_it_says_where_it_looked_and_what_to_do(self, caches):
         with pytest.raises(PolicyError) as error:
             find(PolicyName(QWEN))
@@ -58,6 +102,55 @@ class TestHubs:
         assert "\n" not in message
         for part in (QWEN, str(caches / "modelscope"), str(caches / "huggingface"), "hf download"):
             assert part in message
+
+
+class TestPaths:
+    """A path that does not exist is called one, and not the id of a model."""
+
+    def message(self, name, home):
+        with pytest.raises(PolicyError) as error:
+            find(PolicyName(name, home))
+        message = str(error.value)
+        assert message.startswith(f"no policy '{name}': ")
+        assert "\n" not in message
+        return message
+
+    @pytest.mark.parametrize(
+        ("name", "last"),
+        [
+            ("./out/x", "out"),
+            ("out/checkpoint-300/y", "out"),
+            ("./gone/x", "."),
+            ("gone/a/b", "."),
+            ("../nowhere/x", ".."),
+            ("checkpoints/latest", "checkpoints"),
+        ],
+    )
+    def test_that_are_nothing(self, caches, name, last):
+        home = caches / "home"
+        for folder in ("out", "checkpoints"):
+            (home / folder).mkdir(parents=True)
+        message = self.message(name, home)
+        assert f"this path does not exist; {home / last} does" in message
+        assert "hf download" not in message
+
+    def test_that_are_absolute(self, caches):
+        assert "this path does not exist" in self.message(str(caches / "x" / "y"), caches)
+        assert "this path does not exist" in self.message("~/no-such-folder-of-mine", caches)
+
+    def test_that_are_files(self, copy):
+        message = self.message(str(copy / "model.safetensors"), copy)
+        assert "model.safetensors is a file: name the folder that it is in" in message
+
+    def test_that_may_be_the_id_of_a_model(self, caches):
+        message = self.message("checkpoints/latest", caches)
+        assert f"as a path, it does not exist ({caches} has no checkpoints)" in message
+        assert "as a model's id, it is not in ModelScope's cache" in message
+
+    def test_a_model_is_found_beside_a_folder_of_its_owners_name(self, caches, tiny):
+        (caches / "qwen").mkdir()
+        folder = shutil.copytree(tiny, caches / "modelscope" / "models" / QWEN)
+        assert find(PolicyName(QWEN, caches)).path == folder
 
 
 class TestBroken:
@@ -69,7 +162,6 @@ class TestBroken:
         return message
 
     def test_a_name_that_is_nothing(self, tmp_path):
-        assert "not a folder" in self.message(tmp_path / "nowhere")
         assert "nano-base" in self.message("nano")
 
     def test_an_empty_folder(self, tmp_path):
@@ -147,10 +239,6 @@ class TestBroken:
         (copy / "tokenizer.json").unlink()
         assert "no tokenizer" in self.message(copy)
 
-    def test_an_adapter(self, copy):
-        (copy / "adapter_config.json").write_text("{}")
-        assert "merge" in self.message(copy)
-
     def test_no_end_token(self, copy):
         config = json.loads((copy / "tokenizer_config.json").read_text())
         config["eos_token"] = None
@@ -179,6 +267,24 @@ class TestSlug:
         monkeypatch.chdir(tiny)
         assert slug(".") == "tiny"
 
+    def test_of_a_checkpoint_of_a_run_has_the_runs_name(self, tmp_path):
+        for place in ("runA", "runB", "run 1", "a--b", "a/b--c"):
+            (tmp_path / place / "checkpoint-300").mkdir(parents=True)
+        assert slug("runA/checkpoint-300", tmp_path) == "runA--checkpoint-300"
+        assert slug(tmp_path / "runB" / "checkpoint-300") == "runB--checkpoint-300"
+        assert slug("checkpoint-300", tmp_path / "runA") == "runA--checkpoint-300"
+        odd = [slug(tmp_path / p / "checkpoint-300") for p in ("run 1", "a--b", "a/b--c")]
+        assert len({*odd, "a--b--checkpoint-300"}) == 4
+        for folder in odd:
+            assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", folder)
+        for plain in ("checkpoint-final", "checkpoint-3b", "my-checkpoint-3"):
+            (tmp_path / "runA" / plain).mkdir()
+            assert slug(tmp_path / "runA" / plain) == plain
+
+    def test_of_a_revision_is_not_that_of_another(self):
+        slugs = {slug(name) for name in (QWEN, f"{QWEN}@v1", f"{QWEN}@v2", f"{QWEN}@f/x")}
+        assert len(slugs) == 4
+
     def test_a_link_is_known_by_its_own_name_wherever_it_points(self, tiny, tmp_path):
         link = tmp_path / "latest"
         link.symlink_to(tiny)
@@ -191,6 +297,8 @@ class TestSlug:
     @example(["../../evil", "evil"])
     @example(["a b", "a-b"])
     @example(["", "policy"])
+    @example(["a/b@c", "a/b@d"])
+    @example(["a/b@c/d", "a/b@c--d"])
     @example(["recipes", "training"])
     def test_is_a_folder_of_its_own_for_every_name(self, names):
         one, two = map(slug, names)

@@ -102,7 +102,8 @@ def test_recipes_are_as_recorded_and_can_be_recorded_again(monkeypatch, tmp_path
     assert capsys.readouterr().out == "".join(f"{name}: as recorded\n" for name in RECIPES)
     # Elsewhere they are another project's, and written there.
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pyproject.toml").write_text('[tool.grpo-harness]\nbaselines = "refs"')
+    table = '[tool.grpo-harness]\nbaselines = "refs"\ntrained = "not-yet/checkpoint-*"'
+    (tmp_path / "pyproject.toml").write_text(table)
     assert main(["recipes"]) == 2
     assert "no config is recorded of the recipe 'tutorial'" in capsys.readouterr().err
     assert main(["recipes", "--record"]) == 0

@@ -11,7 +11,7 @@ import pytest
 import grpo_harness
 
 ROOT = Path(grpo_harness.__file__).parent
-HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate"}
+HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
 MAY_BE_HEAVY = {"policy/", "engines/", "grpo/", "training/", "contract/", "learning/"}
 
 

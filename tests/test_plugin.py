@@ -145,6 +145,155 @@ def test_a_new_checkpoint_is_judged_by_the_configured_ones_baseline(project, sav
     assert result.ret == 0
 
 
+@pytest.fixture
+def candidates(project, save_tiny):
+    """The project with a recorded pair and three checkpoints of its training."""
+    for name in ("test_accuracy", "test_improvement", "test_policies"):
+        shutil.copy(SUITES / f"{name}.py", project.path)
+    (project.path / "test_own.py").unlink()
+    run(project, "--grpo-record")
+    for step in (100, 20, 3):
+        save_tiny(project.path / "out" / f"checkpoint-{step}", seed=step)
+    return project
+
+
+def collected(project, *arguments):
+    """The names of the tests of a run, without their files."""
+    lines = run(project, "--co", "-q", *arguments).stdout.lines
+    return [line.partition("::")[2] for line in lines if "::" in line]
+
+
+LABELS = ("checkpoint-3", "checkpoint-20", "checkpoint-100")
+
+
+def test_one_candidate_has_the_ids_that_a_trained_policy_has(candidates):
+    one = collected(candidates, "--grpo-trained=out/checkpoint-2*")
+    assert one == collected(candidates)
+    assert {"test_accuracy[base-palindrome]", "test_accuracy[trained-palindrome]"} < set(one)
+    assert "test_trained_beats_base" in one
+
+
+@pytest.mark.parametrize(
+    "given", [("out/checkpoint-*",), tuple(f"out/checkpoint-{step}" for step in (100, 3, 20))]
+)
+def test_every_test_runs_for_each_candidate(candidates, given):
+    names = collected(candidates, *(f"--grpo-trained={text}" for text in given))
+    every = [f"test_{test}" for test in ("accuracy", "logits_are_finite", "samples_are_text")]
+    wanted = [f"{test}[{label}-palindrome]" for test in every for label in ("base", *LABELS)]
+    wanted += [f"test_no_task_type_got_worse[{label}-palindrome]" for label in LABELS]
+    wanted += [f"test_trained_beats_base[{label}]" for label in LABELS]
+    wanted += [f"test_trained_is_not_base[{label}]" for label in LABELS]
+    assert sorted(names) == sorted(wanted)
+    order = [name for name in names if name.startswith("test_trained_beats_base")]
+    assert order == [f"test_trained_beats_base[{label}]" for label in LABELS]
+
+
+def test_each_candidate_has_its_rows(candidates, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    table = candidates.path / "pyproject.toml"
+    table.write_text(
+        table.read_text().replace('"trained-policy"', '["trained-policy", "out/checkpoint-*"]')
+    )
+    before = baselines(candidates)
+    result = run(candidates, "--grpo-report=report", "--grpo-seed=3", "-k", "not beats")
+    folders = [f"out/{label}" for label in LABELS]
+    report = json.loads((candidates.path / "report" / "report.json").read_text())
+    assert report["trained"] == [*folders, "trained-policy"]
+    measured = [row["policy"] for row in report["evaluations"]]
+    assert measured == ["base-policy", *folders, "trained-policy"]
+    references = {c["policy"]: c["reference"] for c in report["checks"] if c["rule"] == "accuracy"}
+    # None of the three has a baseline of its own.
+    wanted = dict.fromkeys([*folders, "trained-policy"], "baseline of trained-policy")
+    assert references == {"base-policy": "baseline of base-policy", **wanted}
+    worse = [row["policy"] for row in report["checks"] if row["rule"] == "no_loss"]
+    assert worse == [*folders, "trained-policy"]
+    assert len(list((candidates.path / "report" / "samples").glob("*.jsonl"))) == 5
+    together = "out/checkpoint-3, out/checkpoint-20, out/checkpoint-100 and trained-policy"
+    assert f"- trained: {together}" in (candidates.path / "report" / "report.md").read_text()
+    result.stdout.fnmatch_lines(
+        [f"grpo-harness: base-policy, {together}, 64 problems*"]
+        + [f"palindrome *{name} *" for name in ("base-policy", *folders)]
+        + ["task type *policy *base: base-policy *trained *"]
+        + [f"palindrome *{name} *" for name in folders]
+    )
+    assert baselines(candidates) == before
+    listed = run(candidates, "--grpo-settings")
+    listed.stdout.fnmatch_lines([f"trained *{', '.join([*folders, 'trained-policy'])} *"])
+
+
+def test_each_candidate_is_recorded_under_its_run(candidates, save_tiny):
+    for place in ("runA", "runB"):
+        save_tiny(candidates.path / place / "checkpoint-300", seed=5)
+    recorded = run(candidates, "--grpo-record", "--grpo-trained=run*/checkpoint-300", skipped=3)
+    recorded.stdout.fnmatch_lines(["*recorded*"])
+    for place in ("runA", "runB"):
+        assert f"baselines/{place}--checkpoint-300/palindrome.json" in baselines(candidates)
+    options = ("--grpo-trained=run*/checkpoint-300", "--grpo-report=report", "-k", "accuracy")
+    run(candidates, *options)
+    report = json.loads((candidates.path / "report" / "report.json").read_text())
+    references = [check["reference"] for check in report["checks"]]
+    assert references == [
+        f"baseline of {name}"
+        for name in ("base-policy", "runA/checkpoint-300", "runB/checkpoint-300")
+    ]
+
+
+def test_a_candidate_that_failed_is_run_again_alone(candidates):
+    path = baselines(candidates)["baselines/trained-policy/palindrome.json"]
+    path.write_text(_always_right(path.read_text()))
+    failed = run(candidates, "--grpo-trained", "out/checkpoint-*", "-k", "accuracy")
+    (again,) = {
+        line.partition("again: pytest ")[2]
+        for line in failed.stdout.lines
+        if "again: " in line and "checkpoint-20-" in line
+    }
+    assert "--grpo-trained='out/checkpoint-*'" in again
+    alone = run(candidates, *shlex.split(again), failed=1)
+    alone.stdout.fnmatch_lines(["FAIL: accuracy of out/checkpoint-20 on palindrome"])
+
+
+def test_a_candidate_that_is_the_base_is_named_and_no_other(candidates):
+    shutil.copytree(candidates.path / "base-policy", candidates.path / "out" / "checkpoint-7")
+    result = run(candidates, "--grpo-trained=out/checkpoint-*", "-k", "is_not_base")
+    assert result.parseoutcomes().items() >= {"passed": 3, "failed": 1}.items()
+    result.stdout.fnmatch_lines(["FAILED *test_trained_is_not_base?checkpoint-7? *"])
+
+
+def test_a_suite_may_ask_the_trained_role_alone_or_both_at_once(candidates):
+    candidates.makepyfile(
+        test_more="""
+        import pytest
+
+        @pytest.mark.parametrize("role", ["trained"], indirect=True)
+        def test_chosen(policy):
+            pass
+
+        def test_both(role, policy, trained_policy):
+            assert (policy is trained_policy) == (role == "trained")
+        """
+    )
+    names = collected(candidates, "test_more.py", "--grpo-trained=out/checkpoint-*")
+    chosen = [f"test_chosen[trained-{label}]" for label in LABELS]
+    both = [f"test_both[{role}-{label}]" for role in ("base", "trained") for label in LABELS]
+    assert sorted(names) == sorted([*chosen, *both])
+    run(candidates, "test_more.py", "--grpo-trained=out/checkpoint-*", passed=9)
+
+
+def test_a_pattern_without_a_match_ends_the_run_before_it_starts(candidates):
+    result = run(candidates, "--grpo-trained=nowhere/checkpoint-*")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --grpo-trained 'nowhere/checkpoint-*' matches no folder*"])
+    assert "Traceback" not in result.stderr.str()
+
+
+def test_the_plan_is_of_every_candidate(candidates):
+    listed = run(candidates, "--co", "--grpo-trained=out/checkpoint-*", "-k", "test_accuracy")
+    listed.stdout.fnmatch_lines(
+        ["plan: 4 checks share *"]
+        + [f"palindrome *{name} *" for name in ("base-policy", *(f"out/{n}" for n in LABELS))]
+    )
+
+
 def test_the_report(project):
     run(project, "--grpo-record")
     run(project, "--grpo-report", "out", "--grpo-seed", "11")

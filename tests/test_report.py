@@ -289,3 +289,31 @@ def test_its_folder_does_not_make_the_tree_dirty(project):
         check=True,
     )
     assert "out" not in status.stdout
+
+
+def against_base(policy, task="gcd", base="base"):
+    check = rows(policy, task)[1]
+    about = {"rule": "no_loss", "title": "not worse", "against": "base", "reference": base}
+    return check | about
+
+
+def test_one_trained_policy_is_in_the_head_of_its_column_and_several_have_rows():
+    report = Report({}, ["sort", "gcd"], ["base", "b", "a"])
+    for task in ("gcd", "sort"):
+        report.add(against_base("b", task))
+    heads = list(report.improvements().rows.columns)
+    assert heads[:4] == ["task type", "n × k", "base: base", "trained: b"]
+    for task in ("gcd", "sort"):
+        report.add(against_base("a", task))
+    table = report.improvements().rows
+    assert list(table.columns)[:5] == ["task type", "policy", "n × k", "base: base", "trained"]
+    pairs = list(zip(table["task type"], table["policy"], strict=True))
+    assert pairs == [("sort", "b"), ("sort", "a"), ("gcd", "b"), ("gcd", "a")]
+    assert set(table["trained"]) == {"70.0%"}
+
+
+def test_the_head_names_every_candidate():
+    head = Report({"base": "x", "trained": ["a", "b", "c"], "seed": 1})
+    assert "- trained: a, b and c\n" in head.markdown()
+    assert head.content()["trained"] == ["a", "b", "c"]
+    assert "- trained: a\n" in Report({"trained": "a", "seed": 1}).markdown()

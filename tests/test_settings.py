@@ -1,3 +1,4 @@
+import json
 import sys
 
 import msgspec
@@ -22,9 +23,13 @@ def project(tmp_path):
     return project
 
 
+def names(settings):
+    return [name.text for name in settings.trained]
+
+
 def test_nothing_set_means_the_nano_pair(project, tmp_path):
     settings = project()
-    assert (settings.base.text, settings.trained.text) == ("nano-base", "nano-trained")
+    assert (settings.base.text, names(settings)) == ("nano-base", ["nano-trained"])
     assert list(settings.tasks) == list(task_types())
     assert (settings.problems, settings.samples) == (256, 4)
     assert settings.baselines == tmp_path / "baselines"
@@ -39,10 +44,10 @@ def test_without_a_pyproject_too(tmp_path):
 def test_the_nearest_table_counts_and_options_override_it(project):
     table = 'base = "a/b"\nproblems = 100\nsamples = 2'
     settings = project(table, below="tests/deep", problems=64, trained="c/d")
-    assert (settings.base.text, settings.trained.text) == ("a/b", "c/d")
+    assert (settings.base.text, names(settings)) == ("a/b", ["c/d"])
     assert (settings.problems, settings.samples) == (64, 2)
-    configured = {role: name.text for role, name in settings.configured.items()}
-    assert configured == {"base": "a/b", "trained": "nano-trained"}
+    configured = {role: [name.text for name in of] for role, of in settings.configured.items()}
+    assert configured == {"base": ["a/b"], "trained": ["nano-trained"]}
 
 
 def test_paths_of_the_table_are_relative_to_it_and_options_to_where_pytest_started(
@@ -137,6 +142,11 @@ def test_greedy_draws_one_sample(project):
         ('baselines = "a\\u0000b"', {}, "is not a folder"),
         ("", {"baselines": __file__}, "is not a folder"),
         ('base = ""', {}, "a text that is not empty"),
+        ('trained = ""', {}, "trained is '': it must be the GRPO-trained policy"),
+        ("trained = []", {}, "trained is []: it must be the GRPO-trained policy"),
+        ('trained = ["a", 3]', {}, "trained is ['a', 3]: it must be the GRPO-trained policy"),
+        ("trained = true", {}, "trained is True: it must be the GRPO-trained policy"),
+        ("", {"trained": [""]}, "--grpo-trained is ['']"),
         ("", {"greedy": True, "samples": 4}, "--grpo-greedy"),
         ("= nonsense", {}, "cannot be read"),
     ],
@@ -194,7 +204,94 @@ def test_two_policies_with_one_folder_for_their_baselines_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="one folder, 'latest'"):
         resolve(tmp_path, tmp_path, options)
     options["trained"] = str(tmp_path / "a" / ".." / "a" / "latest")
-    assert resolve(tmp_path, tmp_path, options).trained.text == options["trained"]
+    assert names(resolve(tmp_path, tmp_path, options)) == [options["trained"]]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Folders that training wrote, and a file that it did not."""
+    for run, steps in (("out", (100, 20, 3000)), ("runA", (300, 20)), ("runB", (300,))):
+        for step in steps:
+            (tmp_path / run / f"checkpoint-{step}").mkdir(parents=True)
+    (tmp_path / "out" / "final").mkdir()
+    (tmp_path / "out" / "checkpoint-5").write_text("a file")
+    return tmp_path
+
+
+STEPS = ["out/checkpoint-20", "out/checkpoint-100", "out/checkpoint-3000"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("out/checkpoint-*", STEPS),
+        (["out/checkpoint-*"], STEPS),
+        (["out/checkpoint-3000", "out/checkpoint-20"], [STEPS[0], STEPS[2]]),
+        (["out/final", "out/checkpoint-*"], [*STEPS, "out/final"]),
+        (["out/checkpoint-20", "out/checkpoint-??"], [STEPS[0]]),
+        (["b/x", "nano-trained", "a/x"], ["b/x", "nano-trained", "a/x"]),
+        ("run?/checkpoint-300", ["runA/checkpoint-300", "runB/checkpoint-300"]),
+        ("run[A]/*", ["runA/checkpoint-20", "runA/checkpoint-300"]),
+        ("**/checkpoint-20", ["out/checkpoint-20", "runA/checkpoint-20"]),
+        ("./out/checkpoint-1*", ["out/checkpoint-100"]),
+    ],
+)
+def test_candidates_are_in_the_order_of_their_steps(runs, given, wanted):
+    (runs / "pyproject.toml").write_text(f"[tool.grpo-harness]\ntrained = {json.dumps(given)}")
+    assert names(resolve(runs, runs / "out", {})) == wanted
+    (runs / "pyproject.toml").unlink()
+    assert names(resolve(runs, runs, {"trained": given})) == wanted
+    absolute = [str(runs / text) for text in ([given] if isinstance(given, str) else given)]
+    if "/" in wanted[0] and (runs / wanted[0]).exists():
+        found = names(resolve(runs, runs / "out", {"trained": absolute}))
+        assert found == [str(runs / text) for text in wanted]
+
+
+def test_a_folder_whose_name_is_a_pattern_is_itself(runs):
+    (runs / "out[1]" / "x").mkdir(parents=True)
+    assert names(resolve(runs, runs, {"trained": "out[1]/x"})) == ["out[1]/x"]
+
+
+@pytest.mark.parametrize("given", ["none/*", ["out/checkpoint-20", "none/*"], "out/checkpoint-5*"])
+def test_a_pattern_without_a_match_is_one_line(runs, given):
+    pattern = given if isinstance(given, str) else given[-1]
+    with pytest.raises(SettingsError) as error:
+        resolve(runs, runs / "elsewhere", {"trained": given})
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(f"--grpo-trained '{pattern}' matches no folder")
+    assert str(runs / "elsewhere") in message
+    (runs / "pyproject.toml").write_text('[tool.grpo-harness]\ntrained = "none/*"')
+    with pytest.raises(SettingsError, match=r"grpo-harness\] trained 'none/\*' matches no folder"):
+        resolve(runs, runs, {})
+    settings = resolve(runs, runs, {"trained": "out/final"})
+    assert settings.configured["trained"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        ("out/checkpoint-20", ["trained"]),
+        ("out/checkpoint-*", ["checkpoint-20", "checkpoint-100", "checkpoint-3000"]),
+        ("run*/checkpoint-300", ["runA--checkpoint-300", "runB--checkpoint-300"]),
+        (["nano-base", "a/b"], ["nano-base", "a--b"]),
+        (["base", "out/final"], ["base", "final"]),
+    ],
+)
+def test_candidates_are_told_apart_in_short(runs, given, labels):
+    assert resolve(runs, runs, {"trained": given}).labels() == labels
+
+
+def test_candidates_are_shown(runs):
+    table = {name: value for name, value, _ in shown(resolve(runs, runs, {"trained": STEPS[::-1]}))}
+    assert table["trained"] == ", ".join(STEPS)
+
+
+def test_two_candidates_with_one_folder_for_their_baselines_are_refused(runs):
+    for name in "ab":
+        (runs / name / "latest").mkdir(parents=True)
+    with pytest.raises(SettingsError, match="trained 'a/latest' and trained 'b/latest' would keep"):
+        resolve(runs, runs, {"trained": "[ab]/latest"})
 
 
 def test_every_setting_is_shown_with_where_it_comes_from(project):

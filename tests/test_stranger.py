@@ -16,6 +16,7 @@ OFF = ("-p", "no:grpo_harness.plugin")
 NAMES = (
     *("role", "policy", "task_type", "baseline", "sample", "gate", "evaluation", "evaluate"),
     *("engine", "base_policy", "trained_policy", "all_task_types", "grpo_session"),
+    "grpo_candidate",
 )
 """Every fixture of ours: a stranger may call theirs so."""
 

@@ -188,7 +188,8 @@ class _Steps:
 
 def _baselines() -> Path:
     """Return the baselines folder of the project in the current directory."""
-    return resolve(Path.cwd(), Path.cwd(), {}).baselines
+    # The configured candidates may not exist before the first training.
+    return resolve(Path.cwd(), Path.cwd(), {"trained": "nano-trained"}).baselines
 
 
 def _recipes(arguments: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from grpo_harness.gate.verdicts import Plan
 from grpo_harness.policy import Policy, PolicyError, PolicyName, load
 from grpo_harness.reruns import Attempt, Reruns
 from grpo_harness.rules import Check, Rule, Terms
-from grpo_harness.settings import ROLES, Settings
+from grpo_harness.settings import Settings
 from grpo_harness.store import Store
 from grpo_harness.tasks import Source
 from grpo_harness.text import digest
@@ -31,13 +31,15 @@ Until = Callable[[Sequence[Group]], bool]
 """Tells whether a run may stop after the groups so far."""
 
 
-def plan(settings: Settings, role: str, task_type: str, alpha: float) -> Plan | str:
-    """Predict what the accuracy check of a role can find, from its baseline alone.
+def plan(
+    settings: Settings, role: str, name: PolicyName, task_type: str, alpha: float
+) -> Plan | str:
+    """Predict what the accuracy check of a policy can find, from its baseline alone.
 
     ``alpha`` is its part of the run's risk. If the check will be an ERROR, return the reason in a
     few words instead: the run says it in full.
     """
-    path = _path(settings, role, settings.policy(role), task_type)
+    path = _path(settings, role, name, task_type)
     if settings.problems < MINIMUM_PROBLEMS:
         return f"fewer than {MINIMUM_PROBLEMS} problems"
     if not path.exists():
@@ -55,19 +57,19 @@ def plan(settings: Settings, role: str, task_type: str, alpha: float) -> Plan | 
 
 def stale_entries(settings: Settings) -> list[Stale]:
     """List the stale baselines below the baselines folder."""
-    names = {*settings.configured.values(), *(settings.policy(role) for role in ROLES)}
+    configured = (name for names in settings.configured.values() for name in names)
     types = {name: task.source for name, task in settings.tasks.items()}
-    slugs = {name.slug for name in names}
+    slugs = {name.slug for name in (*configured, *(own for *_, own in settings.policies()))}
     return stale(settings.baselines, slugs, types, settings.problems)
 
 
 def _path(settings: Settings, role: str, own: PolicyName, task_type: str) -> Path:
-    """Return the policy's own baseline, or else that of the configured policy of its role."""
-    folder = settings.baselines
-    path = baselines.path_of(folder, own.slug, task_type)
-    stands_for = settings.configured["base" if role == "base" else "trained"]
-    configured = baselines.path_of(folder, stands_for.slug, task_type)
-    return configured if configured.exists() and not path.exists() else path
+    """Return the policy's own baseline, or else the first of its role's configured policies."""
+    stand_ins = settings.configured["base" if role == "base" else "trained"]
+    paths = [
+        baselines.path_of(settings.baselines, name.slug, task_type) for name in (own, *stand_ins)
+    ]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 @dataclass(eq=False)
@@ -107,12 +109,12 @@ class Session:
         """The configured task types."""
         return [task.source for task in self.settings.tasks.values()]
 
-    def policy(self, role: str) -> Policy:
-        """Return the policy in a role (``base`` or ``trained``). Raises ``PolicyError``.
+    def policy(self, role: str, candidate: int = 0) -> Policy:
+        """Return the base policy or a numbered candidate (``trained``). Raises ``PolicyError``.
 
         A name is loaded once, even if both roles have it or it cannot be loaded.
         """
-        name = self.settings.policy(role)
+        name = self.settings.policy(role, candidate)
         if name not in self._policies:
             try:
                 self._policies[name] = load(name)
@@ -317,8 +319,8 @@ class Session:
 
     def _recorded_of(self, questions: Questions) -> Baseline | None:
         """Return the baseline that was recorded from this policy, if there is one."""
-        for role in ROLES:
-            if self.settings.policy(role) != questions.policy.checkpoint.name:
+        for role, _, name in self.settings.policies():
+            if name != questions.policy.checkpoint.name:
                 continue
             try:
                 stored = self.baseline(role, questions.policy, questions.task_type.name)

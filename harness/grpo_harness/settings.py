@@ -6,8 +6,12 @@ values derive from :class:`Table`. Importing the model loads nothing heavy, no t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob, has_magic
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
@@ -32,10 +36,22 @@ TABLE = "tool.grpo-harness"
 
 
 def _key(
-    description: str, metavar: str | None = None, *, option: bool = True, **limits: Any
+    description: str,
+    metavar: str | None = None,
+    *,
+    option: bool = True,
+    repeats: bool = False,
+    **limits: Any,
 ) -> Meta:
-    """Describe a key and its limits; with ``option`` the command line has it too."""
-    return Meta(description=description, extra={"option": option, "metavar": metavar}, **limits)
+    """Describe a key and its limits.
+
+    With ``option`` the command line has it too, and with ``repeats`` several times.
+    """
+    extra = {"option": option, "metavar": metavar, "repeats": repeats}
+    return Meta(description=description, extra=extra, **limits)
+
+
+_Name = Annotated[str, Meta(min_length=1)]
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,16 +61,23 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         str,
         _key(
             "the base policy: a folder, nano-base, nano-trained, smollm2, or the id "
-            "of a model on ModelScope or Hugging Face",
+            "of a model on ModelScope or Hugging Face, which may end in @revision",
             "POLICY",
             min_length=1,
         ),
     ] = "nano-base"
     trained: Annotated[
-        str, _key("the GRPO-trained policy, named like the base policy", "POLICY", min_length=1)
+        _Name | Annotated[list[_Name], Meta(min_length=1)],
+        _key(
+            "the GRPO-trained policy, named like the base policy; or several candidates: a quoted "
+            "pattern of folders such as 'out/checkpoint-*', or the option several times (in the "
+            "table: a list)",
+            "POLICY",
+            repeats=True,
+        ),
     ] = "nano-trained"
     tasks: Annotated[
-        list[Annotated[str, Meta(min_length=1)]] | None,
+        list[_Name] | None,
         _key(
             "a list of tasks: built-in types, paths of .py files, and data sets of the table data",
             option=False,
@@ -108,6 +131,7 @@ class Setting:
     description: str
     metavar: str | None
     is_option: bool
+    repeats: bool
 
 
 def table_settings() -> Iterator[Setting]:
@@ -115,22 +139,24 @@ def table_settings() -> Iterator[Setting]:
     for name, hint in get_type_hints(Table, include_extras=True).items():
         kind, meta = get_args(hint)
         plain = kind if isinstance(kind, type) else str
-        yield Setting(name, plain, meta.description, meta.extra["metavar"], meta.extra["option"])
+        of = meta.extra
+        yield Setting(name, plain, meta.description, of["metavar"], of["option"], of["repeats"])
 
 
 @dataclass(frozen=True)
 class Settings:
     """Every setting of a run, resolved.
 
-    ``root`` is the project's folder. ``configured`` has the project's policy of each role; its
-    baseline is used for a policy that has none. ``sources`` says where the value of each key comes
-    from, and ``table`` has the keys as they were set.
+    ``root`` is the project's folder. ``trained`` has the candidates, at least one, in the order of
+    their steps. ``configured`` has the project's policies of each role; the baseline of the first
+    that has one is used for a policy that has none. ``sources`` says where the value of each key
+    comes from, and ``table`` has the keys as they were set.
     """
 
     root: Path
     base: PolicyName
-    trained: PolicyName
-    configured: Mapping[Role, PolicyName]
+    trained: tuple[PolicyName, ...]
+    configured: Mapping[Role, Sequence[PolicyName]]
     tasks: Mapping[str, Task]
     problems: int
     samples: int
@@ -152,9 +178,24 @@ class Settings:
 
         return Task(source, RULE, self.sampling, self.table.system, self.table.chat_template_kwargs)
 
-    def policy(self, role: str) -> PolicyName:
-        """Return the name of the policy in a role."""
-        return self.base if role == "base" else self.trained
+    def policy(self, role: str, candidate: int = 0) -> PolicyName:
+        """Return the name of the policy in a role: the base, or the numbered candidate."""
+        return self.base if role == "base" else self.trained[candidate]
+
+    def policies(self) -> Iterator[tuple[Role, int, PolicyName]]:
+        """Yield every policy with its role and its number among those of the role."""
+        yield "base", 0, self.base
+        for number, name in enumerate(self.trained):
+            yield "trained", number, name
+
+    def labels(self) -> list[str]:
+        """Return a short name for each candidate, all different: ``trained`` if there is one."""
+        if len(self.trained) == 1:
+            return ["trained"]
+        slugs = [name.slug for name in self.trained]
+        short = [name.folder.name if name.folder else name.slug for name in self.trained]
+        plain = all(re.fullmatch(r"[\w.-]+", label, re.ASCII) for label in short)
+        return short if plain and len({"base", *short}) > len(short) else slugs
 
 
 def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
@@ -186,12 +227,15 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
             "--grpo-greedy draws one completion per problem, so more --grpo-samples than 1 would "
             "count it several times: leave one of the two out"
         )
-    configured: dict[Role, PolicyName] = {
-        role: PolicyName(getattr(table, role), home) for role in ROLES
+    overridden = "trained" in set_here
+    configured: dict[Role, Sequence[PolicyName]] = {
+        "base": (PolicyName(table.base, home),),
+        "trained": _candidates(table.trained, home, None if overridden else f"{where}] "),
     }
-    base, trained = (
-        PolicyName(set_here[role], cwd) if role in set_here else configured[role] for role in ROLES
-    )
+    base = PolicyName(set_here["base"], cwd) if "base" in set_here else configured["base"][0]
+    trained = configured["trained"]
+    if overridden:
+        trained = _candidates(chosen.trained, cwd, "--grpo-")
     _distinct(base, trained)
     folder = (cwd if "baselines" in set_here else home) / resolved.baselines
     if "\0" in resolved.baselines or folder.is_file():
@@ -213,7 +257,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     return Settings(
         root=home,
         base=base,
-        trained=trained,
+        trained=tuple(trained),
         configured=configured,
         tasks=tasks(
             resolved.tasks,
@@ -255,6 +299,8 @@ def shown(settings: Settings) -> Iterator[tuple[str, str, str]]:
             value = ", ".join(value) or "none"
         elif setting.name == "reward":
             value = value or "the rule reward"
+        elif setting.name == "trained":
+            value = ", ".join(map(str, value))
         yield setting.name, escape(str(value), 1000), settings.sources[setting.name]
 
 
@@ -292,14 +338,55 @@ def nearest_table(place: Path) -> tuple[Path | None, Mapping[str, Any] | None]:
     return file, table
 
 
-def _distinct(base: PolicyName, trained: PolicyName) -> None:
+def _candidates(given: str | list[str], home: Path, place: str | None) -> list[PolicyName]:
+    """Return the policies that are named, in the order of their steps, each once.
+
+    A pattern means the folders that it matches from ``home``. Raises ``SettingsError`` if there are
+    none, unless ``place``, where it is set, is ``None``.
+    """
+    from grpo_harness.policy import PolicyName
+
+    named = []
+    for text in [given] if isinstance(given, str) else given:
+        name = PolicyName(text, home)
+        if not has_magic(text) or name.folder:
+            named.append(name)
+            continue
+        pattern = str(Path(text).expanduser())
+        found = glob(pattern, root_dir=home, recursive=True)  # noqa: PTH207 - or an absolute one
+        matches = [PolicyName(str(Path(match)), home) for match in sorted(found, key=_by_numbers)]
+        folders = [match for match in matches if match.folder]
+        if place and not folders:
+            raise SettingsError(
+                f"{place}trained '{escape(text)}' matches no folder (looked for from {home}): "
+                "correct the pattern, or train first"
+            )
+        named += folders
+    once = {(name.slug, name.folder or name.text): name for name in named}
+    return sorted(once.values(), key=_step)
+
+
+def _by_numbers(text: str) -> list[tuple[str, int]]:
+    """Return a key that sorts the numbers in texts by their values."""
+    return [(word, int(number or 0)) for word, number in re.findall(r"(\D*)(\d*)", text)]
+
+
+def _step(name: PolicyName) -> float:
+    """Return the number at the end of a folder's name; whatever has none comes last."""
+    number = re.search(r"[-_](\d+)$", name.folder.name) if name.folder else None
+    return int(number[1]) if number else math.inf
+
+
+def _distinct(base: PolicyName, trained: Sequence[PolicyName]) -> None:
     """Raise ``SettingsError`` if two policies would keep their baselines in one folder."""
-    folders = [policy.folder.resolve() if policy.folder else None for policy in (base, trained)]
-    same = base.text == trained.text and base.folder == trained.folder
-    if folders[0] is not None:
-        same = same or folders[0] == folders[1]
-    if not same and base.slug == trained.slug:
-        raise SettingsError(
-            f"base '{escape(base.text)}' and trained '{escape(trained.text)}' would keep their "
-            f"baselines in one folder, {base.slug!r}: rename one of them"
-        )
+    roles = [("base", base), *(("trained", name) for name in trained)]
+    for (role, one), (other_role, other) in combinations(roles, 2):
+        folders = [name.folder.resolve() if name.folder else None for name in (one, other)]
+        same = one.text == other.text and one.folder == other.folder
+        if folders[0] is not None:
+            same = same or folders[0] == folders[1]
+        if not same and one.slug == other.slug:
+            raise SettingsError(
+                f"{role} '{escape(one.text)}' and {other_role} '{escape(other.text)}' would keep "
+                f"their baselines in one folder, {one.slug!r}: rename one of them"
+            )

@@ -7,7 +7,7 @@ displayed through :func:`escape` (a terminal, a log) or :func:`markdown`.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 _FENCE = "```"
 _INTEGER = re.compile(r"-?\d+")
@@ -81,6 +81,11 @@ def escape(text: str, limit: int = 200) -> str:
     shown = "".join(map(_visible, text))
     shown = shown.replace("::", ":\\u003a").replace("##", "#\\u0023")
     return shown if left_out <= 0 else f"{shown}… ({left_out} more characters)"
+
+
+def together(texts: Sequence[str]) -> str:
+    """Join names as a sentence does: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(part for part in (", ".join(texts[:-1]), texts[-1]) if part)
 
 
 def plain(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_harness.text import digest
 
-_LIBRARIES = ("torch", "transformers", "tokenizers", "grpo-harness")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "grpo-harness")
 
 _SAMPLES_AND_JUDGES = (
     *("text.py", "tasks", "rewards", "policy", "engines", "evaluation.py", "gate"),

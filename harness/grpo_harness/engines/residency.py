@@ -42,7 +42,6 @@ class Residents:
 
         Raises ``EngineError`` if a policy with other files was loaded with the same weights.
         """
-        self._held.append(engine)
         twin = self._known.setdefault(digest, engine.policy)
         if twin.fingerprint.weights != engine.policy.fingerprint.weights:
             raise EngineError(
@@ -51,6 +50,7 @@ class Residents:
                 "their files differ: one was loaded for the other, or they differ by less than "
                 "the number format can hold (--grpo-dtype)"
             )
+        self._held.append(engine)
 
     def leave(self, engine: Holder) -> None:
         """Remove an engine that has released its weights."""

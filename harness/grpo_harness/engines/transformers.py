@@ -108,8 +108,9 @@ class TransformersEngine:
             return self._owner.model
         if self._model is None:
             self._residents.make_room(self)
-            self._model = load_weights(self.policy, self.device, self.dtype)
-            self._residents.take_in(self, loaded_digest(self._model))
+            model = load_weights(self.policy, self.device, self.dtype)
+            self._residents.take_in(self, loaded_digest(model))
+            self._model = model
         return self._model
 
     def __enter__(self) -> Self:

@@ -2,12 +2,12 @@
 
 If the files lack a tensor, transformers fills it with random numbers and warns. Here every tensor
 is checked: none is missing, unexpected or of another shape, each has the values of its file, and
-every value is finite.
+every value is finite. An adapter is merged into its base, whose other tensors stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 from xxhash import xxh3_128
 
-from grpo_harness.policy.checkpoint import PolicyError, weight_files
+from grpo_harness.engines.adapters import merge
+from grpo_harness.policy.checkpoint import Checkpoint, PolicyError, weight_files
 from grpo_harness.policy.policy import Policy, quiet, source_of
 from grpo_harness.text import one_line
 
@@ -60,13 +61,14 @@ def load_weights(policy: Policy, device: torch.device, dtype: torch.dtype) -> Pr
     with the tensor that is missing, unexpected, of another shape, different from its file, or not
     finite.
     """
-    source = source_of(policy.checkpoint)
-    if not policy.checkpoint.gguf_file:
+    whole = policy.checkpoint.whole
+    source = source_of(whole)
+    if not whole.gguf_file:
         source["use_safetensors"] = True
     try:
         with quiet():
             loading: Any = AutoModelForCausalLM.from_pretrained(
-                policy.checkpoint.path,
+                whole.path,
                 dtype=dtype,
                 output_loading_info=True,
                 # So that a wrong shape is reported below, in one line and not in a long table.
@@ -77,12 +79,15 @@ def load_weights(policy: Policy, device: torch.device, dtype: torch.dtype) -> Pr
         raise
     except Exception as error:  # transformers raises whatever its readers raise
         raise PolicyError(
-            f"{policy.checkpoint} cannot be loaded from {policy.checkpoint.path}: "
+            f"{policy.checkpoint} cannot be loaded from {whole.path}: "
             f"{one_line(error)}; get the checkpoint again, or name another"
         ) from error
     model, info = loading
-    _all_there(policy, info)
-    _the_files_own(policy, model)
+    _all_there(whole, info)
+    _the_files_own(whole, model)
+    if policy.checkpoint.base:
+        model, changed = merge(policy.checkpoint, model)
+        _the_files_own(whole, model, changed)
     for name, tensor in _tensors(model):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise PolicyError(
@@ -131,7 +136,7 @@ def first_not_finite(model: PreTrainedModel, tokens: torch.Tensor) -> str:
     return found[0] if found else "the logits"
 
 
-def _all_there(policy: Policy, info: dict[str, Any]) -> None:
+def _all_there(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
     # Each tensor of the model is in the files, or tied to one that is; and vice versa.
     for what, names in (
         ("lack the tensor", info["missing_keys"]),
@@ -142,17 +147,19 @@ def _all_there(policy: Policy, info: dict[str, Any]) -> None:
             first, *others = sorted(names)
             more = f" (and {len(others)} more)" if others else ""
             raise PolicyError(
-                f"{policy.checkpoint}: the files in {policy.checkpoint.path} {what} "
+                f"{checkpoint}: the files in {checkpoint.path} {what} "
                 f"{first}{more}; get the checkpoint again, or save it whole"
             )
 
 
-def _the_files_own(policy: Policy, model: PreTrainedModel) -> None:
-    """Compare the tensors in memory with those of the same name in the files."""
-    if policy.checkpoint.gguf_file:  # its tensors have other names, and are quantized
+def _the_files_own(
+    checkpoint: Checkpoint, model: PreTrainedModel, changed: Collection[str] = ()
+) -> None:
+    """Compare the tensors in memory, but the ``changed`` ones, with those in the files."""
+    if checkpoint.gguf_file:  # its tensors have other names, and are quantized
         return
-    held = dict(_tensors(model, tied=True))
-    for path in weight_files(policy.checkpoint):
+    held = {n: t for n, t in _tensors(model, tied=True) if n not in changed}
+    for path in weight_files(checkpoint):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 if (tensor := held.get(name)) is None or not tensor.is_floating_point():
@@ -164,7 +171,7 @@ def _the_files_own(policy: Policy, model: PreTrainedModel) -> None:
                 right = stored.to(tensor.device, tensor.dtype)
                 if not torch.equal(right.nan_to_num(), tensor.nan_to_num()):
                     raise PolicyError(
-                        f"{policy.checkpoint}: the weights in memory are not those of its files: "
+                        f"{checkpoint}: the weights in memory are not those of its files: "
                         f"{name} has other values than in {path}. Another policy was loaded "
                         "instead"
                     )

@@ -30,6 +30,7 @@ from grpo_harness.plugin.fixtures import (  # noqa: F401
     evaluate,
     evaluation,
     gate,
+    grpo_candidate,
     grpo_session,
     policy,
     role,

@@ -95,8 +95,9 @@ class Gate:
 
         words = ["pytest", shlex.quote(self._node.nodeid), f"--grpo-seed={self._session.run_seed}"]
         for name in (*settable(), "strict"):
-            value = self._node.config.getoption(f"grpo_{name}")
-            if value is not None and value is not False:
-                said = "" if value is True else f"={shlex.quote(str(value))}"
-                words.append(f"--grpo-{name}{said}")
+            given = self._node.config.getoption(f"grpo_{name}")
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and value is not False:
+                    said = "" if value is True else f"={shlex.quote(str(value))}"
+                    words.append(f"--grpo-{name}{said}")
         return " ".join(words)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from grpo_harness.plugin.assertions import Gate
-from grpo_harness.plugin.planning import declared, uses
+from grpo_harness.plugin.planning import declared, role_of, uses
 from grpo_harness.plugin.state import RUN, carry, carry_check, carry_notices, clearly
 
 if TYPE_CHECKING:
@@ -110,21 +110,27 @@ def base_policy(grpo_session: Session) -> Policy:
 
 
 @pytest.fixture(scope="session")
-def trained_policy(grpo_session: Session) -> Policy:
-    """Return the GRPO-trained policy."""
-    return clearly(lambda: grpo_session.policy("trained"))
+def grpo_candidate(request: pytest.FixtureRequest) -> int:
+    """Number the trained policy of a test, from 0; -1 is the base. Parametrized if several."""
+    return int(getattr(request, "param", 0))
 
 
 @pytest.fixture(scope="session")
-def role(request: pytest.FixtureRequest) -> str:
+def trained_policy(grpo_candidate: int, grpo_session: Session) -> Policy:
+    """Return the GRPO-trained policy, or each of several candidates in turn."""
+    return clearly(lambda: grpo_session.policy("trained", grpo_candidate))
+
+
+@pytest.fixture(scope="session")
+def role(request: pytest.FixtureRequest, grpo_candidate: int) -> str:
     """Name the role that ``policy`` plays: ``base`` or ``trained``. Parametrized."""
-    return str(request.param)
+    return str(getattr(request, "param", role_of(grpo_candidate)))
 
 
 @pytest.fixture(scope="session")
-def policy(role: str, grpo_session: Session) -> Policy:
-    """Return each of the two policies in turn. Parametrized, by its role."""
-    return clearly(lambda: grpo_session.policy(role))
+def policy(role: str, grpo_candidate: int, grpo_session: Session) -> Policy:
+    """Return the base policy and each trained one in turn. Parametrized, by its role."""
+    return clearly(lambda: grpo_session.policy(role, grpo_candidate))
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             told["action"] = "store_true"
         else:
             told |= {"metavar": setting.metavar, "type": setting.kind}
+        if setting.repeats:
+            told["action"] = "append"
         add(f"--grpo-{setting.name}", **told)
     add("--grpo-greedy", action="store_true", default=None, help="greedy decoding, one completion")
     add("--grpo-seed", type=int, metavar="SEED", help="repeat the run that printed this seed")

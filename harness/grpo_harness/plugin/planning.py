@@ -3,15 +3,26 @@
 A fixture is ours if pytest resolved its name to our function, whatever the name.
 """
 
-from collections import Counter
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from grpo_harness.plugin.state import Run, usage_errors
+from grpo_harness.settings import ROLES
 
 _FIXTURES = "grpo_harness.plugin.fixtures"
+_CANDIDATE = "grpo_candidate"
+NONE = -1
+"""The value of ``grpo_candidate`` that means the base policy."""
+
 MARKER = "grpo"
+
+if TYPE_CHECKING:
+    from grpo_harness.policy import PolicyName
+    from grpo_harness.settings import Role
 
 
 def uses(item: Any, name: str) -> bool:
@@ -33,16 +44,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test for each policy and task type that it uses, unless it chooses its own."""
     from grpo_harness.plugin import activated
 
-    for name in ("role", "task_type"):
-        if not uses(metafunc.definition, name):
-            continue
-        if any(name in call.params for call in metafunc._calls):
-            continue
-        run = activated(metafunc.config)
-        from grpo_harness.settings import ROLES
+    open_ones = {
+        name
+        for name in ("role", _CANDIDATE, "task_type")
+        if uses(metafunc.definition, name)
+        and not any(name in call.params for call in metafunc._calls)
+    }
+    if not open_ones:
+        return
+    settings = activated(metafunc.config).settings
 
-        values = ROLES if name == "role" else run.settings.tasks
-        metafunc.parametrize(name, values, indirect=True, scope="session")
+    def run_for(names: str, values: Iterable[Any], ids: Iterable[str]) -> None:
+        metafunc.parametrize(names, list(values), ids=list(ids), indirect=True, scope="session")
+
+    labels = settings.labels()
+    several = len(labels) > 1 and _CANDIDATE in open_ones
+    if several and "role" in open_ones and not uses(metafunc.definition, "trained_policy"):
+        # One parameter for both: pytest groups tests by each, and would split those of a candidate.
+        run_for(_CANDIDATE, [NONE, *range(len(labels))], ["base", *labels])
+    else:
+        if "role" in open_ones:
+            run_for("role", ROLES, ROLES)
+        if several:
+            run_for(_CANDIDATE, range(len(labels)), labels)
+    if "task_type" in open_ones:
+        run_for("task_type", settings.tasks, settings.tasks)
 
 
 def declared(item: pytest.Item) -> list[str]:
@@ -70,10 +96,17 @@ def records(item: pytest.Item) -> bool:
     return uses(item, "evaluation") and uses(item, "baseline")
 
 
-def role_and_type(item: pytest.Item) -> tuple[Any, Any]:
-    """Return the role and the task type that a test is parametrized by."""
+def judged(item: pytest.Item) -> tuple[Any, int, Any]:
+    """Return the role, the number of the policy in it and the task type that a test runs for."""
     parameters = item.callspec.params  # type: ignore[attr-defined]
-    return parameters.get("role"), parameters.get("task_type")
+    number = parameters.get(_CANDIDATE, 0)
+    role = parameters.get("role", role_of(number) if _CANDIDATE in parameters else None)
+    return role, 0 if role == "base" else number, parameters.get("task_type")
+
+
+def role_of(candidate: int) -> Role:
+    """Return the role of the policy that ``grpo_candidate`` numbers."""
+    return "base" if candidate == NONE else "trained"
 
 
 @pytest.hookimpl(trylast=True)
@@ -85,10 +118,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if not config.getoption("grpo_record"):
         return
-    recording: dict[tuple[Any, Any], pytest.Item] = {}
+    recording: dict[tuple[Any, int, Any], pytest.Item] = {}
     for item in items:
         if records(item):
-            recording.setdefault(role_and_type(item), item)
+            recording.setdefault(judged(item), item)
     kept = list(recording.values())
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
@@ -116,21 +149,25 @@ def _try_rewards(run: Run, session: pytest.Session) -> None:
 
     if hasattr(session.config, "workerinput"):
         return
-    named = {role_and_type(item)[1] for item in session.items if uses(item, "task_type")}
+    named = {judged(item)[2] for item in session.items if uses(item, "task_type")}
     for name, task in run.settings.tasks.items():
         if name in named:
             with usage_errors():
                 try_on(task.rewards, task.source)
 
 
-def asked(run: Run, items: list[pytest.Item]) -> list[tuple[str, str]]:
-    """Return task type and role of each accuracy check, in the order of a table."""
+def asked(run: Run, items: list[pytest.Item]) -> list[tuple[str, str, PolicyName]]:
+    """Return task type, role and policy of each accuracy check, in the order of a table."""
     from grpo_harness.rules import UNDECLARED
-    from grpo_harness.settings import ROLES
 
-    found = Counter(
-        role_and_type(item)
+    found = {
+        judged(item)
         for item in items
         if records(item) and {"accuracy", UNDECLARED} & set(declared(item))
-    )
-    return [(t, r) for t in run.settings.tasks for r in ROLES if (r, t) in found]
+    }
+    return [
+        (task_type, role, name)
+        for task_type in run.settings.tasks
+        for role, number, name in run.settings.policies()
+        if (role, number, task_type) in found
+    ]

@@ -15,7 +15,7 @@ import pytest
 
 from grpo_harness.plugin.planning import asked
 from grpo_harness.plugin.state import Run, rows, usage_errors
-from grpo_harness.text import escape, plain
+from grpo_harness.text import escape, plain, together
 
 if TYPE_CHECKING:
     from grpo_harness.gate.verdicts import Plan
@@ -69,7 +69,7 @@ class Summary:
         self._has_header = True
         settings, run = self._run.settings, self._run
         about = (
-            f"{escape(settings.base.text, 60)} and {escape(settings.trained.text, 60)}, "
+            f"{together([escape(name.text, 60) for *_, name in settings.policies()])}, "
             f"{settings.problems} problems × {settings.samples} samples, seed {run.seed}"
         )
         sampling = " ".join(f"{k}={v}" for k, v in settings.sampling.asdict().items())
@@ -99,8 +99,8 @@ class Summary:
         settings, shares = self._run.settings, self._run.shares()
         alpha = shares.get("accuracy") or shares.get(UNDECLARED) or 0.0
         plans = [
-            (task_type, settings.policy(role).text, plan(settings, role, task_type, alpha))
-            for task_type, role in asked(self._run, items)
+            (task_type, name.text, plan(settings, role, name, task_type, alpha))
+            for task_type, role, name in asked(self._run, items)
         ]
         planned = len(self._run.planned)
         line = (
@@ -222,9 +222,10 @@ class Summary:
         from grpo_harness.report.report import Report
 
         settings = self._run.settings
+        texts = [name.text for *_, name in settings.policies()]
         header = {
-            "base": settings.base.text,
-            "trained": settings.trained.text,
+            "base": texts[0],
+            "trained": texts[1] if len(texts) == 2 else texts[1:],
             "problems": settings.problems,
             "samples": settings.samples,
             "sampling": settings.sampling.asdict(),
@@ -234,7 +235,7 @@ class Summary:
         report = Report(
             header,
             list(settings.tasks),
-            (settings.base.text, settings.trained.text),
+            texts,
             status,
             passed=len(self._passed - self._failed.keys()),
             failed=self._failed,

@@ -103,14 +103,11 @@ def conversation(prompt: Prompt) -> list[Message]:
 
 def load(name: str | PolicyName) -> Policy:
     """Load the policy that ``name`` means, without weights. Raises ``PolicyError``."""
-    from transformers import AutoTokenizer
-
     checkpoint = find(name if isinstance(name, PolicyName) else PolicyName(name))
-    source = source_of(checkpoint)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **source)
-            named = _named_ends(checkpoint, source)
+            named = _named_ends(checkpoint)
+            tokenizer = _tokenizer(checkpoint)
     except Exception as error:  # transformers raises whatever its readers raise
         raise PolicyError(
             f"{checkpoint} cannot be loaded from {checkpoint.path}: {one_line(error)}; "
@@ -139,14 +136,34 @@ def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return source
 
 
-def _named_ends(checkpoint: Checkpoint, source: dict[str, Any]) -> list[Any]:
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with the chat template: of each an adapter may have its own."""
+    from transformers import AutoTokenizer
+
+    def of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+        source = source_of(checkpoint)
+        return AutoTokenizer.from_pretrained(checkpoint.path, **source)
+
+    holder = checkpoint.with_tokenizer
+    tokenizer = of(holder)
+    template = checkpoint.path / "chat_template.jinja"
+    if holder is checkpoint.base and template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if not tokenizer.chat_template and holder is not checkpoint.whole:
+        tokenizer.chat_template = of(checkpoint.whole).chat_template
+    return tokenizer
+
+
+def _named_ends(checkpoint: Checkpoint) -> list[Any]:
     """Return the end tokens of the generation config, or else of the model's config."""
     from transformers import AutoConfig, GenerationConfig
 
     # Always read, so that an unknown architecture is reported before weights are loaded.
-    model = AutoConfig.from_pretrained(checkpoint.path, **source)
-    if (checkpoint.path / "generation_config.json").is_file():
-        config: Any = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    whole = checkpoint.whole
+    model = AutoConfig.from_pretrained(whole.path, **source_of(whole))
+    folder = checkpoint.having("generation_config.json").path
+    if (folder / "generation_config.json").is_file():
+        config: Any = GenerationConfig.from_pretrained(folder, local_files_only=True)
     else:
         config = GenerationConfig.from_model_config(model)
     named = config.eos_token_id

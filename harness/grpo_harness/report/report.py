@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from grpo_harness.gate.stats import holm
 from grpo_harness.report.tables import Table
-from grpo_harness.text import escape, markdown, plain
+from grpo_harness.text import escape, markdown, plain, together
 
 Row = Mapping[str, Any]
 Status = Literal["running", "finished", "interrupted"]
@@ -79,18 +79,20 @@ class Report:
         return Table.of(rows, _LESS_MISSED)
 
     def improvements(self) -> Table:
-        """One row per task type: trained against base on the same problems."""
+        """One row per task type and trained policy: against base on the same problems."""
+        checks = [row for row in self._sorted(self.checks) if row["against"] == "base"]
+        several = len({row["policy"] for row in checks}) > 1
         rows = []
-        for row in self._sorted(self.checks):
-            if row["against"] != "base":
-                continue
+        for row in checks:
             e = row["evidence"]
+            now = _percent(e["now"]) if e else ""
             rows.append(
                 {
                     "task type": row["task_type"],
+                    **({"policy": row["policy"]} if several else {}),
                     "n × k": f"{e['n']} × {e['k']}" if e else "",
                     f"base: {row['reference']}": _percent(e["then"]) if e else "",
-                    f"trained: {row['policy']}": _percent(e["now"]) if e else "",
+                    "trained" if several else f"trained: {row['policy']}": now,
                     "Δ points (90 % CI)": _interval(e) if e else "",
                     "asked": row["title"],
                     "verdict": row["verdict"],
@@ -181,8 +183,7 @@ class Report:
             if row["policy"] not in policies:
                 policies.append(row["policy"])
         return [
-            f"sampling of {' and '.join(policies)}: {settings}"
-            for settings, policies in shared.items()
+            f"sampling of {together(policies)}: {settings}" for settings, policies in shared.items()
         ]
 
     def _sorted(self, rows: Mapping[Any, Row]) -> list[Row]:
@@ -229,7 +230,7 @@ class Report:
 def _words(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{name}={of}" for name, of in value.items())
-    return str(value)
+    return together(value) if isinstance(value, list) else str(value)
 
 
 def _worst(checks: Iterable[Row]) -> str:

@@ -99,10 +99,11 @@ def train(
     on = device if config.world_size == 1 else "cpu"
     policy = load(recipe.policy)
     model = load_weights(policy, device_of(on), torch.float32)
-    if recipe.beta and policy.checkpoint.gguf_file:
+    if recipe.beta and (policy.checkpoint.gguf_file or policy.checkpoint.base):
+        kind = "an adapter" if policy.checkpoint.base else "a GGUF file"
         raise ValueError(
             f"recipe {recipe.name!r}: beta above 0 needs a reference model, which TRL loads from "
-            f"safetensors, and {policy.name!r} is a GGUF file: save it with save_pretrained first"
+            f"safetensors, and {policy.name!r} is {kind}: save it with save_pretrained first"
         )
     problems = _problems(recipe, (config.generation_batch_size or 0) // recipe.num_generations)
     prompts = _prompts(recipe, policy, problems)
