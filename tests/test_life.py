@@ -163,10 +163,11 @@ def test_a_reward_that_cannot_be_used_is_named_before_anything_is_drawn(
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("grpo_harness.engines.transformers.load_weights", load_weights)
-    result = run(project, "-k", "base", errors=1)
-    (line,) = [line for line in result.outlines if "palindrome: the reward reward" in line]
+    result = run(project, "-k", "base")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in result.errlines if "palindrome: the reward reward" in line]
     assert says in line
-    assert "Traceback" not in result.stdout.str()
+    assert "Traceback" not in result.stdout.str() + result.stderr.str()
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_recorded(project):

@@ -115,7 +115,7 @@ def test_nothing_is_imported_beyond_the_hooks(stranger):
     assert heavy == "]"
     assert set(re.findall(r"'(.*?)'", ours)) <= {
         "grpo_harness",
-        *(f"grpo_harness.{name}" for name in ("errors", "text", "settings")),
+        *(f"grpo_harness.{name}" for name in ("errors", "text", "tables", "asked", "settings")),
         *(f"grpo_harness.engines{name}" for name in ("", ".engine")),
         *(f"grpo_harness.gate{name}" for name in ("", ".bounds")),
         "grpo_harness.plugin",

@@ -275,9 +275,9 @@ class Rewards:
 
 
 def try_on(rewards: Rewards, source: Source) -> None:
-    """Score the true answer, or some text, of one problem. Raises ``RewardError``."""
+    """Score the true answer, or some text, and no text of a problem. Raises ``RewardError``."""
     (problem,) = source.problems(1)
-    batch = Batch.of(source, [problem], [source.wanted(problem) or "I do not know."])
+    batch = Batch.of(source, [problem] * 2, [source.wanted(problem) or "I do not know.", ""])
     rewards.score(batch, source.name)
 
 
