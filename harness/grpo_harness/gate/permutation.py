@@ -37,6 +37,9 @@ MOST_FAR = 8
 NEGLIGIBLE = 1e-18
 """Frequencies and tails below this are left out."""
 
+UNHEARD = 1e-10
+"""Frequencies below this are left out where the sum may be as good as continuous."""
+
 EDGE = 16
 """Points beyond either end of the distribution, for what is added to the sums."""
 
@@ -46,8 +49,8 @@ COARSE = 0.01
 CELLS = 2**15
 """Complex numbers that are computed at once, so that they stay in a processor's cache."""
 
-TINY = 1e-11
-"""Sums that differ by less are equal; the greatest value is 1."""
+ROUNDING = 1e-14
+"""Relative error of a sum of values, the greatest of which is 1."""
 
 TOO_DIFFERENT = (
     "the rewards' sizes are too different to be tested: some are so large that the differences of "
@@ -223,11 +226,12 @@ def _tail(pools: list[Pool], more: float) -> float:
         else:
             more += float(values[drawn].sum() - values[:k].sum())
     if not kept:
-        return float(more >= -TINY)
+        return float(more >= -ROUNDING)
     urns = _Urns.of(kept)
     seen = urns.seen + more
-    if not urns.ends[0] - TINY <= seen < urns.ends[1] - TINY:
-        return float(seen > urns.ends[0])
+    error = ROUNDING * (1 + urns.ends[1])
+    if not urns.ends[0] - error <= seen < urns.ends[1] - error:
+        return float(seen >= urns.ends[1] - error)
     tilt = urns.tilted_to(max(seen, urns.ends[0]))
     # Bernstein's inequality: farther from the mean than this lies less than NEGLIGIBLE.
     bits = -math.log(NEGLIGIBLE)
@@ -242,7 +246,7 @@ def _tail(pools: list[Pool], more: float) -> float:
     points = next_fast_len(math.ceil((high - low) / step) + 2 * EDGE, real=True)
     urns, bound = urns.over(step, more, whole=exact)
     tilt = urns.tilted(tilt.theta * step)
-    waves = urns.characteristic(tilt, points, bound)
+    waves = urns.characteristic(tilt, points, bound, NEGLIGIBLE if exact else UNHEARD)
     if exact or not waves[points // 4 :].any():
         sums = np.arange(math.ceil(low / step - bound) - EDGE, 1)
         chances = irfft(waves, points)[sums % points]
@@ -360,7 +364,7 @@ class _Urns:
             if not low < theta < high:
                 theta = (low + high) / 2 if low > -math.inf else 2 * high
 
-    def characteristic(self, tilt: _Tilt, points: int, at: float) -> Waves:
+    def characteristic(self, tilt: _Tilt, points: int, at: float, least: float) -> Waves:
         """The sum's characteristic function, shape (points // 2 + 1,), conjugate and about `at`.
 
         Problems that vary most come first: most frequencies are negligible after a few of them.
@@ -375,7 +379,7 @@ class _Urns:
             for i in range(0, len(active), chunk):
                 angles = np.multiply(active[i : i + chunk], -2 * np.pi / points)
                 product[i : i + chunk] *= self._waves(batch, tilt.taken[:, :, batch], angles)
-            heard = np.abs(product) > NEGLIGIBLE
+            heard = np.abs(product) > least
             active, product, width = active[heard], product[heard], 2 * width
         found[active] = product
         return found
