@@ -18,6 +18,7 @@ from grpo_harness.gate.bounds import LEAST_LEVEL, MOST_SAMPLES, NO_ROOM, Bounds
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Numbers: TypeAlias = Sequence[float] | npt.NDArray[Any]
+Table: TypeAlias = Sequence[Numbers] | npt.NDArray[Any]
 Samples: TypeAlias = int | Sequence[int] | npt.NDArray[Any]
 
 GREATEST_LOG = 700.0

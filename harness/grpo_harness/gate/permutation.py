@@ -7,7 +7,6 @@ observed sum is a central one: rounding errors are then small beside the tail, h
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self, TypeAlias
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.fft import irfft, next_fast_len, rfft
 
-from grpo_harness.gate.inputs import Floats, Ints, rewards, same_length
+from grpo_harness.gate.inputs import Floats, Ints, Table, rewards, same_length
 from grpo_harness.gate.stats import Counts, drop_p
 
 POINTS = 2**13
@@ -71,7 +70,7 @@ class Rewards:
     then: list[Floats]
 
     @classmethod
-    def of(cls, now: Sequence[object], then: Sequence[object]) -> Self:
+    def of(cls, now: Table, then: Table) -> Self:
         """Check and pair rewards: one sequence per problem, of 1 to `MOST_SAMPLES` numbers.
 
         Sequences, arrays, series and tensors are accepted. Raises ValueError with the problem (by
@@ -142,7 +141,7 @@ class Rewards:
         return drop_p(Counts(now, self.k, then, np.array([len(values) for values in self.then])))
 
 
-def permutation_p(now: Sequence[object], then: Sequence[object]) -> float:
+def permutation_p(now: Table, then: Table) -> float:
     """Exact one-sided p of a drop of rewards from `then` to `now`, stratified by problem.
 
     `now[i]` and `then[i]` are the rewards of problem i's completions. If nothing has changed, any
@@ -388,8 +387,10 @@ class _Urns:
         waves = np.zeros((taken.shape[1] + 1, len(batch), len(angles)), dtype=np.complex128)
         waves[0] = 1.0
         for j, q in enumerate(taken[..., None]):
-            turned = np.exp(1j * np.multiply.outer(self.values[batch, j], angles)) * waves[:-1]
-            waves[1:] += q * (turned - waves[1:])
+            turned = waves[:-1] * np.exp(1j * np.multiply.outer(self.values[batch, j], angles))
+            turned -= waves[1:]
+            turned *= q
+            waves[1:] += turned
         return np.asarray(waves[self.k[batch], np.arange(len(batch))].prod(axis=0))
 
     def atoms(self, tilt: _Tilt) -> tuple[int, Floats]:

@@ -14,7 +14,6 @@ the smallest p-value, which decides whether a run fails at all, meets the same t
 a single drop among many checks is caught as often (`make calibrate` prints both).
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import exp, expm1, inf, log
 from typing import Literal, TypeAlias
@@ -37,6 +36,7 @@ from grpo_harness.gate.inputs import (
     GREATEST_LOG,
     Numbers,
     Samples,
+    Table,
     below,
     level,
     paired,
@@ -167,8 +167,8 @@ def judge(
 
 
 def judge_reward(
-    now: Sequence[object],
-    then: Sequence[object],
+    now: Table,
+    then: Table,
     *,
     same_policy: bool,
     scale: float | None = None,
