@@ -30,7 +30,7 @@ class Truth:
     *weighted*: 1.2 if correct, else 0.2 for the format or 0, by skill; *graded*: in steps of 0.1,
     and problems differ more than completions; *heavy*: some are a hundred times farther off than
     most (Student's t with 2 degrees of freedom); *rare*: 0 but for three in a thousand, which are
-    0.5 or 1; *saturated*: 1 but for three in a hundred, which are 0.
+    0.5 or 1; *saturated*: 1 but for five in a thousand, which are 0.
 
     *spread*: every problem loses alike; *concentrated*: one in twenty loses all of it; *broken*:
     each problem falls to 0 by chance; *risen*: a spread gain; *reshuffled*: another policy, as good
@@ -71,7 +71,7 @@ class Truth:
         if self.kind == "rare":
             return np.where(rng.random(shape) < 0.003, rng.choice([0.5, 1.0], shape), 0.0)
         if self.kind == "saturated":
-            return (rng.random(shape) < 0.97).astype(np.float64)
+            return (rng.random(shape) < 0.995).astype(np.float64)
         noise = rng.normal(0, 1, shape) if self.kind == "graded" else rng.standard_t(2, shape)
         return np.asarray(place + noise)
 
@@ -145,7 +145,7 @@ PROMISES: tuple[tuple[Truth, str, float, float, tuple[str, ...]], ...] = (
     (Truth("heavy"), "FAIL", 0.0, ALPHA, ("unstratified",)),
     (Truth("heavy", "spread", 0.1), "PASS", 0.0, 0.05, ("no guard",)),
     (Truth("rare"), "FAIL", 0.0, ALPHA, ("without ties",)),
-    (Truth("saturated", "broken", 0.1, n=64), "PASS", 0.0, 0.06, ("no guard",)),
+    (Truth("saturated", "broken", 0.1), "PASS", 0.0, 0.05, ("no guard",)),
 )
 """Truth, event and limits, with the mutants that are tested on it."""
 
