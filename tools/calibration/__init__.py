@@ -8,6 +8,8 @@ that no mutant can break tests nothing. `python -m tools.calibration` prints all
 ``gates.py``       the rules under test: the gate and its mutants
 ``promises.py``    what must hold, with the limits
 ``studies.py``     promises beyond one check of counts, with the alternatives
+``histories.py``   promises over several sessions and recordings
+``rewards.py``     promises of the rule for rewards, and mutants of it
 ``report.py``      tables and the plot
 ``__main__.py``    the command
 =================  ======================================================

@@ -16,7 +16,7 @@ from timeit import repeat
 from grpo_harness.gate.bounds import ALPHA
 from grpo_harness.gate.stats import stratified_p
 from grpo_harness.gate.verdicts import judge
-from tools.calibration import histories, promises, studies
+from tools.calibration import histories, promises, rewards, studies
 from tools.calibration.gates import MUTANTS, reference
 from tools.calibration.promises import FULL, QUICK, rows
 from tools.calibration.report import LEGEND, plot, table
@@ -28,6 +28,7 @@ STUDIES = (
     studies.sequential_runs,
     studies.families,
     studies.weighted,
+    rewards.rewards,
     histories.reruns,
     histories.slow_losses,
 )

@@ -1,9 +1,10 @@
 """Numbers in, verdict out. It knows no policy, no file and no engine.
 
-===============  ==============================================================
-``bounds.py``    limits, and the sizes of change that each rule tolerates or acts on
-``inputs.py``    checks of the numbers that callers pass
-``stats.py``     exact tests and intervals
-``verdicts.py``  the rules: measurement against reference -> evidence, verdict
-===============  ==============================================================
+==================  ===========================================================
+``bounds.py``       limits, and the sizes of change that each rule tolerates or acts on
+``inputs.py``       checks of the numbers that callers pass
+``stats.py``        exact tests of counts, and intervals
+``permutation.py``  the exact test of rewards
+``verdicts.py``     the rules: measurement against reference -> evidence, verdict
+==================  ===========================================================
 """

@@ -33,8 +33,8 @@ LOOK = 16
 class Bounds:
     """PASS rules out a change of ``margin`` or more; a change below ``minimum`` never fails.
 
-    Both are in the unit of the rule: a share of completions, or a relative length (0.25 is a
-    quarter longer, or shorter by the same factor).
+    Both are in the unit of the rule: a share of completions, a relative length (0.25 is a quarter
+    longer, or shorter by the same factor), or the standard deviation of a reward.
     """
 
     margin: float
@@ -46,6 +46,9 @@ RATE = Bounds(margin=0.05, minimum=0.01)
 
 LENGTH = Bounds(margin=0.25, minimum=0.05)
 """For the geometric mean length in tokens."""
+
+REWARD = Bounds(margin=0.1, minimum=0.02)
+"""For a mean reward, in standard deviations of the recorded completions' rewards."""
 
 IMPROVEMENT = Bounds(margin=0.0, minimum=0.01)
 """For a gain, which must be above 0."""

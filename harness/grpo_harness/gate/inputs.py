@@ -18,10 +18,14 @@ from grpo_harness.gate.bounds import LEAST_LEVEL, MOST_SAMPLES, NO_ROOM, Bounds
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Numbers: TypeAlias = Sequence[float] | npt.NDArray[Any]
+Table: TypeAlias = Sequence[Numbers] | npt.NDArray[Any]
 Samples: TypeAlias = int | Sequence[int] | npt.NDArray[Any]
 
 GREATEST_LOG = 700.0
 """Numbers with logarithms up to here fit into a float."""
+
+GREATEST_REWARD = 1e100
+"""Rewards up to here have squares that fit into a float."""
 
 
 def paired(now: Numbers, then: Numbers) -> tuple[Floats, Floats]:
@@ -40,6 +44,28 @@ def paired(now: Numbers, then: Numbers) -> tuple[Floats, Floats]:
         sides.append(np.asarray(entries, dtype=np.float64))
     same_length(*map(len, sides))
     return sides[0], sides[1]
+
+
+def rewards(values: Any, name: str) -> list[Floats]:
+    """Check rewards, a sequence per problem; returns one array per problem.
+
+    Raises ValueError with the problem (by index) that does not have 1 to `MOST_SAMPLES` numbers
+    from -`GREATEST_REWARD` to `GREATEST_REWARD`, and with the number.
+    """
+    checked = []
+    for i, entry in enumerate(_entries(values, name)):
+        if not isinstance(entry, Sequence) or isinstance(entry, (str, bytes, bytearray)):
+            raise ValueError(f"problem {i}: {name} is {brief(entry)}, not a sequence of rewards")
+        if not 1 <= len(entry) <= MOST_SAMPLES:
+            wanted = f"not 1 to {MOST_SAMPLES}"
+            raise ValueError(f"problem {i}: {name} has {len(entry)} rewards, {wanted}")
+        numbers = [number if type(number) is float else plain(number) for number in entry]
+        for number in numbers:
+            if not is_real(number, -GREATEST_REWARD, GREATEST_REWARD):
+                wanted = f"not a number from {-GREATEST_REWARD:g} to {GREATEST_REWARD:g}"
+                raise ValueError(f"problem {i}: {name} has the reward {brief(number)}, {wanted}")
+        checked.append(np.asarray(numbers, dtype=np.float64))
+    return checked
 
 
 def brief(value: object) -> str:

@@ -74,6 +74,16 @@ class Counts:
         return type(self)(self.k - self.now, self.k, self.k_then - self.then, self.k_then)
 
     @property
+    def means(self) -> tuple[float, float]:
+        """The mean rates now and then."""
+        return float((self.now / self.k).mean()), float((self.then / self.k_then).mean())
+
+    @property
+    def reach(self) -> float:
+        """The greatest possible difference of a problem."""
+        return 1.0
+
+    @property
     def differences(self) -> Floats:
         """Rate now minus rate then of every problem, shape (n,), each in -1..1."""
         return np.asarray(self.now / self.k - self.then / self.k_then, dtype=np.float64)
@@ -205,10 +215,13 @@ class Estimate:
     df: int
 
     @classmethod
-    def of(cls, observations: Floats, *, guarded: bool = False) -> Self:
-        """The mean of one observation per problem, shape (n,); ``guarded`` if it lies in -1..1."""
+    def of(cls, observations: Floats, *, guarded: bool = False, reach: float = 1.0) -> Self:
+        """The mean of one observation per problem, shape (n,).
+
+        ``guarded`` adds `PSEUDO_PROBLEMS`, times the ``reach`` of the observations to either side.
+        """
         if guarded:
-            observations = np.append(observations, PSEUDO_PROBLEMS)
+            observations = np.append(observations, reach * np.array(PSEUDO_PROBLEMS))
         n = len(observations)
         if n < 2:
             return cls(float(observations.mean()), math.inf, 1)

@@ -29,21 +29,25 @@ from grpo_harness.gate.bounds import (
     PASS_CONFIDENCE,
     PASS_LEVEL,
     RATE,
+    REWARD,
     Bounds,
 )
 from grpo_harness.gate.inputs import (
     GREATEST_LOG,
     Numbers,
     Samples,
+    Table,
     below,
     level,
     paired,
+    real_number,
     samples,
     sizes,
     truth,
     whole,
     whole_number,
 )
+from grpo_harness.gate.permutation import Rewards
 from grpo_harness.gate.stats import (
     Counts,
     Estimate,
@@ -54,6 +58,7 @@ from grpo_harness.gate.stats import (
 )
 
 Verdict: TypeAlias = Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]
+Measured: TypeAlias = Counts | Rewards
 
 NOT_THE_POLICY = "the policy is the recorded one: what draws or scores its completions has changed"
 """The meaning of a proven change of the recorded policy, in either direction."""
@@ -79,7 +84,8 @@ class Evidence:
     """What one check concluded, and the numbers behind it.
 
     `now`, `then` and `delta` are mean rates in 0..1 and their difference; in `judge_length` they
-    are geometric mean lengths and the relative change (0.1 is 10 % longer). `lower` and `upper` are
+    are geometric mean lengths and the relative change (0.1 is 10 % longer), in `judge_reward` mean
+    rewards. `lower` and `upper` are
     guarded bounds of `delta`, one-sided at 95 % each: together they are a 90 % interval. `p`
     belongs to the proof of harm (in `judge_improvement` to the proof of gain, unless a loss is
     proven; for the recorded policy to the proof of any change) and is compared with the check's
@@ -158,6 +164,48 @@ def judge(
     counts = Counts.of(now, k, then, k_then)
     same = truth(same_policy, "same_policy")
     return _no_harm(counts, counts, margin, minimum, level(alpha), same=same, generalise=not same)
+
+
+def judge_reward(
+    now: Table,
+    then: Table,
+    *,
+    same_policy: bool,
+    scale: float | None = None,
+    bounds: Bounds = REWARD,
+    alpha: float = ALPHA,
+) -> Evidence:
+    """Judge whether a mean reward has dropped from `then` to `now`.
+
+    `now[i]` and `then[i]` are the rewards of problem i's completions: one or more real numbers. The
+    rule is that of `judge`; the exact test is `permutation_p`, or that of `judge` if the rewards
+    have two values. `margin` and `minimum` are in units of `scale`: 1.0 for bounds in the reward's
+    own unit, None for the standard deviation of the recorded rewards (`Rewards.scale`). The
+    pseudo-problems differ by `Rewards.reach`.
+
+    If all recorded rewards are equal, `scale` None is 0: no change is too small to FAIL, PASS takes
+    the same reward everywhere (or proof of a rise, for another policy), and the reason says so.
+
+    Raises ValueError with the problem (by index) that has no rewards to compare, on invalid
+    settings, and as `permutation_p` does.
+    """
+    margin, minimum = sizes(bounds, most=1e300)
+    rewards = Rewards.of(now, then)
+    unit = rewards.scale if scale is None else real_number(scale, "scale", positive=True)
+    same = truth(same_policy, "same_policy")
+    return _no_harm(
+        rewards,
+        rewards,
+        margin * unit,
+        minimum * unit,
+        level(alpha),
+        same=same,
+        generalise=not same,
+        note=""
+        if unit
+        else f"every recorded reward is {rewards.then[0][0]:g}, so any change counts",
+        form="+.3g",
+    )
 
 
 def judge_sequential(
@@ -274,7 +322,7 @@ def judge_improvement(
     loss, gain = _drop_p(counts, True), _drop_p(counts.flipped(), True)
     delta = float(counts.differences.mean())
     lost = loss <= alpha and delta <= -minimum
-    guarded = Estimate.of(counts.differences, guarded=True)
+    guarded = _guarded(counts)
     return _conclude(
         _numbers(
             counts,
@@ -332,14 +380,16 @@ def judge_length(
 
 
 def _no_harm(
-    counts: Counts,
-    good: Counts,
+    counts: Measured,
+    good: Measured,
     margin: float,
     minimum: float,
     alpha: float,
     *,
     same: bool,
     generalise: bool = False,
+    note: str = "",
+    form: str = "+.3f",
 ) -> Evidence:
     """Judge that `good`, which is `counts` or its complement, has not dropped.
 
@@ -347,29 +397,40 @@ def _no_harm(
     """
     p, drop = _drop_p(good, generalise), -float(good.differences.mean())
     if same:
-        p, alpha = min(p, drop_p(good.flipped())), alpha / 2
+        p, alpha = min(p, _exact_p(good.flipped())), alpha / 2
     evidence = _undecided(counts, good, p, margin, minimum, alpha)
     failed = p <= alpha and (abs(drop) if same else drop) >= minimum
     return _conclude(
         replace(evidence, p=min(1.0, 2 * p)) if same else evidence,
         failed=failed,
-        passed=Estimate.of(good.differences, guarded=True).lower(PASS_CONFIDENCE) > -margin,
+        # Without any reach all rewards are the same one.
+        passed=_guarded(good).lower(PASS_CONFIDENCE) > -margin or good.reach == 0,
         harm=NOT_THE_POLICY if same else "",
+        note=note,
+        form=form,
     )
 
 
-def _drop_p(counts: Counts, generalise: bool) -> float:
+def _drop_p(counts: Measured, generalise: bool) -> float:
     """The p of a drop on these problems; with `generalise`, also on new problems."""
-    p = drop_p(counts)
+    p = _exact_p(counts)
     return max(p, Estimate.of(counts.differences).p_below(0.0)) if generalise else p
 
 
+def _exact_p(measured: Measured) -> float:
+    return drop_p(measured) if isinstance(measured, Counts) else measured.drop_p()
+
+
+def _guarded(measured: Measured) -> Estimate:
+    return Estimate.of(measured.differences, guarded=True, reach=measured.reach)
+
+
 def _undecided(
-    counts: Counts, good: Counts, p: float, margin: float, minimum: float, alpha: float
+    counts: Measured, good: Measured, p: float, margin: float, minimum: float, alpha: float
 ) -> Evidence:
     """The numbers of a check whose `good` must not drop, without a verdict."""
     drop = -float(good.differences.mean())
-    guarded = Estimate.of(good.differences, guarded=True)
+    guarded = _guarded(good)
     return _numbers(
         counts,
         p=p,
@@ -378,15 +439,16 @@ def _undecided(
     )
 
 
-def _numbers(counts: Counts, *, p: float, mde90: float, needed: int | None) -> Evidence:
-    guarded = Estimate.of(counts.differences, guarded=True)
+def _numbers(counts: Measured, *, p: float, mde90: float, needed: int | None) -> Evidence:
+    guarded = _guarded(counts)
+    now, then = counts.means
     return Evidence(
         verdict="UNPROVEN",
         reason="",
         n=len(counts.now),
         k=int(counts.k.max()),
-        now=float((counts.now / counts.k).mean()),
-        then=float((counts.then / counts.k_then).mean()),
+        now=now,
+        then=then,
         delta=float(counts.differences.mean()),
         lower=guarded.lower(PASS_CONFIDENCE),
         upper=guarded.upper(PASS_CONFIDENCE),
@@ -397,15 +459,22 @@ def _numbers(counts: Counts, *, p: float, mde90: float, needed: int | None) -> E
 
 
 def _conclude(
-    e: Evidence, *, failed: bool, passed: bool, planned: int = 0, harm: str = ""
+    e: Evidence,
+    *,
+    failed: bool,
+    passed: bool,
+    planned: int = 0,
+    harm: str = "",
+    note: str = "",
+    form: str = "+.3f",
 ) -> Evidence:
     """Turn evidence into a verdict: the only place where that happens, for every rule.
 
-    `planned` is the number of planned problems of a run that may stop early, and `harm` says what a
-    FAIL means beyond the change itself.
+    `planned` is the number of planned problems of a run that may stop early, `harm` says what a
+    FAIL means beyond the change itself, `note` what any verdict does, and `form` writes a change.
     """
     needed = None if e.needed is None else max(e.needed, MINIMUM_PROBLEMS)
-    change, within = f"the change of {e.delta:+.3f}", f"{e.lower:+.3f}..{e.upper:+.3f}"
+    change, within = f"the change of {e.delta:{form}}", f"{e.lower:{form}}..{e.upper:{form}}"
     wanted = "no number of" if needed is None else f"about {needed}"
     verdict: Verdict = "UNPROVEN"
     reason = f"{within} proves neither harm nor PASS; at this change {wanted} problems would pass"
@@ -417,6 +486,7 @@ def _conclude(
         verdict, reason = "FAIL", f"{change} is {what}"
     elif passed:
         verdict, reason = "PASS", f"{change}, within {within}, is proven to be acceptable"
+    reason = f"{reason}; {note}" if note else reason
     return replace(e, verdict=verdict, reason=reason, needed=needed)
 
 
