@@ -147,7 +147,7 @@ class TestDraw:
             Sampling(max_new_tokens=1),
             Sampling(top_k=12, min_p=0.05, max_new_tokens=1),
             Sampling(temperature=2.0, top_p=1.0, top_k=400, max_new_tokens=1),
-            Sampling(temperature=3.0, top_p=1.0, min_p=0.01, max_new_tokens=1),
+            Sampling(temperature=3.0, top_p=1.0, min_p=0.1, max_new_tokens=1),
             Sampling(temperature=1.5, top_p=1.0, max_new_tokens=1),
             Sampling(temperature=0.7, top_p=0.3, max_new_tokens=1),
         ],

@@ -120,7 +120,7 @@ def pytest_cmdline_main(config: pytest.Config) -> pytest.ExitCode | None:
         from grpo_harness.settings import shown
 
         for name, value, source in shown(resolved(config)):
-            _say(f"{name:<24} {value:<40} {source}")
+            _say(f"{name:<27} {value:<40} {source}")
         return pytest.ExitCode.OK
     if config.getoption("grpo_prune"):
         _prune(config)
