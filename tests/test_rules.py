@@ -10,12 +10,14 @@ from grpo_harness.evaluation import Completion, Evaluation, Group, Questions, Ta
 from grpo_harness.gate import bounds, verdicts
 from grpo_harness.policy import Fingerprint
 from grpo_harness.rules import (
+    ANSWERS,
     RULES,
     UNDECLARED,
     Terms,
     against_base,
     against_baseline,
     decided,
+    of_function,
     plan,
     recorded_bounds,
     shares,
@@ -282,7 +284,95 @@ def test_bounds_are_what_they_were():
         "length": {"margin": 0.25, "minimum": 0.05},
         "truncation": {"margin": 0.05, "minimum": 0.01},
         "unparsable": {"margin": 0.05, "minimum": 0.01},
+        "reward": {"margin": 0.1, "minimum": 0.02},
+        "rewards": {"margin": 0.1, "minimum": 0.02},
     }
     assert asdict(RULES["no_loss"].bounds) == {"margin": 0.05, "minimum": 0.01}
     assert asdict(RULES["improvement"].bounds) == {"margin": 0.0, "minimum": 0.01}
     assert (bounds.PASS_CONFIDENCE, bounds.MINIMUM_PROBLEMS, bounds.LOOK) == (0.95, 64, 16)
+
+
+def earned(totals, formats=None):
+    """An evaluation whose completion j of problem i has the rewards ``totals(i, j)`` and so on."""
+    groups = tuple(
+        Group(
+            problem,
+            tuple(
+                Completion(
+                    "7", 3, totals(i, j), "wrong", False,
+                    {"a": totals(i, j), "b": None if formats is None else formats(i, j)},
+                )
+                for j in range(K)
+            ),
+        )
+        for i, problem in enumerate(PROBLEMS)
+    )  # fmt: skip
+    plain = evaluation(share(1))
+    return replace(plain, groups=groups)
+
+
+def usual(i, j):
+    return round(0.3 * (i % 5) - 0.7 * ((i + j) % 3), 3)
+
+
+def rewarded(reward=usual, k=16):
+    tallies = []
+    for i in range(len(PROBLEMS)):
+        values = tuple(reward(i, j) for j in range(k))
+        tallies.append(Tally(k, 0, 0, 0, 1.0986, values, {"a": values, "b": (1.0,) * k}))
+    return tallies
+
+
+class TestReward:
+    def test_the_same_rewards_pass(self):
+        check = judge("reward", earned(usual), rewarded(), same_policy=True)
+        assert check.verdict == "PASS"
+        assert (check.unit, check.rule) == ("reward", "reward")
+
+    @pytest.mark.parametrize("same_policy", [True, False])
+    def test_a_drop_is_named_with_problems_and_numbers(self, same_policy):
+        worse = earned(lambda i, j: usual(i, j) - (2.0 if i % 4 == 0 else 0.0))
+        check = judge("reward", worse, rewarded(), same_policy=same_policy)
+        assert check.verdict == "FAIL"
+        mean = sum(usual(i, j) for i in range(128) for j in range(16)) / 128 / 16
+        assert check.evidence.then == pytest.approx(mean)
+        assert check.evidence.delta == pytest.approx(-0.5, abs=0.05)
+        assert len(check.changed) == 3
+        assert "mean reward" in check.changed[0]
+        assert f"{mean:+.4g} (baseline of old)" in check.message()
+        assert "points" not in check.message()
+
+    def test_only_a_rise_of_the_recorded_policy_fails(self):
+        better = earned(lambda i, j: usual(i, j) + 1.0)
+        assert judge("reward", better, rewarded(), same_policy=True).verdict == "FAIL"
+        assert judge("reward", better, rewarded(), same_policy=False).verdict == "PASS"
+
+    def test_each_function_is_judged_by_name(self):
+        lost = earned(usual, formats=lambda i, j: 1.0 if (i + j) % 2 else 0.0)
+        rule, other = of_function("b"), of_function("a")
+        terms = Terms(ALPHA, same_policy=True)
+        check = against_baseline(rule, lost, "baseline of old", rewarded(), terms)
+        assert (check.verdict, check.rule, check.title) == ("FAIL", "rewards.b", "reward b")
+        assert against_baseline(other, lost, "x", rewarded(), terms).verdict == "PASS"
+
+    def test_what_no_longer_applies_is_an_error(self):
+        gone = earned(lambda i, j: float("nan") if i < 5 else usual(i, j))
+        check = judge("reward", gone, rewarded(), same_policy=True)
+        assert check.verdict == "ERROR"
+        assert "no longer to 5" in check.reason
+
+    def test_where_it_never_applied_there_is_nothing_to_compare(self):
+        def partly(i, j):
+            return float("nan") if i < 5 else usual(i, j)
+
+        then = [replace(t, total=()) if i < 5 else t for i, t in enumerate(rewarded())]
+        check = judge("reward", earned(partly), then, same_policy=True)
+        assert (check.verdict, check.evidence.n) == ("PASS", 123)
+
+    def test_a_record_without_single_rewards_is_an_error(self):
+        check = judge("reward", earned(usual), records(8), same_policy=True)
+        assert check.verdict == "ERROR"
+        assert "record it anew" in check.reason
+
+    def test_form_is_not_asked_of_rewards_alone(self):
+        assert {"accuracy", "no_loss", "improvement", "unparsable"} == ANSWERS

@@ -84,6 +84,14 @@ class Task:
     system: str | None
     template: Mapping[str, Any]
 
+    def asks(self, rule: str) -> bool:
+        """Tell whether a rule has something to judge on this task."""
+        from grpo_harness.rules import ANSWERS
+
+        if rule == "rewards":
+            return len(self.rewards.functions) > 1
+        return rule not in ANSWERS or self.source.reads or self.rewards.correct is not None
+
 
 @dataclass(frozen=True)
 class Defaults:

@@ -1,7 +1,7 @@
 """Problems × policy -> groups of scored completions."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -34,7 +34,9 @@ class Tally:
     """The numbers of one problem that a rule compares.
 
     ``correct``, ``truncated`` and ``unparsable`` are counts among the ``k`` completions;
-    ``mean_log_length`` is the mean natural logarithm of their lengths in tokens.
+    ``mean_log_length`` is the mean natural logarithm of their lengths in tokens. ``total`` has the
+    total rewards of those completions that have one, and ``rewards`` those of each function, if
+    there are several; all are rounded (`rounded`).
     """
 
     k: int
@@ -42,6 +44,8 @@ class Tally:
     truncated: int
     unparsable: int
     mean_log_length: float
+    total: tuple[float, ...] = ()
+    rewards: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,26 @@ class Group:
         """The numbers that rules compare."""
         # A drawn completion has at least one token; a failed draw is an error elsewhere.
         logs = [math.log(max(completion.tokens, 1)) for completion in self.completions]
+        scores = self.completions[0].rewards
+        names = list(scores) if len(scores) > 1 else []
         return Tally(
             k=len(logs),
             correct=self.count("correct"),
             truncated=self.count("truncated"),
             unparsable=self.count("unparsable"),
             mean_log_length=fmean(logs),
+            total=_applied(completion.reward for completion in self.completions),
+            rewards={name: _applied(c.rewards[name] for c in self.completions) for name in names},
         )
+
+
+def rounded(reward: float) -> float:
+    """Round a reward to six significant digits: recorded and measured ones are compared."""
+    return float(f"{reward:.6g}")
+
+
+def _applied(rewards: Iterable[float | None]) -> tuple[float, ...]:
+    return tuple(rounded(r) for r in rewards if r is not None and not math.isnan(r))
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,11 @@ class Questions:
     def ids(self) -> list[str]:
         """The ids of the problems, in order."""
         return [problem.id for problem in self.problems]
+
+    @property
+    def judges_answers(self) -> bool:
+        """Tell whether a completion can be correct: a source or a reward decides it."""
+        return self.task_type.reads or self.rewards.correct is not None
 
     def content(self, i: int) -> str:
         """Return a digest of what problem ``i`` has beside its prompt, or an empty text."""

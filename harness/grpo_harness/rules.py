@@ -9,15 +9,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 from grpo_harness.evaluation import Evaluation, Group, Tally
 from grpo_harness.gate import verdicts as gate
-from grpo_harness.gate.bounds import ALPHA, IMPROVEMENT, LENGTH, RATE, Bounds
+from grpo_harness.gate.bounds import ALPHA, IMPROVEMENT, LENGTH, RATE, REWARD, Bounds
 from grpo_harness.gate.verdicts import Evidence, Verdict
 from grpo_harness.text import escape
 
-Unit = Literal["%", "tokens"]
+Unit = Literal["%", "tokens", "reward"]
 Family = Literal["quality", "form"]
 
 SHARES: Mapping[Family, float] = {"quality": 0.75, "form": 0.25}
@@ -61,7 +62,7 @@ class Measure:
 
     def show(self, value: float) -> str:
         """Return a value of this measure, formatted for a message."""
-        return f"{value:.1f}" if self.unit == "tokens" else f"{value:.0%}"
+        return {"tokens": f"{value:.1f}", "reward": f"{value:+.3g}"}.get(self.unit, f"{value:.0%}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Rule:
     """One question that is judged. ``asks`` is the question in full, ``title`` its short name.
 
     The reference is the policy's ``baseline``, or the ``base`` policy on the same problems.
+    ``part`` is what the rule sees of a problem's numbers.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Rule:
     bounds: Bounds = RATE
     family: Family = "quality"
     against: Literal["baseline", "base"] = "baseline"
+    part: Callable[[Tally], Tally] = lambda tally: tally
 
 
 def _accuracy(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
@@ -106,6 +109,15 @@ def _length(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Eviden
     return gate.judge_length(logs[0], k, logs[1], alpha=terms.alpha, bounds=bounds)
 
 
+def _reward(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
+    sides = zip(now, then[: len(now)], strict=True)
+    # A problem that the reward does not apply to, now and then, has nothing to compare.
+    pairs = [(a.total, b.total) for a, b in sides if a.total or b.total]
+    ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+    same, alpha = terms.same_policy, terms.alpha
+    return gate.judge_reward(ours, theirs, same_policy=same, bounds=bounds, alpha=alpha)
+
+
 def _improvement(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
     sides = _counts(now) + _counts(then)
     return gate.judge_improvement(*sides, alpha=terms.alpha, bounds=bounds)
@@ -131,6 +143,13 @@ _TOKENS = Measure(
     lambda then, now: abs(math.log(now / then)),
     "tokens",
     unit="tokens",
+)
+
+_TOTAL = Measure(
+    lambda tally: fmean(tally.total) if tally.total else math.nan,
+    lambda then, now: then - now,
+    "mean reward",
+    unit="reward",
 )
 
 RULES: Mapping[str, Rule] = {
@@ -169,6 +188,17 @@ RULES: Mapping[str, Rule] = {
             family="form",
         ),
         Rule(
+            "reward", "reward", "Has the mean total reward dropped?", _TOTAL, _reward, bounds=REWARD
+        ),
+        Rule(
+            "rewards",
+            "rewards",
+            "Has the mean of one of several rewards dropped?",
+            _TOTAL,
+            _reward,
+            bounds=REWARD,
+        ),
+        Rule(
             "no_loss",
             "not worse than base",
             "Is the trained policy at least no worse than its base?",
@@ -188,6 +218,20 @@ RULES: Mapping[str, Rule] = {
     )
 }
 """The rules by name; each is a method of the ``gate`` fixture."""
+
+
+ANSWERS = frozenset({"accuracy", "unparsable", "no_loss", "improvement"})
+"""The rules that ask whether completions are correct, or can be read."""
+
+
+def of_function(name: str) -> Rule:
+    """Return the rule ``rewards`` for one of several functions."""
+
+    def part(tally: Tally) -> Tally:
+        return replace(tally, total=tally.rewards.get(name, ()))
+
+    rule = RULES["rewards"]
+    return replace(rule, name=f"{rule.name}.{name}", title=f"reward {name}", part=part)
 
 
 def shares(planned: Iterable[str]) -> dict[str, float]:
@@ -242,12 +286,11 @@ class Check:
         """Return the result in a few lines for the user."""
         lines = [f"{self.verdict}: {self.title} of {escape(self.policy)} on {self.task_type}"]
         if e := self.evidence:
-            tokens = self.unit == "tokens"
-            now, then = (f"{x:.1f} tokens" if tokens else f"{x:.1%}" for x in (e.now, e.then))
-            unit = "%" if tokens else " points"
+            now, then = (self.side(x) for x in (e.now, e.then))
+            unit = {"tokens": "%", "reward": ""}.get(self.unit, " points")
             lines.append(
-                f"  {then} ({escape(self.reference)}) -> {now}: {100 * e.delta:+.1f}{unit}, "
-                f"90 % interval {100 * e.lower:+.1f} to {100 * e.upper:+.1f}, p = {e.p:.2g}, "
+                f"  {then} ({escape(self.reference)}) -> {now}: {self.change(e.delta)}{unit}, "
+                f"90 % interval {self.change(e.lower)} to {self.change(e.upper)}, p = {e.p:.2g}, "
                 f"n = {e.n} problems x {e.k} samples"
             )
         lines.append(f"  {self.reason}")
@@ -256,6 +299,16 @@ class Check:
             why = " --grpo-accept-regression 'why'" if self.rule == "accuracy" else ""
             lines.append(f"  if it is meant: --grpo-record{why}")
         return "\n".join(lines)
+
+    def side(self, value: float) -> str:
+        """Return the value of one side, now or then, for a message."""
+        return {"tokens": f"{value:.1f} tokens", "reward": f"{value:+.4g}"}.get(
+            self.unit, f"{value:.1%}"
+        )
+
+    def change(self, value: float) -> str:
+        """Return a difference, in points, in percent of a length, or in a reward's own unit."""
+        return f"{value:+.3g}" if self.unit == "reward" else f"{100 * value:+.1f}"
 
     def asdict(self) -> dict[str, Any]:
         """Return the check as plain numbers and texts."""
@@ -275,8 +328,12 @@ def against_baseline(
             reason=f"{evaluation.n} of {evaluation.planned} planned problems were asked, and the "
             "run was not to stop early: completions are missing",
         )
-    evidence = rule.judge(_tallies(evaluation.groups), records, rule.bounds, terms)
-    return _closed(check, rule, evidence, evaluation.groups, records)
+    now = [rule.part(tally) for tally in _tallies(evaluation.groups)]
+    then = [rule.part(tally) for tally in records]
+    if reason := _unlike(rule, now, then):
+        return replace(check, reason=reason)
+    evidence = rule.judge(now, then, rule.bounds, terms)
+    return _closed(check, rule, evidence, evaluation.groups, then)
 
 
 def against_base(
@@ -334,15 +391,18 @@ def opened(rule: Rule, task_type: str, policy: str, reference: str, reason: str 
 def _closed(
     check: Check, rule: Rule, evidence: Evidence, now: Sequence[Group], then: Tallies
 ) -> Check:
-    changed = _worst(now, then, rule.measure) if evidence.verdict == "FAIL" else ()
+    changed = _worst(now, then, rule) if evidence.verdict == "FAIL" else ()
     return replace(check, reason=evidence.reason, evidence=evidence, changed=changed)
 
 
-def _worst(now: Sequence[Group], then: Tallies, measure: Measure) -> tuple[str, ...]:
+def _worst(now: Sequence[Group], then: Tallies, rule: Rule) -> tuple[str, ...]:
     """Show the problems that changed most in the direction of the whole, with completions."""
+    measure = rule.measure
     # A sequential run may have asked fewer problems than the reference holds.
-    sides = [(measure.of(b), measure.of(a.tally)) for a, b in zip(now, then, strict=False)]
+    tallies = [rule.part(group.tally) for group in now]
+    sides = [(measure.of(b), measure.of(a)) for a, b in zip(tallies, then, strict=False)]
     harm = [measure.worse(before, after) for before, after in sides]
+    harm = [0.0 if math.isnan(change) else change for change in harm]
     if sum(harm) < 0:  # the recorded policy got better, which only changed code can have done
         harm = [-change for change in harm]
     most = sorted(range(len(sides)), key=lambda i: -harm[i])[:_SHOWN]
@@ -381,6 +441,22 @@ def _no_pairs(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> str:
         if sampling[0] != sampling[1]:
             return f"not comparable: {ours.policy} and {theirs.policy} were sampled differently"
     return ""
+
+
+def _unlike(rule: Rule, now: Tallies, then: Tallies) -> str:
+    """Return why rewards cannot be compared, or an empty text."""
+    if rule.measure.unit != "reward":
+        return ""
+    lacks = [i for i, (a, b) in enumerate(zip(now, then, strict=False)) if b.total and not a.total]
+    more = [i for i, (a, b) in enumerate(zip(now, then, strict=False)) if a.total and not b.total]
+    if len(more) == len(now):
+        return "the baseline was recorded without single rewards: record it anew, --grpo-record"
+    if lacks or more:
+        return (
+            f"the reward applies to {len(more)} problems where it did not when the baseline was "
+            f"recorded, and no longer to {len(lacks)}: what it is has changed"
+        )
+    return "" if any(a.total for a in now) else "the reward applies to no completion"
 
 
 def _failed(evaluations: Sequence[Evaluation]) -> str:

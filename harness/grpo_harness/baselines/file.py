@@ -45,8 +45,9 @@ class Record(
     ``correct``, ``truncated`` and ``unparsable`` are counts. ``length`` is in tokens,
     ``log_length`` is the sum of the natural logarithms of the lengths. ``prompt`` is a digest of
     the prompt as the policy saw it, ``columns`` one of a row's other columns. ``anchor`` of the
-    anchor's ``anchor_k`` completions were correct. Raises ``ValueError`` for counts that do not fit
-    together.
+    anchor's ``anchor_k`` completions were correct. ``total`` and ``rewards`` have each value of the
+    total reward, and of those of several functions, with how often it occurred. Raises
+    ``ValueError`` for counts that do not fit together.
     """
 
     k: _Samples
@@ -60,6 +61,8 @@ class Record(
     anchor: _Count
     anchor_k: _Samples
     columns: str = ""
+    total: list[tuple[float, _Samples]] = []
+    rewards: dict[str, list[tuple[float, _Samples]]] = {}
 
     def __post_init__(self) -> None:
         if self.correct + self.truncated + self.unparsable > self.k:
@@ -68,6 +71,11 @@ class Record(
             raise ValueError(f"the anchor does not fit into {self.anchor_k} completions")
         if not math.isfinite(self.log_length) or not math.isfinite(self.reward):
             raise ValueError("a sum is not a finite number")
+        for values in (self.total, *self.rewards.values()):
+            if sum(times for _, times in values) > self.k:
+                raise ValueError(f"the rewards are more than {self.k}")
+            if not all(math.isfinite(value) for value, _ in values):
+                raise ValueError("a reward is not a finite number")
         if self.length < self.k:
             raise ValueError("the length is less than a token each")
         # For a given total length, the sum of logarithms is largest if all lengths are equal, and
@@ -80,8 +88,19 @@ class Record(
     @property
     def tally(self) -> Tally:
         """The numbers that rules compare."""
-        counts = (self.correct, self.truncated, self.unparsable)
-        return Tally(self.k, *counts, self.log_length / self.k)
+        return Tally(
+            self.k,
+            self.correct,
+            self.truncated,
+            self.unparsable,
+            self.log_length / self.k,
+            _each(self.total),
+            {name: _each(values) for name, values in self.rewards.items()},
+        )
+
+
+def _each(counted: list[tuple[float, int]]) -> tuple[float, ...]:
+    return tuple(value for value, times in counted for _ in range(times))
 
 
 class Made(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -8,6 +8,7 @@ a given reason moves it down. Files are written atomically, and only pruning del
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -260,6 +261,7 @@ def _record(groups: Iterable[Group], questions: Questions, i: int) -> Record:
             "could not be drawn or scored; see the report's samples and run it again"
         )
     outcomes = [completion.outcome for completion in completions]
+    tally = Group(questions.problems[i], tuple(completions)).tally
     return Record(
         k=len(completions),
         correct=outcomes.count("correct"),
@@ -270,6 +272,12 @@ def _record(groups: Iterable[Group], questions: Questions, i: int) -> Record:
         reward=round(sum(c.reward for c in completions if not math.isnan(c.reward)), 9),
         prompt=prompt_digest(questions.prompts[i]),
         columns=questions.content(i),
+        total=_counted(tally.total),
+        rewards={name: _counted(values) for name, values in tally.rewards.items()},
         anchor=outcomes.count("correct"),
         anchor_k=len(completions),
     )
+
+
+def _counted(values: Iterable[float]) -> list[tuple[float, int]]:
+    return sorted(Counter(values).items())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,8 +24,9 @@ class Gate:
 
     ``gate.accuracy(evaluation, baseline)`` and similar rules judge against a baseline;
     ``gate.no_loss(trained, base)`` and ``gate.improvement`` take lists of evaluations. They return
-    the check. FAIL and ERROR fail the test. UNPROVEN is counted beside passed and failed; it fails
-    the test under ``--grpo-strict``.
+    the check; ``gate.rewards`` returns one for each of several reward functions. FAIL and ERROR
+    fail the test. UNPROVEN is counted beside passed and failed; it fails the test under
+    ``--grpo-strict``.
 
     A test has a part of the risk for each rule that it declares
     (``@pytest.mark.grpo("accuracy")``), or for one rule if it declares none. It may use each part
@@ -36,26 +38,42 @@ class Gate:
         self._node = node
         self._left = Counter(declared)
 
-    def __getattr__(self, name: str) -> Callable[..., Check]:
-        from grpo_harness.rules import RULES
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        from grpo_harness.rules import RULES, of_function
 
         if name not in RULES:
             raise AttributeError(f"the gate has no rule {name!r}: it has {', '.join(RULES)}")
         rule = RULES[name]
 
         def against_baseline(evaluation: Evaluation, baseline: Baseline) -> Check:
+            self._answered([evaluation], rule)
             alpha = self._share(rule)
+            (check,) = self._asserted(
+                [lambda: self._session.against_baseline(rule, evaluation, baseline, alpha)]
+            )
+            return check
+
+        def each_reward(evaluation: Evaluation, baseline: Baseline) -> list[Check]:
+            names = [reward.name for reward in evaluation.questions.rewards.functions]
+            if len(names) < 2:
+                pytest.skip(f"{names[0]} is the only reward, and so the total")
+            alpha = self._share(rule) / len(names)
+            judge = partial(self._session.against_baseline, evaluation=evaluation)
             return self._asserted(
-                lambda: self._session.against_baseline(rule, evaluation, baseline, alpha)
+                [partial(judge, of_function(n), baseline=baseline, alpha=alpha) for n in names]
             )
 
         def against_base(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
+            trained, base = self._answered(trained, rule), self._answered(base, rule)
             alpha = self._share(rule)
-            return self._asserted(lambda: self._session.against_base(rule, trained, base, alpha))
+            (check,) = self._asserted(
+                [lambda: self._session.against_base(rule, trained, base, alpha)]
+            )
+            return check
 
-        judge: Callable[..., Check] = (
-            against_baseline if rule.against == "baseline" else against_base
-        )
+        judge: Callable[..., Any] = against_base
+        if rule.against == "baseline":
+            judge = each_reward if rule.name == "rewards" else against_baseline
         judge.__name__, judge.__doc__ = rule.name, rule.asks
         return judge
 
@@ -75,19 +93,31 @@ class Gate:
             pytrace=False,
         )
 
-    def _asserted(self, judge: Callable[[], Check]) -> Check:
+    def _answered(self, evaluations: Sequence[Evaluation], rule: Rule) -> list[Evaluation]:
+        """Return the evaluations that a rule can judge; without any, skip the test."""
+        from grpo_harness.rules import ANSWERS
+
+        found = [e for e in evaluations if rule.name not in ANSWERS or e.questions.judges_answers]
+        if evaluations and not found:
+            pytest.skip("nothing says which completions are correct: set correct, or see rewards")
+        return found
+
+    def _asserted(self, judges: Sequence[Callable[[], Check]]) -> list[Check]:
         from grpo_harness.text import plain
 
-        check = clearly(judge)
-        carry_check(self._node, check.asdict())
+        checks = [clearly(judge) for judge in judges]
+        for check in checks:
+            carry_check(self._node, check.asdict())
         carry_notices(self._node, self._session)
         option = self._node.config.getoption
-        if check.verdict == "UNPROVEN" and option("grpo_skip_unproven"):
-            pytest.skip(plain(f"UNPROVEN: {check.reason}"))
         failing = ("FAIL", "ERROR", *(["UNPROVEN"] if option("grpo_strict") else []))
-        if check.verdict in failing:
-            pytest.fail(plain(f"{check.message()}\n  again: {self._again()}"), pytrace=False)
-        return check
+        if failed := [check.message() for check in checks if check.verdict in failing]:
+            said = "\n".join([*failed, f"  again: {self._again()}"])
+            pytest.fail(plain(said), pytrace=False)
+        unproven = [check.reason for check in checks if check.verdict == "UNPROVEN"]
+        if unproven and option("grpo_skip_unproven"):
+            pytest.skip(plain(f"UNPROVEN: {'; '.join(unproven)}"))
+        return checks
 
     def _again(self) -> str:
         """Return the command that repeats this test alone, with its samples and its verdict."""

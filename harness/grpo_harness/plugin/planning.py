@@ -96,6 +96,11 @@ def records(item: pytest.Item) -> bool:
     return uses(item, "evaluation") and uses(item, "baseline")
 
 
+def _task_of(item: pytest.Item) -> Any:
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return parameters.get("task_type")
+
+
 def judged(item: pytest.Item) -> tuple[Any, int, Any]:
     """Return the role, the number of the policy in it and the task type that a test runs for."""
     parameters = item.callspec.params  # type: ignore[attr-defined]
@@ -136,7 +141,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     run = activated(session.config)
     _try_rewards(run, session)
-    run.planned = [name for item in session.items for name in declared(item)]
+    run.planned = [
+        name
+        for item in session.items
+        for name in declared(item)
+        if (task := run.settings.tasks.get(_task_of(item))) is None or task.asks(name)
+    ]
     run.files = len(session.items) if session.config.getoption("grpo_record") else 1
 
 

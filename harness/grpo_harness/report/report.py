@@ -118,12 +118,12 @@ class Report:
                     "n × k": f"{e['n']} × {e['k']}" if e else "",
                     "then": _side(row, "then"),
                     "now": _side(row, "now"),
-                    "Δ": _points(e["delta"]) if e else "",
-                    "lower": _points(e["lower"]) if e else "",
-                    "upper": _points(e["upper"]) if e else "",
+                    "Δ": _change(row, "delta") if e else "",
+                    "lower": _change(row, "lower") if e else "",
+                    "upper": _change(row, "upper") if e else "",
                     "p": f"{e['p']:.2g}" if e else "",
                     "p (Holm)": f"{by_key[id(row)]:.2g}" if e else "",
-                    "MDE90": _percent(e["mde90"]) if e else "",
+                    "MDE90": _least(row) if e else "",
                     "needed": str(e["needed"] or "unreachable") if e else "",
                     "verdict": row["verdict"],
                 }
@@ -247,7 +247,20 @@ def _side(row: Row, side: str) -> str:
     if not row["evidence"]:
         return ""
     value = row["evidence"][side]
-    return f"{value:.1f} tokens" if row["unit"] == "tokens" else _percent(value)
+    shown = {"tokens": f"{value:.1f} tokens", "reward": f"{value:+.4g}"}
+    return shown.get(row["unit"], _percent(value))
+
+
+def _change(row: Row, name: str) -> str:
+    """A difference, in points, or in a reward's own unit."""
+    value = row["evidence"][name]
+    return f"{value:+.3g}" if row["unit"] == "reward" else _points(value)
+
+
+def _least(row: Row) -> str:
+    """The change that the check would find nine times in ten."""
+    mde90 = row["evidence"]["mde90"]
+    return f"{mde90:.3g}" if row["unit"] == "reward" else _percent(mde90)
 
 
 def _interval(e: Row) -> str:

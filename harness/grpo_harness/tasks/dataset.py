@@ -50,6 +50,7 @@ class DatasetSource(Source):
     answer: str | None = None
     row_id: str | None = None
     slices: tuple[str, ...] = field(default=())
+    reads: bool = field(default=False, init=False)
 
     def problems(self, n: int) -> list[Problem]:
         """Return at most ``n`` problems, in the order of their ids. Raises ``DataError``."""

@@ -46,12 +46,14 @@ class Source(ABC):
     """Where problems come from, by name: a task type, or a table of rows.
 
     ``version`` increases whenever a change makes old and new results incomparable. ``slices`` are
-    the columns whose values have rows of their own in the report.
+    the columns whose values have rows of their own in the report, and ``reads`` tells whether it
+    judges completions itself.
     """
 
     name: str
     version: int = 1
     slices: tuple[str, ...] = ()
+    reads: bool = True
 
     @abstractmethod
     def problems(self, n: int) -> list[Problem]:
