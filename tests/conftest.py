@@ -174,6 +174,9 @@ def project(pytester, save_tiny):
         problems = 64
         samples = 2
 
+        [tool.grpo-harness.gate]
+        allow_floor = true
+
         [tool.grpo-harness.sampling]
         max_new_tokens = 2
         """

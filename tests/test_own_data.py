@@ -53,6 +53,9 @@ trained = "trained-policy"
 problems = 64
 samples = 2
 
+[tool.grpo-harness.gate]
+allow_floor = true
+
 [tool.grpo-harness.sampling]
 max_new_tokens = 2
 

@@ -284,8 +284,8 @@ def test_bounds_are_what_they_were():
         "length": {"margin": 0.25, "minimum": 0.05},
         "truncation": {"margin": 0.05, "minimum": 0.01},
         "unparsable": {"margin": 0.05, "minimum": 0.01},
-        "reward": {"margin": 0.1, "minimum": 0.02},
-        "rewards": {"margin": 0.1, "minimum": 0.02},
+        "reward": {"margin": "0.1 sd", "minimum": "0.02 sd"},
+        "rewards": {"margin": "0.1 sd", "minimum": "0.02 sd"},
     }
     assert asdict(RULES["no_loss"].bounds) == {"margin": 0.05, "minimum": 0.01}
     assert asdict(RULES["improvement"].bounds) == {"margin": 0.0, "minimum": 0.01}

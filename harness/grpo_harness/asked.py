@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,8 @@ from msgspec import Meta
 
 from grpo_harness.engines.engine import Sampling
 from grpo_harness.errors import user_code
-from grpo_harness.tables import SettingsError, converted
+from grpo_harness.gate.bounds import ALPHA, RELATIVE, Sizes
+from grpo_harness.tables import Model, SettingsError, converted
 from grpo_harness.text import escape, one_line
 
 if TYPE_CHECKING:
@@ -26,6 +27,34 @@ if TYPE_CHECKING:
     from grpo_harness.tasks import Source
 
 _Text = Annotated[str, Meta(min_length=1)]
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which changes a rule finds, and which it never fails; see `gate.bounds.Sizes`."""
+
+    margin: Annotated[
+        float | str | None, Meta(description="a number, a percentage such as '10%', or '0.1 sd'")
+    ] = None
+    minimum: Annotated[
+        float | str | None, Meta(description="a number, a percentage such as '10%', or '0.1 sd'")
+    ] = None
+
+
+class GateTable(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table ``[tool.grpo-harness.gate]``, or that of one task in it.
+
+    ``margin`` and ``minimum`` are those of the rules that judge a share of completions; ``rules``
+    has those of single rules, by name.
+    """
+
+    alpha: Annotated[
+        float, Meta(gt=0, lt=1, description="the risk of a false alarm, of all checks together")
+    ] = ALPHA
+    allow_floor: Annotated[
+        bool | None, Meta(description="judge accuracy also where there is nothing to lose")
+    ] = None
+    rules: Annotated[dict[str, Any], Meta(description="a table with a table for each rule")] = {}
+    tasks: Annotated[dict[str, Any], Meta(description="a table with a table for each task")] = {}
 
 
 class CorrectTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,6 +105,8 @@ class Task:
     """What is asked under one name: where problems come from, how they are put, drawn and scored.
 
     ``system`` is the system message, ``template`` has further variables of the chat template.
+    ``bounds`` has the project's own, by rule; with ``allow_floor`` a recorded accuracy may be too
+    low to lose its margin.
     """
 
     source: Source
@@ -83,6 +114,8 @@ class Task:
     sampling: Sampling
     system: str | None
     template: Mapping[str, Any]
+    bounds: Mapping[str, Sizes] = field(default_factory=dict)
+    allow_floor: bool = False
 
     def asks(self, rule: str) -> bool:
         """Tell whether a rule has something to judge on this task."""
@@ -102,6 +135,7 @@ class Defaults:
     sampling: Sampling
     system: str
     template: Mapping[str, Any]
+    gate: GateTable
 
 
 def tasks(
@@ -129,10 +163,67 @@ def tasks(
             task = _of_type(name, defaults, home, where("tasks"), data)
         if task.source.name in found:
             raise SettingsError(f"{where('tasks')} has {task.source.name!r} twice")
-        found[task.source.name] = task
+        bounds, allow_floor = _bounds(defaults.gate, task.source.name, where("gate."))
+        found[task.source.name] = replace(task, bounds=bounds, allow_floor=allow_floor)
     if not found:
         raise SettingsError(f"{where('tasks')} is empty: there is nothing to ask")
+    for name in defaults.gate.tasks.keys() - found.keys():
+        raise SettingsError(f"{where('gate.tasks')} has no such task: '{escape(name)}'")
     return found
+
+
+def _bounds(gate: GateTable, task: str, where: str) -> tuple[dict[str, Sizes], bool]:
+    """Return a task's bounds by rule: its own over the project's, for a rule over for all."""
+    from grpo_harness.rules import RULES, rates
+
+    place = where.removesuffix(".]")
+    own = _table(gate.tasks.get(task, {}), GateTable, f"{place}.tasks.{task}]")
+    found: dict[str, Sizes] = {}
+    for table, at in ((gate, f"{place}]"), (own, f"{place}.tasks.{task}]")):
+        for name in table.rules.keys() - RULES.keys():
+            raise SettingsError(
+                f"{at} has no rule '{escape(name)}': the rules are {', '.join(RULES)}"
+            )
+        limits: dict[str, Limits] = {}
+        if not table.margin is table.minimum is None:
+            limits = dict.fromkeys(rates(), table)
+        limits |= {
+            name: _table(given, Limits, f"{at.removesuffix(']')}.rules.{name}]")
+            for name, given in table.rules.items()
+        }
+        for name, limit in limits.items():
+            before = found.get(name, RULES[name].bounds)
+            margin = before.margin if limit.margin is None else limit.margin
+            minimum = before.minimum if limit.minimum is None else limit.minimum
+            found[name] = Sizes(margin, minimum)
+            _check_sizes(found[name], at)
+    return found, bool(gate.allow_floor if own.allow_floor is None else own.allow_floor)
+
+
+def _check_sizes(sizes: Sizes, where: str) -> None:
+    """Raise ``SettingsError`` for sizes that no recorded value makes sense of."""
+    for size in (sizes.margin, sizes.minimum):
+        if (isinstance(size, str) and not RELATIVE.fullmatch(size)) or (
+            not isinstance(size, str) and not 0 <= size < 1e18
+        ):
+            raise SettingsError(
+                f"{where} has the size {escape(repr(size))}: it must be a number from 0 on, a "
+                "percentage such as '10%', or '0.1 sd'"
+            )
+    example = sizes.of(0.5, 1.0)
+    if example.minimum >= example.margin and isinstance(sizes.margin, str) == isinstance(
+        sizes.minimum, str
+    ):
+        raise SettingsError(
+            f"{where} has minimum {sizes.minimum} and margin {sizes.margin}: the minimum must be "
+            "less than the margin"
+        )
+
+
+def _table(given: Any, model: type[Model], place: str) -> Model:
+    if not isinstance(given, Mapping):
+        raise SettingsError(f"{place} is {escape(repr(given))}: it must be a table")
+    return converted(given, model, lambda path: f"{place}{''.join(f'.{p}' for p in path[:-1])} ")
 
 
 def _of_type(
@@ -167,9 +258,7 @@ def _of_data(
             f"{place}: a data set's name is 1 to 64 letters, digits, '_', '-' and '.', and not "
             "that of a built-in task type"
         )
-    if not isinstance(given, Mapping):
-        raise SettingsError(f"{place} is {escape(repr(given))}: it must be a table")
-    table = converted(given, Data, lambda path: f"{place}{''.join(f'.{p}' for p in path[:-1])} ")
+    table = _table(given, Data, place)
     source = DatasetSource(
         name=name,
         path=table.path,

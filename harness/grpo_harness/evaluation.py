@@ -110,7 +110,8 @@ class Questions:
     """What a policy is asked on a task type, and everything that must be equal for a comparison.
 
     ``prompts`` are those of ``problems``, as the policy sees them. ``settings`` are the engine's,
-    and ``reward`` is a digest of ``rewards``.
+    and ``reward`` is a digest of ``rewards``. ``bounds`` are those of the gate, as a baseline
+    stores them.
     """
 
     policy: Policy
@@ -120,6 +121,7 @@ class Questions:
     problems: tuple[Problem, ...]
     prompts: tuple[str, ...]
     rewards: Rewards = RULE
+    bounds: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -265,11 +267,12 @@ def ask(
     rewards: Rewards = RULE,
     system: str | None = SYSTEM_MESSAGE,
     template: Mapping[str, Any] = MappingProxyType({}),
+    bounds: Mapping[str, Any] = MappingProxyType({}),
 ) -> Questions:
     """Render the first ``n`` problems of ``task_type`` for ``policy``, and test the scoring.
 
-    Nothing is drawn. ``system`` is the system message, if not empty, and ``template`` has further
-    variables of the chat template. Raises ``EvaluationError``
+    Nothing is drawn. ``system`` is the system message, if not empty, ``template`` has further
+    variables of the chat template, and ``bounds`` are those of the gate. Raises ``EvaluationError``
     when there are not ``n`` problems, when the policy's checkpoint says that it was trained on one
     of them, and when a problem's true answer is
     not read as correct; ``PolicyError`` when the chat template cannot be applied, and
@@ -289,6 +292,7 @@ def ask(
         problems=problems,
         prompts=tuple(_rendered(policy, task_type, p, system, template) for p in problems),
         rewards=rewards,
+        bounds=bounds,
     )
 
 

@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, Literal
 
 from grpo_harness.evaluation import Evaluation, Group, Tally
 from grpo_harness.gate import verdicts as gate
-from grpo_harness.gate.bounds import ALPHA, IMPROVEMENT, LENGTH, RATE, REWARD, Bounds
+from grpo_harness.gate.bounds import ALPHA, IMPROVEMENT, LENGTH, RATE, REWARD, Bounds, Sizes
+from grpo_harness.gate.permutation import Rewards
 from grpo_harness.gate.verdicts import Evidence, Verdict
 from grpo_harness.text import escape
 
@@ -39,16 +41,26 @@ class Terms:
     """The conditions of a judgement.
 
     ``alpha`` is the check's part of the run's risk. With ``same_policy`` the reference was recorded
-    from the policy that is judged. ``sequential`` runs may stop at a decision.
+    from the policy that is judged. ``sequential`` runs may stop at a decision. With ``allow_floor``
+    a recorded accuracy may be too low to lose the margin.
     """
 
     alpha: float
     same_policy: bool = False
     sequential: bool = False
+    allow_floor: bool = False
 
 
 Tallies = Sequence[Tally]
-Judge = Callable[[Tallies, Tallies, Bounds, Terms], Evidence]
+Judge = Callable[[Tallies, Tallies, Sizes, Terms], Evidence]
+
+
+def _sized(bounds: Bounds) -> Sizes:
+    return Sizes(bounds.margin, bounds.minimum)
+
+
+_RATE = _sized(RATE)
+_REWARD = Sizes(f"{REWARD.margin} sd", f"{REWARD.minimum} sd")
 
 
 @dataclass(frozen=True)
@@ -78,15 +90,16 @@ class Rule:
     asks: str
     measure: Measure
     judge: Judge
-    bounds: Bounds = RATE
+    bounds: Sizes = _RATE
     family: Family = "quality"
     against: Literal["baseline", "base"] = "baseline"
     part: Callable[[Tally], Tally] = lambda tally: tally
 
 
-def _accuracy(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
+def _accuracy(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
     # The likelihood ratio of one common drop would count differences between two policies as
     # evidence, so another policy is always judged on all planned problems.
+    bounds = sizes.of(_rate(then))
     if terms.sequential and terms.same_policy:
         sides = _counts(now) + _counts(then)
         return gate.judge_sequential(*sides, alpha=terms.alpha, bounds=bounds)
@@ -95,36 +108,49 @@ def _accuracy(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evid
 
 
 def _fault(outcome: Literal["truncated", "unparsable"]) -> Judge:
-    def judge(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
+    def judge(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
         sides = _counts(now, outcome) + _counts(then[: len(now)], outcome)
-        same = terms.same_policy
+        same, bounds = terms.same_policy, sizes.of(_rate(then, outcome))
         return gate.judge_rate(*sides, same_policy=same, alpha=terms.alpha, bounds=bounds)
 
     return judge
 
 
-def _length(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
+def _length(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
     logs = [[tally.mean_log_length for tally in side] for side in (now, then[: len(now)])]
     k = [tally.k for tally in now]
-    return gate.judge_length(logs[0], k, logs[1], alpha=terms.alpha, bounds=bounds)
+    # A length changes by a factor, so "10%" is 0.1 whatever was recorded.
+    return gate.judge_length(logs[0], k, logs[1], alpha=terms.alpha, bounds=sizes.of(1.0))
 
 
-def _reward(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
+def _reward(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
     sides = zip(now, then[: len(now)], strict=True)
     # A problem that the reward does not apply to, now and then, has nothing to compare.
     pairs = [(a.total, b.total) for a, b in sides if a.total or b.total]
     ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
     same, alpha = terms.same_policy, terms.alpha
-    return gate.judge_reward(ours, theirs, same_policy=same, bounds=bounds, alpha=alpha)
+    if all(str(size).endswith("sd") for size in (sizes.margin, sizes.minimum)):
+        scale, bounds = None, sizes.of(0.0, 1.0)
+    else:
+        measured = Rewards.of(ours, theirs)
+        scale, bounds = 1.0, sizes.of(measured.means[1], measured.scale)
+    return gate.judge_reward(
+        ours, theirs, same_policy=same, scale=scale, bounds=bounds, alpha=alpha
+    )
 
 
-def _improvement(now: Tallies, then: Tallies, bounds: Bounds, terms: Terms) -> Evidence:
+def _improvement(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
     sides = _counts(now) + _counts(then)
+    bounds = sizes.of(_rate(then))
     return gate.judge_improvement(*sides, alpha=terms.alpha, bounds=bounds)
 
 
 def _counts(tallies: Tallies, outcome: str = "correct") -> tuple[list[int], list[int]]:
     return [getattr(tally, outcome) for tally in tallies], [tally.k for tally in tallies]
+
+
+def _rate(tallies: Tallies, outcome: str = "correct") -> float:
+    return fmean(getattr(tally, outcome) / tally.k for tally in tallies)
 
 
 def _tallies(groups: Iterable[Group]) -> list[Tally]:
@@ -168,7 +194,7 @@ RULES: Mapping[str, Rule] = {
             "Have completions become longer or shorter, in tokens?",
             _TOKENS,
             _length,
-            bounds=LENGTH,
+            bounds=_sized(LENGTH),
             family="form",
         ),
         Rule(
@@ -188,7 +214,12 @@ RULES: Mapping[str, Rule] = {
             family="form",
         ),
         Rule(
-            "reward", "reward", "Has the mean total reward dropped?", _TOTAL, _reward, bounds=REWARD
+            "reward",
+            "reward",
+            "Has the mean total reward dropped?",
+            _TOTAL,
+            _reward,
+            bounds=_REWARD,
         ),
         Rule(
             "rewards",
@@ -196,7 +227,7 @@ RULES: Mapping[str, Rule] = {
             "Has the mean of one of several rewards dropped?",
             _TOTAL,
             _reward,
-            bounds=REWARD,
+            bounds=_REWARD,
         ),
         Rule(
             "no_loss",
@@ -212,7 +243,7 @@ RULES: Mapping[str, Rule] = {
             "Is the trained policy better than its base?",
             _share("correct"),
             _improvement,
-            bounds=IMPROVEMENT,
+            bounds=_sized(IMPROVEMENT),
             against="base",
         ),
     )
@@ -234,27 +265,54 @@ def of_function(name: str) -> Rule:
     return replace(rule, name=f"{rule.name}.{name}", title=f"reward {name}", part=part)
 
 
-def shares(planned: Iterable[str]) -> dict[str, float]:
+def shares(planned: Iterable[str], alpha: float = ALPHA) -> dict[str, float]:
     """Return each check's part of the run's risk, by the name of its rule.
 
-    ``planned`` has the rule's name for every check of the run, so a name can occur many times.
+    ``planned`` has the rule's name for every check of the run, so a name can occur many times, and
+    ``alpha`` is the risk of the run.
     """
     times = Counter(planned)
     families: Counter[Family] = Counter()
     for name, count in times.items():
         families[_family(name)] += count
     asked = sum(SHARES[family] for family in families)
-    return {name: ALPHA * SHARES[_family(name)] / asked / families[_family(name)] for name in times}
+    return {name: alpha * SHARES[_family(name)] / asked / families[_family(name)] for name in times}
 
 
 def _family(name: str) -> Family:
     return RULES[name].family if name in RULES else "quality"
 
 
-def recorded_bounds() -> dict[str, Any]:
-    """Return the bounds that a baseline stores, for its later judgement."""
+def recorded_bounds(
+    own: Mapping[str, Sizes] = MappingProxyType({}), alpha: float = ALPHA
+) -> dict[str, Any]:
+    """Return the bounds that a baseline stores, for its later judgement.
+
+    ``own`` has those of the project, by rule, and ``alpha`` is the risk of a run.
+    """
     rules = [rule for rule in RULES.values() if rule.against == "baseline"]
-    return {"alpha": ALPHA, **{rule.name: asdict(rule.bounds) for rule in rules}}
+    return {
+        "alpha": alpha, **{rule.name: asdict(own.get(rule.name, rule.bounds)) for rule in rules}
+    }  # fmt: skip
+
+
+def rates() -> list[str]:
+    """Return the names of the rules whose bounds are shares of completions."""
+    return [name for name, rule in RULES.items() if rule.bounds == _RATE]
+
+
+def nothing_to_lose(records: Tallies, sizes: Sizes) -> str:
+    """Return why accuracy cannot lose its margin, or an empty text."""
+    rate = _rate(records)
+    margin = sizes.of(rate).margin
+    if rate >= margin or not records:
+        return ""
+    return (
+        f"nothing to lose: {rate:.1%} of the recorded completions are correct, less than the "
+        f"margin of {100 * margin:.1f} points, so its loss cannot be found. Record a policy that "
+        "can do the task, ask a smaller margin, or set allow_floor = true in "
+        "[tool.grpo-harness.gate]"
+    )
 
 
 @dataclass(frozen=True)
@@ -330,7 +388,8 @@ def against_baseline(
         )
     now = [rule.part(tally) for tally in _tallies(evaluation.groups)]
     then = [rule.part(tally) for tally in records]
-    if reason := _unlike(rule, now, then):
+    floor = nothing_to_lose(then, rule.bounds) if rule.name == "accuracy" else ""
+    if reason := _unlike(rule, now, then) or ("" if terms.allow_floor else floor):
         return replace(check, reason=reason)
     evidence = rule.judge(now, then, rule.bounds, terms)
     return _closed(check, rule, evidence, evaluation.groups, then)
@@ -363,15 +422,18 @@ def against_base(
     return _closed(check, rule, evidence, now, then)
 
 
-def decided(groups: Sequence[Group], records: Tallies, alpha: float) -> bool:
+def decided(
+    groups: Sequence[Group], records: Tallies, alpha: float, rule: Rule = RULES["accuracy"]
+) -> bool:
     """Tell whether a sequential run may stop after ``groups`` of the planned ``records``."""
-    rule, terms = RULES["accuracy"], Terms(alpha, same_policy=True, sequential=True)
+    terms = Terms(alpha, same_policy=True, sequential=True)
     return rule.judge(_tallies(groups), records, rule.bounds, terms).verdict in ("PASS", "FAIL")
 
 
-def plan(records: Tallies, k: int, alpha: float) -> gate.Plan:
+def plan(records: Tallies, k: int, alpha: float, rule: Rule = RULES["accuracy"]) -> gate.Plan:
     """Predict which drop of accuracy a run of the recorded policy can find."""
-    return gate.plan(*_counts(records), k, alpha=alpha, bounds=RULES["accuracy"].bounds)
+    bounds = rule.bounds.of(_rate(records))
+    return gate.plan(*_counts(records), k, alpha=alpha, bounds=bounds)
 
 
 def opened(rule: Rule, task_type: str, policy: str, reference: str, reason: str = "") -> Check:

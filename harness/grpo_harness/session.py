@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from grpo_harness import rules
+from grpo_harness.asked import Task
 from grpo_harness.baselines import file as baselines
 from grpo_harness.baselines import recording
 from grpo_harness.baselines.file import Baseline, BaselineError
@@ -21,7 +22,7 @@ from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS
 from grpo_harness.gate.verdicts import Plan
 from grpo_harness.policy import Policy, PolicyError, PolicyName, load
 from grpo_harness.reruns import Attempt, Reruns
-from grpo_harness.rules import Check, Rule, Terms
+from grpo_harness.rules import RULES, Check, Rule, Terms
 from grpo_harness.settings import Settings
 from grpo_harness.store import Store
 from grpo_harness.tasks import Source
@@ -52,7 +53,17 @@ def plan(
         return "a damaged baseline, or too few problems"
     if not all(problem in stored.records for problem in ids):
         return f"problems that were not recorded (of {len(stored.records)} that were)"
-    return rules.plan([stored.records[name].tally for name in ids], settings.samples, alpha)
+    records = [stored.records[name].tally for name in ids]
+    rule, task = RULES["accuracy"], settings.tasks[task_type]
+    if not task.allow_floor and rules.nothing_to_lose(records, _bounded(rule, task).bounds):
+        return "nothing to lose"
+    return rules.plan(records, settings.samples, alpha, _bounded(rule, task))
+
+
+def _bounded(rule: Rule, task: Task) -> Rule:
+    """Return a rule with the project's own bounds on a task."""
+    own = task.bounds.get(rule.name.partition(".")[0])
+    return rule if own is None else replace(rule, bounds=own)
 
 
 def stale_entries(settings: Settings) -> list[Stale]:
@@ -167,6 +178,7 @@ class Session:
                 rewards=task.rewards,
                 system=task.system,
                 template=task.template,
+                bounds=rules.recorded_bounds(task.bounds, self.settings.table.gate.alpha),
             )
         return self._questions[key]
 
@@ -208,18 +220,32 @@ class Session:
         except BaselineError as error:
             return rules.opened(rule, evaluation.task, evaluation.policy, reference, str(error))
         same = baseline.same_policy(evaluation.fingerprint)
+        task = self.settings.task(evaluation.questions.task_type)
+        rule = _bounded(rule, task)
 
         def judge(evaluations: Sequence[Evaluation], alpha: float) -> Check:
-            terms = Terms(alpha, same_policy=same, sequential=self.settings.sequential)
+            terms = Terms(alpha, same, self.settings.sequential, task.allow_floor)
             (pooled,) = evaluations
             return rules.against_baseline(rule, pooled, reference, records, terms)
 
         return self._judged(rule, [evaluation], baseline.digest, alpha, judge)
 
+    def nothing_to_lose(
+        self, questions: Questions, baseline: Baseline, declared: Sequence[str]
+    ) -> str:
+        """Return why a test that asks for accuracy alone cannot find a loss, or an empty text."""
+        task = self.settings.task(questions.task_type)
+        if task.allow_floor or set(declared) != {"accuracy"} or not questions.judges_answers:
+            return ""
+        rule = _bounded(RULES["accuracy"], task)
+        return rules.nothing_to_lose(baseline.select(questions), rule.bounds)
+
     def against_base(
         self, rule: Rule, trained: Sequence[Evaluation], base: Sequence[Evaluation], alpha: float
     ) -> Check:
         """Judge a trained policy against its base; ``alpha`` is its part of the run's risk."""
+        if len(trained) == 1:
+            rule = _bounded(rule, self.settings.task(trained[0].questions.task_type))
 
         def judge(evaluations: Sequence[Evaluation], alpha: float) -> Check:
             sides = evaluations[: len(trained)], evaluations[len(trained) :]
@@ -315,7 +341,8 @@ class Session:
         records = [stored.records[problem].tally for problem in questions.ids]
         shares = self.shares
         alpha = shares.get("accuracy") or shares.get(rules.UNDECLARED) or ALPHA
-        return lambda groups: rules.decided(groups, records, alpha)
+        rule = _bounded(RULES["accuracy"], self.settings.task(questions.task_type))
+        return lambda groups: rules.decided(groups, records, alpha, rule)
 
     def _recorded_of(self, questions: Questions) -> Baseline | None:
         """Return the baseline that was recorded from this policy, if there is one."""

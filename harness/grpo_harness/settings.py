@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 import msgspec
 from msgspec import Meta
 
-from grpo_harness.asked import Defaults, Task, tasks
+from grpo_harness.asked import Defaults, GateTable, Task, tasks
 from grpo_harness.engines.engine import Sampling
 from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES
 from grpo_harness.tables import SettingsError, converted
@@ -102,6 +102,9 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     chat_template_kwargs: Annotated[
         dict[str, Any], _key("a table of variables of the chat template", option=False)
     ] = {}
+    gate: Annotated[
+        GateTable, _key("a table: alpha, margin, minimum, allow_floor", option=False)
+    ] = GateTable()
     reward_seconds: Annotated[
         float, _key("seconds that a reward may take for 64 completions", option=False, gt=0)
     ] = 60.0
@@ -268,9 +271,10 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
                 sampling,
                 resolved.system,
                 resolved.chat_template_kwargs,
+                resolved.gate,
             ),
             home,
-            lambda key: f"{where}.{key}]" if key.startswith("data.") else f"{where}] {key}",
+            lambda key: f"{where}.{key}]" if "." in key else f"{where}] {key}",
         ),
         problems=resolved.problems,
         samples=1 if sampling.greedy else resolved.samples,
@@ -297,6 +301,10 @@ def shown(settings: Settings) -> Iterator[tuple[str, str, str]]:
         value = getattr(settings, setting.name, getattr(settings.table, setting.name))
         if setting.name in ("tasks", "data"):
             value = ", ".join(value) or "none"
+        elif setting.name == "gate":
+            value = " ".join(
+                f"{k}={v}" for k, v in msgspec.structs.asdict(value).items() if v is not None
+            )
         elif setting.name == "reward":
             value = value or "the rule reward"
         elif setting.name == "trained":

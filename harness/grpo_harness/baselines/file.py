@@ -215,7 +215,8 @@ class Baseline:
         """List the conditions that have changed, each with its old and new value."""
         then = {**self.header.conditions, **_flat(self.header.gate)}
         # A rule newer than the recording has no bounds there, and is judged by its own.
-        known = {name: of for name, of in recorded_bounds().items() if name in self.header.gate}
+        own = questions.bounds or recorded_bounds()
+        known = {name: of for name, of in own.items() if name in self.header.gate}
         now = {**conditions(questions), **_flat(known)}
         return [
             f"{name} was {_short(then.get(name))} and is {_short(now.get(name))}"

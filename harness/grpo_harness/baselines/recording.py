@@ -155,7 +155,7 @@ def record(
         conditions=conditions(questions),
         seeds=[evaluation.run_seed for evaluation in evaluations],
         planned=planned,
-        gate=recorded_bounds(),
+        gate=dict(questions.bounds or recorded_bounds()),
         environment=environment(first.engine),
         parent=parent.digest if parent else None,
         # For these problems, only the conditions of the header are valid.

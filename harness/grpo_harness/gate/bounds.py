@@ -1,6 +1,8 @@
 """The gate's limits, and the sizes of change that each rule tolerates or acts on."""
 
+import re
 from dataclasses import dataclass
+from typing import TypeAlias
 
 ALPHA = 0.01
 """The risk that an unchanged policy turns a run red, over all checks of the run together."""
@@ -29,16 +31,47 @@ LOOK = 16
 """Problems between two looks of a sequential run."""
 
 
+Size: TypeAlias = float | str
+"""A size of change: a number in the rule's own unit, ``"10%"`` of the recorded value, or
+``"0.1 sd"``, of the standard deviation of the recorded rewards.
+"""
+
+RELATIVE = re.compile(r"([0-9]*\.?[0-9]+) ?(%|sd)")
+"""The form of a size that is not a number."""
+
+
 @dataclass(frozen=True)
 class Bounds:
     """PASS rules out a change of ``margin`` or more; a change below ``minimum`` never fails.
 
     Both are in the unit of the rule: a share of completions, a relative length (0.25 is a quarter
-    longer, or shorter by the same factor), or the standard deviation of a reward.
+    longer, or shorter by the same factor), or that of a reward.
     """
 
     margin: float
     minimum: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bounds as a rule or a project states them, which may depend on what was recorded."""
+
+    margin: Size
+    minimum: Size
+
+    def of(self, recorded: float, sd: float = 0.0) -> Bounds:
+        """Return the bounds for the recorded value and standard deviation."""
+        return Bounds(_number(self.margin, recorded, sd), _number(self.minimum, recorded, sd))
+
+
+def _number(size: Size, recorded: float, sd: float) -> float:
+    if not isinstance(size, str):
+        return size
+    found = RELATIVE.fullmatch(size)
+    if found is None:
+        raise ValueError(f"{size!r} is no size of change, such as '10%'")
+    number = float(found[1])
+    return number / 100 * abs(recorded) if found[2] == "%" else number * sd
 
 
 RATE = Bounds(margin=0.05, minimum=0.01)

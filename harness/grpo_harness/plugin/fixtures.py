@@ -224,6 +224,8 @@ def _comparable(
             baseline.select(questions)
         except BaselineError as error:
             reason = str(error)
+        else:
+            reason = session.nothing_to_lose(questions, baseline, declared(node))
     if reason:
         _cannot_judge(node, policy, task_type, f"baseline of {baseline.policy}", reason)
 

@@ -33,7 +33,7 @@ class Run:
         """Return each check's part of the risk of a false alarm, by its rule."""
         from grpo_harness.rules import shares
 
-        return shares(self.planned)
+        return shares(self.planned, self.settings.table.gate.alpha)
 
 
 RUN: pytest.StashKey[Run] = pytest.StashKey()

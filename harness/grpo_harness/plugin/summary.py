@@ -104,7 +104,8 @@ class Summary:
         ]
         planned = len(self._run.planned)
         line = (
-            f"plan: {planned} check{'s share' if planned > 1 else ' has'} a false-alarm risk of 1 %"
+            f"plan: {planned} check{'s share' if planned > 1 else ' has'} a false-alarm risk of "
+            f"{100 * settings.table.gate.alpha:g} %"
         )
         drops = sorted(found.mde90 for *_, found in plans if isinstance(found, Plan))
         if drops:
