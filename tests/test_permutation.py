@@ -112,6 +112,7 @@ def tables(draw: st.DrawFn, values: st.SearchStrategy[float]) -> tuple[Table, Ta
     )
 )
 @example(([[1e6, 1.0]], [[0.5, 2.0, 3.0]]))
+@example(([[0, 1], [1], [1, 0.2]], [[0, 1], [0, -0.338], [0, 0, 1]]))
 def test_it_is_brute_force_enumeration(m: tuple[Table, Table]) -> None:
     now, then = m
     # Decimals as they are written, and thirds: in floats, sums that are equal would differ.

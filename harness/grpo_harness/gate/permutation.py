@@ -438,6 +438,8 @@ def _step(values: Floats) -> float:
             step, distance = distance, abs(step - distance * round(step / distance))
         if step * MOST_POINTS < most:
             return 0.0
+        # It divides the greatest distance: without this, rounding errors grow from one to the next.
+        step = most / round(most / step)
     times = np.round(distances / step)
     step = float(distances @ times / (times @ times))
     return step if np.abs(distances / step - times).max() < 1e-6 else 0.0
