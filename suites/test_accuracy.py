@@ -7,3 +7,9 @@ import pytest
 def test_accuracy(evaluation, baseline, gate):
     """The share of correct completions has not dropped."""
     gate.accuracy(evaluation, baseline)
+
+
+@pytest.mark.grpo("total")
+def test_accuracy_of_all_tasks(evaluations, baselines, gate):
+    """It has not dropped over all tasks together: a small loss everywhere shows only here."""
+    gate.total(evaluations, baselines)

@@ -59,7 +59,7 @@ def verdicts(tmp_path):
         assert stored.same_policy(questions.fingerprint)
         return {
             rule: against_baseline(
-                RULES[rule], found, policy, records, Terms(SHARES[rule], same_policy=True)
+                RULES[rule], [found], policy, records, Terms(SHARES[rule], same_policy=True)
             ).verdict
             for rule in ASKED
         }

@@ -181,6 +181,7 @@ def test_every_test_runs_for_each_candidate(candidates, given):
     every = [f"test_{test}" for test in ("accuracy", "logits_are_finite", "samples_are_text")]
     wanted = [f"{test}[{label}-palindrome]" for test in every for label in ("base", *LABELS)]
     wanted += [f"test_no_task_type_got_worse[{label}-palindrome]" for label in LABELS]
+    wanted += [f"test_accuracy_of_all_tasks[{label}]" for label in ("base", *LABELS)]
     wanted += [f"test_trained_beats_base[{label}]" for label in LABELS]
     wanted += [f"test_trained_is_not_base[{label}]" for label in LABELS]
     assert sorted(names) == sorted(wanted)
@@ -728,7 +729,7 @@ def test_both(evaluation, baseline, gate):
     [
         ('"accuracy"', "gate.length(evaluation, baseline)", "asks the gate for length"),
         ('"accuracy"', "gate.accuracy(evaluation, baseline)\n" * 2, "accuracy*a second time"),
-        ('"speed"', "pass", "names 'speed', and the gate's rules are accuracy, length"),
+        ('"speed"', "pass", "names 'speed', and the gate's rules are accuracy, total"),
         ('"length"', "gate.speed(evaluation)", "the gate has no rule 'speed': it has accuracy"),
     ],
 )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from grpo_harness.evaluation import Completion, Evaluation, Group, Questions, Tally
 from grpo_harness.gate import bounds, verdicts
+from grpo_harness.gate.bounds import Sizes
 from grpo_harness.policy import Fingerprint
 from grpo_harness.rules import (
     ANSWERS,
@@ -65,7 +66,7 @@ def share(good, bad="wrong"):
 
 def judge(rule, now, then, alpha=ALPHA, same_policy=False, sequential=False):
     terms = Terms(alpha, same_policy, sequential)
-    return against_baseline(RULES[rule], now, "baseline of old", then, terms)
+    return against_baseline(RULES[rule], [now], "baseline of old", then, terms)
 
 
 def compare(rule, trained, base, alpha=ALPHA):
@@ -282,6 +283,7 @@ def test_bounds_are_what_they_were():
         "alpha": 0.01,
         "accuracy": {"margin": 0.05, "minimum": 0.01},
         "length": {"margin": 0.25, "minimum": 0.05},
+        "total": {"margin": 0.05, "minimum": 0.01},
         "truncation": {"margin": 0.05, "minimum": 0.01},
         "unparsable": {"margin": 0.05, "minimum": 0.01},
         "reward": {"margin": "0.1 sd", "minimum": "0.02 sd"},
@@ -351,9 +353,9 @@ class TestReward:
         lost = earned(usual, formats=lambda i, j: 1.0 if (i + j) % 2 else 0.0)
         rule, other = of_function("b"), of_function("a")
         terms = Terms(ALPHA, same_policy=True)
-        check = against_baseline(rule, lost, "baseline of old", rewarded(), terms)
+        check = against_baseline(rule, [lost], "baseline of old", rewarded(), terms)
         assert (check.verdict, check.rule, check.title) == ("FAIL", "rewards.b", "reward b")
-        assert against_baseline(other, lost, "x", rewarded(), terms).verdict == "PASS"
+        assert against_baseline(other, [lost], "x", rewarded(), terms).verdict == "PASS"
 
     def test_what_no_longer_applies_is_an_error(self):
         gone = earned(lambda i, j: float("nan") if i < 5 else usual(i, j))
@@ -375,4 +377,47 @@ class TestReward:
         assert "record it anew" in check.reason
 
     def test_form_is_not_asked_of_rewards_alone(self):
-        assert {"accuracy", "no_loss", "improvement", "unparsable"} == ANSWERS
+        assert {"accuracy", "total", "no_loss", "improvement", "unparsable"} == ANSWERS
+
+
+def test_a_small_loss_everywhere_shows_only_in_the_total():
+    """Three points on each of six tasks: no row alone proves them, all together do."""
+    now = evaluation(lambda i, j: "correct" if j < (3 if i % 8 else 2) else "wrong")
+    terms = Terms(ALPHA, same_policy=True)
+    alone = against_baseline(RULES["accuracy"], [now], "baseline of old", records(12), terms)
+    assert alone.verdict == "UNPROVEN"
+    whole = against_baseline(RULES["total"], [now] * 6, "baseline of old", records(12) * 6, terms)
+    assert (whole.verdict, whole.task_type, whole.evidence.n) == ("FAIL", "all", 6 * 128)
+
+
+def test_nothing_to_lose_is_an_error_unless_it_is_allowed():
+    now = evaluation(share(0))
+    few = [Tally(16, int(i % 4 == 0), 0, 0, 1.0986) for i in range(len(PROBLEMS))]
+    check = judge("accuracy", now, few, same_policy=True)
+    assert check.verdict == "ERROR"
+    assert "nothing to lose: 1.6% of the recorded completions are correct" in check.reason
+    allowed = Terms(ALPHA, same_policy=True, allow_floor=True)
+    assert against_baseline(RULES["accuracy"], [now], "x", few, allowed).verdict != "ERROR"
+
+
+@pytest.mark.parametrize(
+    ("margin", "verdict"),
+    [(0.011, "UNPROVEN"), ("1.5%", "UNPROVEN"), ("20%", "PASS"), (0.15, "PASS")],
+)
+def test_a_margin_is_absolute_or_of_what_was_recorded(margin, verdict):
+    rule = replace(RULES["accuracy"], bounds=Sizes(margin, 0.01))
+    terms = Terms(ALPHA, same_policy=True)
+    now = evaluation(share(3))
+    assert against_baseline(rule, [now], "x", records(12), terms).verdict == verdict
+
+
+def test_a_margin_of_a_reward_is_in_its_own_unit_or_in_deviations():
+    worse = earned(lambda i, j: usual(i, j) - (0.3 if i % 2 else 0.0))
+    terms = Terms(ALPHA)
+
+    def verdict(margin, minimum):
+        rule = replace(RULES["reward"], bounds=Sizes(margin, minimum))
+        return against_baseline(rule, [worse], "x", rewarded(), terms).verdict
+
+    assert verdict(0.5, 0.3) == verdict("2 sd", "1 sd") == verdict("500%", "300%") == "PASS"
+    assert verdict(0.1, 0.01) == verdict("0.1 sd", "0.02 sd") == verdict(0.1, "1%") == "FAIL"

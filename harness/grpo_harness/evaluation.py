@@ -233,12 +233,26 @@ class Evaluation:
             "run_seed": self.run_seed,
             "sampling": dict(self.questions.settings),
             "engine": dict(self.engine),
-            "accuracy": self.accuracy,
-            "strict_accuracy": self.strict_accuracy,
+            "accuracy": self.accuracy if self.questions.judges_answers else None,
+            "strict_accuracy": self.strict_accuracy if self.questions.task_type.reads else None,
             "mean_reward": self.mean_reward,
             "mean_length": self.mean_length,
             "outcomes": {name: self.rate(name) for name in OUTCOMES},
+            "slices": [part.figures(of) for of, part in self.slices()],
         }
+
+    def figures(self, of: str) -> dict[str, Any]:
+        """Return the figures of a slice."""
+        accuracy = self.accuracy if self.questions.judges_answers else None
+        return {"of": of, "n": self.n, "accuracy": accuracy, "mean_reward": self.mean_reward}
+
+    def slices(self) -> Iterator[tuple[str, Self]]:
+        """Yield the evaluation on the problems of each value of the columns that are slices."""
+        for column in self.questions.task_type.slices:
+            values = sorted({str(group.problem.task[column]) for group in self.groups})
+            for value in values:
+                own = [g for g in self.groups if str(g.problem.task[column]) == value]
+                yield f"{column}={value}", replace(self, groups=tuple(own))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield every completion as plain texts and numbers, with its problem."""

@@ -189,6 +189,13 @@ RULES: Mapping[str, Rule] = {
             _accuracy,
         ),
         Rule(
+            "total",
+            "accuracy of all tasks",
+            "Has the share of correct completions dropped, over all tasks together?",
+            _share("correct"),
+            _accuracy,
+        ),
+        Rule(
             "length",
             "length",
             "Have completions become longer or shorter, in tokens?",
@@ -251,7 +258,7 @@ RULES: Mapping[str, Rule] = {
 """The rules by name; each is a method of the ``gate`` fixture."""
 
 
-ANSWERS = frozenset({"accuracy", "unparsable", "no_loss", "improvement"})
+ANSWERS = frozenset({"accuracy", "total", "unparsable", "no_loss", "improvement"})
 """The rules that ask whether completions are correct, or can be read."""
 
 
@@ -374,25 +381,35 @@ class Check:
 
 
 def against_baseline(
-    rule: Rule, evaluation: Evaluation, reference: str, records: Tallies, terms: Terms
+    rule: Rule, evaluations: Sequence[Evaluation], reference: str, records: Tallies, terms: Terms
 ) -> Check:
-    """Judge an evaluation against the records of all its planned problems, in the same order."""
-    check = opened(rule, evaluation.task, evaluation.policy, reference)
-    if reason := _failed([evaluation]):
+    """Judge evaluations of a policy against the records of all planned problems, in their order.
+
+    Only one evaluation may have stopped early.
+    """
+    check = opened(rule, _named(evaluations), evaluations[0].policy, reference)
+    if reason := _failed(evaluations):
         return replace(check, reason=reason)
-    if evaluation.n < evaluation.planned and not (terms.sequential and terms.same_policy):
+    asked, planned = (sum(getattr(e, n) for e in evaluations) for n in ("n", "planned"))
+    may_stop = terms.sequential and terms.same_policy and len(evaluations) == 1
+    if asked < planned and not may_stop:
         return replace(
             check,
-            reason=f"{evaluation.n} of {evaluation.planned} planned problems were asked, and the "
-            "run was not to stop early: completions are missing",
+            reason=f"{asked} of {planned} planned problems were asked, and the run was not to "
+            "stop early: completions are missing",
         )
-    now = [rule.part(tally) for tally in _tallies(evaluation.groups)]
+    groups = [group for evaluation in evaluations for group in evaluation.groups]
+    now = [rule.part(tally) for tally in _tallies(groups)]
     then = [rule.part(tally) for tally in records]
     floor = nothing_to_lose(then, rule.bounds) if rule.name == "accuracy" else ""
     if reason := _unlike(rule, now, then) or ("" if terms.allow_floor else floor):
         return replace(check, reason=reason)
     evidence = rule.judge(now, then, rule.bounds, terms)
-    return _closed(check, rule, evidence, evaluation.groups, then)
+    return _closed(check, rule, evidence, groups, then)
+
+
+def _named(evaluations: Sequence[Evaluation]) -> str:
+    return evaluations[0].task if len(evaluations) == 1 else "all"
 
 
 def against_base(
@@ -407,8 +424,7 @@ def against_base(
             f"{len(trained)} evaluations of the trained policy and {len(base)} of the base: "
             "they are compared in pairs, and there must be one"
         )
-    name = trained[0].task if len(trained) == 1 else "all"
-    check = opened(rule, name, trained[0].policy, base[0].policy)
+    check = opened(rule, _named(trained), trained[0].policy, base[0].policy)
     if reason := _no_pairs(trained, base) or _failed([*trained, *base]):
         return replace(check, reason=reason)
     # In sequential runs, one side may have been asked more problems than the other.

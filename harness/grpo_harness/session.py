@@ -17,7 +17,7 @@ from grpo_harness.baselines.recording import Recording
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
 from grpo_harness.engines.residency import Residents
 from grpo_harness.errors import HarnessError
-from grpo_harness.evaluation import Evaluation, Group, Questions, ask, evaluate
+from grpo_harness.evaluation import Evaluation, Group, Questions, Tally, ask, evaluate
 from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS
 from grpo_harness.gate.verdicts import Plan
 from grpo_harness.policy import Policy, PolicyError, PolicyName, load
@@ -211,24 +211,37 @@ class Session:
         return baselines.load(_path(self.settings, role, policy.checkpoint.name, task_type))
 
     def against_baseline(
-        self, rule: Rule, evaluation: Evaluation, baseline: Baseline, alpha: float
+        self,
+        rule: Rule,
+        evaluations: Sequence[Evaluation],
+        stored: Sequence[Baseline],
+        alpha: float,
     ) -> Check:
-        """Judge an evaluation against a baseline; ``alpha`` is its part of the run's risk."""
-        reference = f"baseline of {baseline.policy}"
-        try:
-            records = baseline.select(evaluation.questions)
-        except BaselineError as error:
-            return rules.opened(rule, evaluation.task, evaluation.policy, reference, str(error))
-        same = baseline.same_policy(evaluation.fingerprint)
-        task = self.settings.task(evaluation.questions.task_type)
-        rule = _bounded(rule, task)
+        """Judge evaluations of a policy against a baseline each, all together.
 
-        def judge(evaluations: Sequence[Evaluation], alpha: float) -> Check:
+        ``alpha`` is the check's part of the run's risk.
+        """
+        reference = f"baseline of {stored[0].policy}"
+        records: list[Tally] = []
+        for evaluation, baseline in zip(evaluations, stored, strict=True):
+            try:
+                records += baseline.select(evaluation.questions)
+            except BaselineError as error:
+                return rules.opened(rule, evaluation.task, evaluation.policy, reference, str(error))
+        same = all(
+            baseline.same_policy(evaluation.fingerprint)
+            for evaluation, baseline in zip(evaluations, stored, strict=True)
+        )
+        task = self.settings.task(evaluations[0].questions.task_type)
+        if len(evaluations) == 1:
+            rule = _bounded(rule, task)
+
+        def judge(pooled: Sequence[Evaluation], alpha: float) -> Check:
             terms = Terms(alpha, same, self.settings.sequential, task.allow_floor)
-            (pooled,) = evaluations
             return rules.against_baseline(rule, pooled, reference, records, terms)
 
-        return self._judged(rule, [evaluation], baseline.digest, alpha, judge)
+        together = " ".join(baseline.digest for baseline in stored)
+        return self._judged(rule, evaluations, together, alpha, judge)
 
     def nothing_to_lose(
         self, questions: Questions, baseline: Baseline, declared: Sequence[str]

@@ -23,10 +23,10 @@ class Gate:
     """The rules as assertions, one method per rule: each judges, and fails the test on harm.
 
     ``gate.accuracy(evaluation, baseline)`` and similar rules judge against a baseline;
-    ``gate.no_loss(trained, base)`` and ``gate.improvement`` take lists of evaluations. They return
-    the check; ``gate.rewards`` returns one for each of several reward functions. FAIL and ERROR
-    fail the test. UNPROVEN is counted beside passed and failed; it fails the test under
-    ``--grpo-strict``.
+    ``gate.total(evaluations, baselines)`` takes those of all tasks. ``gate.no_loss(trained, base)``
+    and ``gate.improvement`` take lists of evaluations. They return the check; ``gate.rewards``
+    returns one for each of several reward functions. FAIL and ERROR fail the test. UNPROVEN is
+    counted beside passed and failed; it fails the test under ``--grpo-strict``.
 
     A test has a part of the risk for each rule that it declares
     (``@pytest.mark.grpo("accuracy")``), or for one rule if it declares none. It may use each part
@@ -46,22 +46,32 @@ class Gate:
         rule = RULES[name]
 
         def against_baseline(evaluation: Evaluation, baseline: Baseline) -> Check:
-            self._answered([evaluation], rule)
+            return against_baselines([evaluation], [baseline])
+
+        def against_baselines(
+            evaluations: Sequence[Evaluation], baselines: Sequence[Baseline]
+        ) -> Check:
+            self._answered(evaluations, rule)
             alpha = self._share(rule)
-            (check,) = self._asserted(
-                [lambda: self._session.against_baseline(rule, evaluation, baseline, alpha)]
-            )
+            judge = partial(self._session.against_baseline, rule, evaluations, baselines, alpha)
+            (check,) = self._asserted([judge])
             return check
+
+        def total(evaluations: Sequence[Evaluation], baselines: Sequence[Baseline]) -> Check:
+            if self._session.settings.sequential:
+                pytest.skip("a sequential run stops each task by itself: there is no total")
+            if len(evaluations) < 2:
+                pytest.skip("with one task, its accuracy is the total")
+            return against_baselines(evaluations, baselines)
 
         def each_reward(evaluation: Evaluation, baseline: Baseline) -> list[Check]:
             names = [reward.name for reward in evaluation.questions.rewards.functions]
             if len(names) < 2:
                 pytest.skip(f"{names[0]} is the only reward, and so the total")
             alpha = self._share(rule) / len(names)
-            judge = partial(self._session.against_baseline, evaluation=evaluation)
-            return self._asserted(
-                [partial(judge, of_function(n), baseline=baseline, alpha=alpha) for n in names]
-            )
+            sides = [evaluation], [baseline]
+            judge = self._session.against_baseline
+            return self._asserted([partial(judge, of_function(n), *sides, alpha) for n in names])
 
         def against_base(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
             trained, base = self._answered(trained, rule), self._answered(base, rule)
@@ -73,7 +83,8 @@ class Gate:
 
         judge: Callable[..., Any] = against_base
         if rule.against == "baseline":
-            judge = each_reward if rule.name == "rewards" else against_baseline
+            others: dict[str, Callable[..., Any]] = {"rewards": each_reward, "total": total}
+            judge = others.get(rule.name, against_baseline)
         judge.__name__, judge.__doc__ = rule.name, rule.asks
         return judge
 

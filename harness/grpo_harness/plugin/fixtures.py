@@ -263,6 +263,30 @@ def baseline(
 
 
 @pytest.fixture
+def baselines(grpo_session: Session, role: str, policy: Policy) -> list[Baseline]:
+    """Load the baselines to judge ``policy`` by on every task whose answers are judged."""
+    names = [name for name, t in grpo_session.settings.tasks.items() if t.asks("accuracy")]
+    return clearly(lambda: [grpo_session.baseline(role, policy, name) for name in names])
+
+
+@pytest.fixture
+def evaluations(
+    request: pytest.FixtureRequest,
+    grpo_session: Session,
+    policy: Policy,
+    evaluate: Callable[[Policy, Source], Evaluation],
+) -> list[Evaluation]:
+    """Evaluate ``policy`` on every task whose answers are judged.
+
+    If the test also uses ``baselines``, they are loaded before anything is drawn.
+    """
+    if uses(request.node, "baselines"):
+        request.getfixturevalue("baselines")
+    tasks = [task for task in grpo_session.settings.tasks.values() if task.asks("accuracy")]
+    return [evaluate(policy, task.source) for task in tasks]
+
+
+@pytest.fixture
 def gate(request: pytest.FixtureRequest, grpo_session: Session) -> Gate:
     """Return the gate, which judges evaluations against baselines and each other."""
     return Gate(grpo_session, request.node, declared(request.node))

@@ -141,11 +141,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     run = activated(session.config)
     _try_rewards(run, session)
+    total = sum(task.asks("accuracy") for task in run.settings.tasks.values()) > 1
+    left_out = set() if total and not run.settings.sequential else {"total"}
     run.planned = [
         name
         for item in session.items
         for name in declared(item)
         if (task := run.settings.tasks.get(_task_of(item))) is None or task.asks(name)
+        if name not in left_out
     ]
     run.files = len(session.items) if session.config.getoption("grpo_record") else 1
 

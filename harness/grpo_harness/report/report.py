@@ -4,6 +4,7 @@ Rows are plain data (``Evaluation.summary()``, ``Check.asdict()``), because unde
 come from other processes.
 """
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,20 @@ SCHEMA = 2
 """The schema of ``report.json``."""
 
 _WORST_FIRST = ("ERROR", "FAIL", "UNPROVEN", "PASS")
+
+_COLUMNS = (
+    "task type",
+    "policy",
+    "n × k",
+    "baseline",
+    "now",
+    "Δ points (90 % CI)",
+    "strict",
+    "reward",
+    "tokens",
+    "truncated",
+    "verdict",
+)
 
 _LESS_MISSED = ("strict", "truncated", "tokens", "reward", "baseline", "n × k")
 
@@ -75,7 +90,11 @@ class Report:
 
     def measured(self) -> Table:
         """One row per task type and policy: what was measured, and the worst verdict on it."""
-        rows = [self._measured(row) for row in self._sorted(self.evaluations)]
+        rows = []
+        for row in self._sorted(self.evaluations):
+            rows.append(self._measured(row))
+            rows += [_sliced(row, part) for part in row.get("slices", [])]
+        rows += [_together(row) for (rule, *_), row in self.checks.items() if rule == "total"]
         return Table.of(rows, _LESS_MISSED)
 
     def improvements(self) -> Table:
@@ -220,11 +239,43 @@ class Report:
             "now": _percent(e["now"] if e else row["accuracy"]),
             "Δ points (90 % CI)": _interval(e) if e else "",
             "strict": _percent(row["strict_accuracy"]),
-            "reward": f"{row['mean_reward']:+.3f}",
+            "reward": _reward(row["mean_reward"]),
             "tokens": f"{row['mean_length']:.1f}",
             "truncated": _percent(row["outcomes"]["truncated"]),
             "verdict": _worst(own),
         }
+
+
+def _sliced(row: Row, part: Row) -> dict[str, str]:
+    """A row for one value of a column that is a slice."""
+    return {
+        **dict.fromkeys(_COLUMNS, ""),
+        "task type": f"{row['task_type']} {part['of']}",
+        "policy": row["policy"],
+        "n × k": f"{part['n']} × {row['k']}",
+        "now": _percent(part["accuracy"]),
+        "reward": _reward(part["mean_reward"]),
+        "verdict": "not judged",
+    }
+
+
+def _together(row: Row) -> dict[str, str]:
+    """A row for all tasks of a policy."""
+    e = row["evidence"]
+    return {
+        **dict.fromkeys(_COLUMNS, ""),
+        "task type": row["task_type"],
+        "policy": row["policy"],
+        "n × k": f"{e['n']} × {e['k']}" if e else "",
+        "baseline": _percent(e["then"]) if e else "",
+        "now": _percent(e["now"]) if e else "",
+        "Δ points (90 % CI)": _interval(e) if e else "",
+        "verdict": row["verdict"],
+    }
+
+
+def _reward(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:+.3f}"
 
 
 def _words(value: Any) -> str:
@@ -267,8 +318,8 @@ def _interval(e: Row) -> str:
     return f"{_points(e['delta'])} ({_points(e['lower'])} to {_points(e['upper'])})"
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def _points(share: float) -> str:
