@@ -142,6 +142,9 @@ def test_it_is_recorded_judged_and_reported(team):
         ),
         (T, "at_least = 1.0", "at_least = 0.0", "reward was"),
         (T, "max_new_tokens = 3", "max_new_tokens = 4", "max_new_tokens was 3"),
+        (T, "allow_floor = true", "margin = 0.2", "gate.accuracy.margin was 0.05 and is 0.2"),
+        (T, "allow_floor = true", 'margin = "9%"', "gate.accuracy.margin was 0.05 and is 9%"),
+        (T, "allow_floor = true", "alpha = 0.02", "gate.alpha was 0.01 and is 0.02"),
         (
             "pyproject.toml",
             'answer = "solution"',

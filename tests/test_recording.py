@@ -378,3 +378,9 @@ class TestRestorable:
         entry.path.write_text("{}")
         with pytest.raises(BaselineError, match="could not restore"):
             check_restorable([entry])
+
+
+@pytest.mark.parametrize(("skill", "says"), [(0.0, "no completion is correct"), (0.5, None)])
+def test_that_accuracy_cannot_drop_is_noted(keep, skill, says):
+    assert ("CAUTION" in keep(skill).notes) == (says is not None)
+    assert (says or "the first recording") in keep(skill, reason="again").notes or says is None

@@ -317,3 +317,53 @@ def test_every_setting_has_a_description():
     assert {s.name for s in table_settings()} == set(Table.__struct_fields__)
     schema = msgspec.json.schema(Sampling)["$defs"]["Sampling"]["properties"]
     assert all("description" in entry for entry in schema.values())
+
+
+GATE = "[tool.grpo-harness.gate]\n"
+
+
+def test_bounds_are_of_the_run_a_rule_a_task_and_a_rule_of_a_task(project):
+    from grpo_harness.gate.bounds import Sizes
+
+    settings = project(
+        'tasks = ["gcd", "sort"]\n'
+        + GATE
+        + 'alpha = 0.05\nmargin = "10%"\nallow_floor = true\n'
+        + "[tool.grpo-harness.gate.rules.length]\nmargin = 0.5\n"
+        + "[tool.grpo-harness.gate.tasks.sort]\nmargin = 0.2\nallow_floor = false\n"
+        + '[tool.grpo-harness.gate.tasks.sort.rules.reward]\nmargin = "0.3 sd"\n'
+    )
+    gcd, sort = settings.tasks["gcd"], settings.tasks["sort"]
+    assert settings.table.gate.alpha == 0.05
+    assert gcd.bounds["accuracy"] == gcd.bounds["truncation"] == Sizes("10%", 0.01)
+    assert gcd.bounds["length"] == sort.bounds["length"] == Sizes(0.5, 0.05)
+    assert sort.bounds["accuracy"] == sort.bounds["no_loss"] == Sizes(0.2, 0.01)
+    assert sort.bounds["reward"] == Sizes("0.3 sd", "0.02 sd")
+    assert "reward" not in gcd.bounds
+    assert (gcd.allow_floor, sort.allow_floor) == (True, False)
+    assert "improvement" not in gcd.bounds
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("margn = 0.1", "no key 'margn': did you mean margin?"),
+        ("margin = -0.1", "the size -0.1: it must be a number from 0 on"),
+        ('margin = "much"', "the size 'much': it must be a number from 0 on, a percentage"),
+        ("margin = true", "margin is True"),
+        ("margin = 0.001", "minimum 0.01 and margin 0.001: the minimum must be less"),
+        ("alpha = 0", "alpha is 0"),
+        ("alpha = 1.5", "alpha is 1.5"),
+        ("[tool.grpo-harness.gate.rules.speed]\nmargin = 1", "no rule 'speed': the rules are"),
+        ("[tool.grpo-harness.gate.rules.length]\nmax = 1", "no key 'max'"),
+        ("[tool.grpo-harness.gate.tasks.chess]\nmargin = 0.1", "no such task: 'chess'"),
+        ("[tool.grpo-harness.gate.tasks.gcd]\nmargin = []", "margin is"),
+        ("rules = {length = 3}", "it must be a table"),
+    ],
+)
+def test_bounds_that_make_no_sense_are_one_clear_error(project, table, says):
+    with pytest.raises(SettingsError) as error:
+        project(GATE + table)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "tool.grpo-harness.gate" in str(error.value)

@@ -43,6 +43,8 @@ SAMPLES = 16
 SEEDS = 2
 """Run seeds of a recording, so that the luck of a single run is not the reference."""
 
+_ONE_WAY = ("only drop, and a gain stays unseen", "only rise, and a loss stays unseen")
+
 _ACCEPT = "--grpo-record --grpo-accept-regression 'why'"
 
 
@@ -131,6 +133,9 @@ def record(
     correct, drawn = (sum(getattr(r, name) for r in fresh.values()) for name in ("correct", "k"))
     anchor = Anchor(**made, fingerprint=str(first.fingerprint), accuracy=correct / drawn)
     parent, notes = _parent(path if path.exists() else before or path, reason)
+    if questions.judges_answers and correct in (0, drawn):
+        found = "no completion is" if correct == 0 else "every completion is"
+        notes.append(f"CAUTION: {found} correct, so accuracy can {_ONE_WAY[correct == 0]}")
     records, kept, planned = fresh, list[str](), first.planned
     if parent is not None:
         kept = _kept(parent, first, fresh) if parent.path == path else []

@@ -36,6 +36,9 @@ Size: TypeAlias = float | str
 ``"0.1 sd"``, of the standard deviation of the recorded rewards.
 """
 
+LEAST_PART = 1e-3
+"""The least size that a percentage can mean."""
+
 RELATIVE = re.compile(r"([0-9]*\.?[0-9]+) ?(%|sd)")
 """The form of a size that is not a number."""
 
@@ -60,8 +63,14 @@ class Sizes:
     minimum: Size
 
     def of(self, recorded: float, sd: float = 0.0) -> Bounds:
-        """Return the bounds for the recorded value and standard deviation."""
-        return Bounds(_number(self.margin, recorded, sd), _number(self.minimum, recorded, sd))
+        """Return the bounds for the recorded value and standard deviation.
+
+        A part of nearly nothing is at least `LEAST_PART`, and a minimum that is no less than a
+        margin which depends on what was recorded becomes a fifth of it.
+        """
+        margin, minimum = (_number(size, recorded, sd) for size in (self.margin, self.minimum))
+        depends = isinstance(self.margin, str) and minimum >= margin
+        return Bounds(margin, margin / 5 if depends else minimum)
 
 
 def _number(size: Size, recorded: float, sd: float) -> float:
@@ -71,7 +80,7 @@ def _number(size: Size, recorded: float, sd: float) -> float:
     if found is None:
         raise ValueError(f"{size!r} is no size of change, such as '10%'")
     number = float(found[1])
-    return number / 100 * abs(recorded) if found[2] == "%" else number * sd
+    return max(number / 100 * abs(recorded), LEAST_PART) if found[2] == "%" else number * sd
 
 
 RATE = Bounds(margin=0.05, minimum=0.01)
