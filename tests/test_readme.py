@@ -1,12 +1,17 @@
 """What the README says is so."""
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 import grpo_harness
 from grpo_harness import rule_reward
+from grpo_harness.asked import Data
+from grpo_harness.rules import RULES
+from grpo_harness.settings import Table
 from grpo_harness.tasks import load_task_type
 
 ROOT = Path(__file__).parent.parent
@@ -17,8 +22,9 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-(TABLE,) = blocks("toml")
-SUITE, ROMAN = blocks("python")
+TABLE, DATA = blocks("toml")
+SUITE, ROMAN, REWARDS, REWARDS_SUITE = blocks("python")
+(ROW,) = blocks("json")
 
 
 @pytest.fixture
@@ -62,6 +68,60 @@ def test_a_repository_that_follows_it_goes_green(pytester, roman, save_tiny):
     judged = pytester.runpytest_inprocess(*options)
     judged.assert_outcomes(passed=18)
     judged.stdout.fnmatch_lines(["roman *checkpoints/latest * PASS*"])
+
+
+def test_data_and_rewards_that_follow_it_go_green(pytester, save_tiny):
+    """The table, the row, the rewards and the tests as they stand there, with tiny policies."""
+    save_tiny(pytester.path / "checkpoints" / "base", seed=1)
+    save_tiny(pytester.path / "checkpoints" / "latest", seed=2)
+    assert DATA.count("max_new_tokens = 256") == ROW.count("3 + 4") == ROW.count('"7"') == 1
+    (pytester.path / "pyproject.toml").write_text(
+        DATA.replace("max_new_tokens = 256", "max_new_tokens = 4")
+    )
+    for folder in ("our_package", "data"):
+        (pytester.path / folder).mkdir()
+    (pytester.path / "our_package" / "rewards.py").write_text(REWARDS)
+    rows = [ROW.replace("3 + 4", f"{i} + 4").replace('"7"', f'"{i + 4}"') for i in range(80)]
+    (pytester.path / "data" / "problems.jsonl").write_text("".join(rows))
+    (pytester.path / "test_policies.py").write_text(REWARDS_SUITE)
+    options = ("-p", "no:xdist", "-p", "no:benchmark")
+    sys.modules.pop("our_package.rewards", None)
+    sys.modules.pop("our_package", None)
+    recorded = pytester.runpytest_inprocess("--grpo-record", *options)
+    recorded.assert_outcomes(skipped=2, deselected=2)
+    judged = pytester.runpytest_inprocess("--grpo-report=report", *options)
+    judged.assert_outcomes(passed=4)
+    judged.stdout.fnmatch_lines(["word-problems *checkpoints/latest * PASS*"])
+    checks = json.loads((pytester.path / "report" / "report.json").read_text())["checks"]
+    rewards = {"reward", "rewards.accuracy", "rewards.form", "rewards.short"}
+    assert {check["rule"] for check in checks} == {"accuracy", *rewards}
+
+
+def test_the_rewards_score_as_a_reader_expects():
+    scope = {}
+    exec(REWARDS, scope)  # noqa: S102 - a block of our own README
+    texts = ("Well, <answer>7</answer>", "<answer>7</answer>", "<answer>8</answer>", "7")
+    given = [[{"role": "assistant", "content": text}] for text in texts]
+    assert scope["accuracy"](given, solution=["7"] * 4) == [1, 1, 0, 0]
+    assert scope["form"](given) == [0, 1, 1, 0]
+    assert scope["short"]([[0] * 192, [0] * 224, [0] * 256]) == [0, -0.5, -1]
+
+
+def keys(section):
+    """The keys in the first column of a section's tables."""
+    text = README.split(f"{section}\n")[1].split("\n#")[0]
+    rows = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    return [key for row in rows for key in re.findall(r"`(\w+)`", row)]
+
+
+def test_every_setting_is_documented_and_no_other():
+    assert sorted(keys("### Settings")) == sorted(Table.__struct_fields__)
+    assert sorted(keys("## Your data and rewards")) == sorted(Data.__struct_fields__)
+
+
+def test_every_rule_of_the_gate_is_documented():
+    (row,) = re.findall(r"^\| `gate` \|.*$", README, re.MULTILINE)
+    assert set(re.findall(r"`\.(\w+)`", row)) == set(RULES)
 
 
 def test_every_option_is_documented_and_no_other(pytestconfig):
