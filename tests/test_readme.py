@@ -10,8 +10,9 @@ import pytest
 import grpo_harness
 from grpo_harness import rule_reward
 from grpo_harness.asked import Data
+from grpo_harness.gate.bounds import Sizes
 from grpo_harness.rules import RULES
-from grpo_harness.settings import Table
+from grpo_harness.settings import Table, resolve
 from grpo_harness.tasks import load_task_type
 
 ROOT = Path(__file__).parent.parent
@@ -22,9 +23,13 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-TABLE, DATA = blocks("toml")
+GATE, TABLE, DATA = blocks("toml")
 SUITE, ROMAN, REWARDS, REWARDS_SUITE = blocks("python")
 (ROW,) = blocks("json")
+
+
+ALLOW_FLOOR = "\n[tool.grpo-harness.gate]\nallow_floor = true\n"
+"""Untrained policies can do nothing, so there is nothing to lose."""
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def test_a_repository_that_follows_it_goes_green(pytester, roman, save_tiny):
     save_tiny(pytester.path / "checkpoints" / "latest", seed=2)
     table = TABLE.replace("Qwen/Qwen2-0.5B-Instruct", "checkpoints/base")
     (pytester.path / "pyproject.toml").write_text(
-        table.replace("max_new_tokens = 256", "max_new_tokens = 2")
+        table.replace("max_new_tokens = 256", "max_new_tokens = 2") + ALLOW_FLOOR
     )
     for folder in ("our_package", "tasks"):
         (pytester.path / folder).mkdir()
@@ -76,7 +81,7 @@ def test_data_and_rewards_that_follow_it_go_green(pytester, save_tiny):
     save_tiny(pytester.path / "checkpoints" / "latest", seed=2)
     assert DATA.count("max_new_tokens = 256") == ROW.count("3 + 4") == ROW.count('"7"') == 1
     (pytester.path / "pyproject.toml").write_text(
-        DATA.replace("max_new_tokens = 256", "max_new_tokens = 4")
+        DATA.replace("max_new_tokens = 256", "max_new_tokens = 4") + ALLOW_FLOOR
     )
     for folder in ("our_package", "data"):
         (pytester.path / folder).mkdir()
@@ -120,7 +125,7 @@ def test_every_setting_is_documented_and_no_other():
 
 
 def test_every_rule_of_the_gate_is_documented():
-    (row,) = re.findall(r"^\| `gate` \|.*$", README, re.MULTILINE)
+    (row,) = re.findall(r"^\| `gate` \| `\..*$", README, re.MULTILINE)
     assert set(re.findall(r"`\.(\w+)`", row)) == set(RULES)
 
 
@@ -149,3 +154,13 @@ def test_its_links_lead_somewhere():
 def test_every_make_target_it_names_exists():
     targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z0-9]+)", README, re.MULTILINE)) <= targets
+
+
+def test_the_table_of_the_gate_is_one(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(GATE)
+    tasks = resolve(tmp_path, tmp_path, {}).tasks
+    assert tasks["gcd"].bounds["accuracy"] == Sizes("10%", 0.01)
+    assert tasks["gcd"].bounds["reward"] == Sizes(0.3, "0.02 sd")
+    assert tasks["sort"].bounds["accuracy"] == Sizes(0.08, 0.01)
+    assert tasks["sort"].bounds["length"] == Sizes(0.5, 0.05)
+    assert tasks["sort"].allow_floor
