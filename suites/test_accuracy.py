@@ -9,6 +9,12 @@ def test_accuracy(evaluation, baseline, gate):
     gate.accuracy(evaluation, baseline)
 
 
+@pytest.mark.grpo("slices")
+def test_accuracy_of_slices(evaluation, baseline, gate):
+    """Where slices are judged, the share of correct completions has dropped on none of them."""
+    gate.slices(evaluation, baseline)
+
+
 @pytest.mark.grpo("total")
 def test_accuracy_of_all_tasks(evaluations, baselines, gate):
     """It has not dropped over all tasks together: a small loss everywhere shows only here."""

@@ -68,14 +68,19 @@ correct = { reward = "accuracy", at_least = 1.0 }
 sampling = { max_new_tokens = 3 }
 """
 
-ROWS = [
-    {
-        "prompt": [{"role": "user", "content": f"How much is {i} + {i}?"}],
-        "solution": str(i % 10),
-        "kind": "even" if i % 2 == 0 else "odd",
-    }
-    for i in range(80)
-]
+
+def rows(n=80):
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"How much is {i} + {i}?"}],
+            "solution": str(i % 10),
+            "kind": "even" if i % 2 == 0 else "odd",
+        }
+        for i in range(n)
+    ]
+
+
+ROWS = rows()
 
 
 @pytest.fixture
@@ -214,3 +219,66 @@ def test_a_task_without_correct_has_rewards_alone(team):
     replaced(team, "pyproject.toml", 'correct = { reward = "accuracy", at_least = 1.0 }', "")
     result = run(team, "--grpo-record", skipped=2)
     assert result.ret == 0
+
+
+def test_slices_have_rows_and_are_judged_where_that_is_asked(team):
+    (team.path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows(140))))
+    replaced(team, T, "problems = 64", "problems = 140")
+    replaced(team, T, 'answer = "solution"', 'answer = "solution"\nslices = ["kind"]')
+    team.makepyfile(
+        test_own="""
+        import pytest
+
+        @pytest.mark.grpo("slices")
+        def test_slices(evaluation, baseline, gate):
+            gate.slices(evaluation, baseline)
+        """
+    )
+    run(team, "--grpo-record", skipped=2)
+    run(team, "--grpo-report=out", skipped=2)
+    (row, _) = json.loads((team.path / "out" / "report.json").read_text())["evaluations"]
+    assert [(part["of"], part["n"]) for part in row["slices"]] == [
+        ("kind=even", 70),
+        ("kind=odd", 70),
+    ]
+    assert "sums kind=even" in (team.path / "out" / "report.md").read_text().replace("&#61;", "=")
+    replaced(team, T, 'slices = ["kind"]', 'slices = ["kind"]\ngate_slices = true')
+    run(team, "--grpo-report=out")
+    checks = json.loads((team.path / "out" / "report.json").read_text())["checks"]
+    found = {(c["rule"], c["policy"], c["evidence"]["n"]) for c in checks}
+    assert found == {
+        (f"slices.kind={kind}", policy, 70)
+        for kind in ("even", "odd")
+        for policy in ("base-policy", "trained-policy")
+    }
+
+
+def test_prompts_that_are_texts_and_rewards_of_trl(team):
+    """A text goes to the policy as it is, and completions are texts; TRL's own reward is used."""
+    plain = [{**row, "prompt": row["prompt"][0]["content"]} for row in ROWS]
+    (team.path / "sums.jsonl").write_text("\n".join(map(json.dumps, plain)))
+    replaced(team, R, "SEEN = []", "from trl.rewards import get_repetition_penalty_reward as make\n"
+             "repeats = make(ngram_size=2, max_penalty=-1.0)\nSEEN = []")  # fmt: skip
+    replaced(team, T, '"our_rewards:Even"', '"our_rewards:repeats"')
+    run(team, "--grpo-record", skipped=2)
+    run(team, "--grpo-report=out")
+    lines = (team.path / "out/samples/base-policy--sums.jsonl").read_text().splitlines()
+    prompts = {row["prompt"] for row in plain}
+    assert {json.loads(line)["prompt"] for line in lines} <= prompts
+    assert all("repetition_penalty_reward" in json.loads(line)["rewards"] for line in lines)
+
+
+def test_thinking_is_part_of_a_completion_and_the_template_gets_its_variables(team):
+    replaced(team, T, "our_rewards:brief", "trl.rewards:think_format_reward")
+    replaced(team, T, 'answer = "solution"', 'answer = "solution"\n'
+             'chat_template_kwargs = { enable_thinking = false }')  # fmt: skip
+    for name in ("base-policy", "trained-policy"):
+        path = team.path / name / "chat_template.jinja"
+        path.write_text(
+            path.read_text() + "{% if enable_thinking is false %}<think></think>{% endif %}"
+        )
+    run(team, "--grpo-record", skipped=2)
+    run(team, "--grpo-report=out")
+    line = (team.path / "out/samples/base-policy--sums.jsonl").read_text().splitlines()[0]
+    assert json.loads(line)["prompt"].endswith("<think></think>")
+    assert json.loads(line)["rewards"]["think_format_reward"] == 0

@@ -284,6 +284,7 @@ def test_bounds_are_what_they_were():
         "accuracy": {"margin": 0.05, "minimum": 0.01},
         "length": {"margin": 0.25, "minimum": 0.05},
         "total": {"margin": 0.05, "minimum": 0.01},
+        "slices": {"margin": 0.05, "minimum": 0.01},
         "truncation": {"margin": 0.05, "minimum": 0.01},
         "unparsable": {"margin": 0.05, "minimum": 0.01},
         "reward": {"margin": "0.1 sd", "minimum": "0.02 sd"},
@@ -377,7 +378,7 @@ class TestReward:
         assert "record it anew" in check.reason
 
     def test_form_is_not_asked_of_rewards_alone(self):
-        assert {"accuracy", "total", "no_loss", "improvement", "unparsable"} == ANSWERS
+        assert {"accuracy", "total", "slices", "no_loss", "improvement", "unparsable"} == ANSWERS
 
 
 def test_a_small_loss_everywhere_shows_only_in_the_total():

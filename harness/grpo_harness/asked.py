@@ -82,6 +82,7 @@ class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     answer: Annotated[str | None, Meta(description="the column of the true answer")] = None
     id: Annotated[str | None, Meta(description="the column of the row's id")] = None
     slices: Annotated[list[_Text], Meta(description="a list of columns")] = []
+    gate_slices: Annotated[bool, Meta(description="judge the accuracy of each slice")] = False
     system: Annotated[str | None, Meta(description="a system message; empty for none")] = None
     chat_template_kwargs: Annotated[
         dict[str, Any], Meta(description="a table of variables of the chat template")
@@ -106,7 +107,7 @@ class Task:
 
     ``system`` is the system message, ``template`` has further variables of the chat template.
     ``bounds`` has the project's own, by rule; with ``allow_floor`` a recorded accuracy may be too
-    low to lose its margin.
+    low to lose its margin, and with ``gate_slices`` each slice is judged.
     """
 
     source: Source
@@ -116,6 +117,7 @@ class Task:
     template: Mapping[str, Any]
     bounds: Mapping[str, Sizes] = field(default_factory=dict)
     allow_floor: bool = False
+    gate_slices: bool = False
 
     def asks(self, rule: str) -> bool:
         """Tell whether a rule has something to judge on this task."""
@@ -123,6 +125,8 @@ class Task:
 
         if rule == "rewards":
             return len(self.rewards.functions) > 1
+        if rule == "slices" and not (self.gate_slices and self.source.slices):
+            return False
         return rule not in ANSWERS or self.source.reads or self.rewards.correct is not None
 
 
@@ -277,7 +281,8 @@ def _of_data(
         lambda _: f"{place}.sampling ",
     )
     template = {**defaults.template, **table.chat_template_kwargs}
-    return Task(source, _rewards(table, defaults, place), sampling, table.system, template)
+    rewards = _rewards(table, defaults, place)
+    return Task(source, rewards, sampling, table.system, template, gate_slices=table.gate_slices)
 
 
 def _rewards(table: Data, defaults: Defaults, place: str) -> Rewards:

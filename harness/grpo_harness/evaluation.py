@@ -251,8 +251,12 @@ class Evaluation:
         for column in self.questions.task_type.slices:
             values = sorted({str(group.problem.task[column]) for group in self.groups})
             for value in values:
-                own = [g for g in self.groups if str(g.problem.task[column]) == value]
-                yield f"{column}={value}", replace(self, groups=tuple(own))
+                pairs = zip(self.questions.problems, self.questions.prompts, strict=True)
+                asked = [pair for pair in pairs if str(pair[0].task[column]) == value]
+                problems, prompts = (tuple(part) for part in zip(*asked, strict=True))
+                questions = replace(self.questions, problems=problems, prompts=prompts)
+                own = tuple(g for g in self.groups if str(g.problem.task[column]) == value)
+                yield f"{column}={value}", replace(self, questions=questions, groups=own)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield every completion as plain texts and numbers, with its problem."""

@@ -196,6 +196,13 @@ RULES: Mapping[str, Rule] = {
             _accuracy,
         ),
         Rule(
+            "slices",
+            "accuracy of slices",
+            "Has the share of correct completions dropped on the rows of one value of a column?",
+            _share("correct"),
+            _accuracy,
+        ),
+        Rule(
             "length",
             "length",
             "Have completions become longer or shorter, in tokens?",
@@ -258,8 +265,14 @@ RULES: Mapping[str, Rule] = {
 """The rules by name; each is a method of the ``gate`` fixture."""
 
 
-ANSWERS = frozenset({"accuracy", "total", "unparsable", "no_loss", "improvement"})
+ANSWERS = frozenset({"accuracy", "total", "slices", "unparsable", "no_loss", "improvement"})
 """The rules that ask whether completions are correct, or can be read."""
+
+
+def of_slice(name: str) -> Rule:
+    """Return the rule ``slices`` for one value of a column."""
+    rule = RULES["slices"]
+    return replace(rule, name=f"{rule.name}.{name}", title=f"accuracy of {name}")
 
 
 def of_function(name: str) -> Rule:

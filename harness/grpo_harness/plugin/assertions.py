@@ -25,8 +25,9 @@ class Gate:
     ``gate.accuracy(evaluation, baseline)`` and similar rules judge against a baseline;
     ``gate.total(evaluations, baselines)`` takes those of all tasks. ``gate.no_loss(trained, base)``
     and ``gate.improvement`` take lists of evaluations. They return the check; ``gate.rewards``
-    returns one for each of several reward functions. FAIL and ERROR fail the test. UNPROVEN is
-    counted beside passed and failed; it fails the test under ``--grpo-strict``.
+    returns one for each of several reward functions, ``gate.slices`` one for each slice. FAIL and
+    ERROR fail the test. UNPROVEN is counted beside passed and failed; it fails the test under
+    ``--grpo-strict``.
 
     A test has a part of the risk for each rule that it declares
     (``@pytest.mark.grpo("accuracy")``), or for one rule if it declares none. It may use each part
@@ -39,7 +40,7 @@ class Gate:
         self._left = Counter(declared)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        from grpo_harness.rules import RULES, of_function
+        from grpo_harness.rules import RULES, of_function, of_slice
 
         if name not in RULES:
             raise AttributeError(f"the gate has no rule {name!r}: it has {', '.join(RULES)}")
@@ -73,6 +74,17 @@ class Gate:
             judge = self._session.against_baseline
             return self._asserted([partial(judge, of_function(n), *sides, alpha) for n in names])
 
+        def each_slice(evaluation: Evaluation, baseline: Baseline) -> list[Check]:
+            task = self._session.settings.task(evaluation.questions.task_type)
+            if not task.asks("slices"):
+                pytest.skip("no slices are judged: set slices and gate_slices of the data set")
+            parts = list(evaluation.slices())
+            alpha = self._share(rule) / len(parts)
+            judge = self._session.against_baseline
+            return self._asserted(
+                [partial(judge, of_slice(n), [part], [baseline], alpha) for n, part in parts]
+            )
+
         def against_base(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> Check:
             trained, base = self._answered(trained, rule), self._answered(base, rule)
             alpha = self._share(rule)
@@ -83,7 +95,11 @@ class Gate:
 
         judge: Callable[..., Any] = against_base
         if rule.against == "baseline":
-            others: dict[str, Callable[..., Any]] = {"rewards": each_reward, "total": total}
+            others: dict[str, Callable[..., Any]] = {
+                "rewards": each_reward,
+                "slices": each_slice,
+                "total": total,
+            }
             judge = others.get(rule.name, against_baseline)
         judge.__name__, judge.__doc__ = rule.name, rule.asks
         return judge
