@@ -149,6 +149,7 @@ def test_a_template_without_system_messages_is_named(copy):
         ('{"prompt": "x"}', {"answer": "solution"}, "no column 'solution'; it has prompt"),
         ('{"prompt": "x"}', {"slices": ("kind",)}, "no column 'kind'"),
         ('{"prompt": "x"}', {"path": "b.jsonl"}, "b.jsonl cannot be read as a data set"),
+        ('{"prompt": "x"}', {"path": "below/missing"}, "there is no .*missing"),
         ('{"prompt": "x"}', {"path": "no_module:f"}, "ModuleNotFoundError"),
         ('{"prompt": "x"}', {"path": "json:dumps"}, "json:dumps cannot be read"),
         ('{"prompt": "x"}', {"path": "os:getcwd"}, "it is str, not a Dataset"),
@@ -156,6 +157,7 @@ def test_a_template_without_system_messages_is_named(copy):
 )
 def test_what_cannot_be_used_is_one_line(tmp_path, content, how, says):
     (tmp_path / "a.jsonl").write_text(content)
+    (tmp_path / "below").mkdir()
     with pytest.raises(DataError, match=says) as error:
         DatasetSource("sums", **{"path": "a.jsonl", "home": tmp_path, **how}).problems(1)
     assert "\n" not in str(error.value)

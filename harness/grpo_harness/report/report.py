@@ -94,7 +94,7 @@ class Report:
         for row in self._sorted(self.evaluations):
             rows.append(self._measured(row))
             rows += [_sliced(row, part) for part in row.get("slices", [])]
-        rows += [_together(row) for (rule, *_), row in self.checks.items() if rule == "total"]
+        rows += [_together(row) for row in self._sorted(self.checks) if row["rule"] == "total"]
         return Table.of(rows, _LESS_MISSED)
 
     def improvements(self) -> Table:

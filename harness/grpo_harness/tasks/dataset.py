@@ -159,6 +159,8 @@ class DatasetSource(Source):
                 _READERS[path.suffix], data_files=files, split=self.split or "train",
                 cache_dir=cache,
             )  # fmt: skip
+        elif path.parent != self.home and path.parent.is_dir():
+            raise FileNotFoundError(f"there is no {path}")
         else:
             return self._downloaded()
         if isinstance(table, datasets.DatasetDict):
