@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from grpo_harness.tasks.dataset import DatasetSource
 from tests.projects import OWN_SUITE, run
 
 REWARDS = '''
@@ -138,14 +139,15 @@ def test_it_is_recorded_judged_and_reported(team):
 @pytest.mark.parametrize(
     ("file", "old", "new", "says"),
     [
-        (R, "float(s in t)", "1.0", "reward was "),
+        (R, "float(s in t)", "1.0", "the reward accuracy changed: '"),
+        (R, "-len(ids) / 100", "-len(ids) / 50", "the reward brief changed: '"),
         (
             "pyproject.toml",
             "reward_weights = [1.0, 0.5,",
             "reward_weights = [1.0, 0.7,",
-            "reward was",
+            "the weight of brief was 0.5 and is 0.7.",
         ),
-        (T, "at_least = 1.0", "at_least = 0.0", "reward was"),
+        (T, "at_least = 1.0", "at_least = 0.0", "correct was accuracy >= 1 and is accuracy >= 0."),
         (T, "max_new_tokens = 3", "max_new_tokens = 4", "max_new_tokens was 3"),
         (T, "allow_floor = true", "margin = 0.2", "gate.accuracy.margin was 0.05 and is 0.2"),
         (T, "allow_floor = true", 'margin = "9%"', "gate.accuracy.margin was 0.05 and is 9%"),
@@ -167,6 +169,26 @@ def test_what_changed_is_named_before_anything_is_drawn(team, file, old, new, sa
     text = " ".join(result.stdout.str().split())
     assert says in text
     assert "not comparable" in text
+
+
+def test_rows_that_come_or_go_are_named_as_data(team):
+    """They change what rewards are tried on, and not what rewards are."""
+    replaced(team, T, "problems = 64", "problems = 80")
+    run(team, "--grpo-record", skipped=2)
+    replaced(team, T, "problems = 80", "problems = 64")
+    data = DatasetSource("sums", "sums.jsonl", team.path)
+    gone = data.problems(1)[0].prompt
+    fewer = [row for row in ROWS if row["prompt"] != gone]
+    assert len(fewer) == 79
+    (team.path / "sums.jsonl").write_text("\n".join(map(json.dumps, fewer)))
+    result = run(team)
+    assert result.ret in (0, 1)
+    assert "not comparable" not in result.stdout.str()
+    more = [{**ROWS[0], "prompt": [{"role": "user", "content": f"{i}?"}]} for i in range(40)]
+    (team.path / "sums.jsonl").write_text("\n".join(map(json.dumps, fewer + more)))
+    text = " ".join(run(team, errors=2).stdout.str().split())
+    assert "are not among its 80, the first" in text
+    assert "reward" not in text.partition("not comparable")[2].partition("--grpo-record")[0]
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ class TestWriting:
         with pytest.raises(BaselineError, match=r"cannot be written .*No space left"):
             keep()
         assert path.read_bytes() == before
-        assert [p.name for p in path.parent.iterdir()] == ["gcd.json"]
+        assert {p.name for p in path.parent.iterdir()} == {"gcd.json", "gcd.examples.jsonl"}
 
     def test_is_refused_with_answers_missing(self, tmp_path, measure, answers):
         class Broken:

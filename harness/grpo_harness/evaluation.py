@@ -359,7 +359,7 @@ def evaluate(
                 chunk = missing[start : start + _CHUNK]
                 drawn = engine.sample([planned[key] for key in chunk], progress)
                 samples.add(dict(zip(chunk, drawn, strict=True)))
-            groups += _scored(questions, asked, [samples[key] for key in keys])
+            groups += scored(questions, asked, [samples[key] for key in keys])
     return Evaluation(questions, engine.identity(), run_seed, k, tuple(groups))
 
 
@@ -374,10 +374,15 @@ def _rendered(
     return asked if isinstance(asked, str) else policy.render(asked, **template)
 
 
-def _scored(
+def scored(
     questions: Questions, problems: Sequence[Problem], samples: Sequence[Sample]
 ) -> list[Group]:
-    """Score samples, the same number for each problem and in the order of the problems."""
+    """Score samples, the same number for each problem and in the order of the problems.
+
+    Raises ``EvaluationError`` and ``RewardError``.
+    """
+    if not problems:
+        return []
     k, rewards = len(samples) // len(problems), questions.rewards
     of_sample = [problem for problem in problems for _ in range(k)]
     texts, ids = [sample.text for sample in samples], [sample.ids for sample in samples]

@@ -106,6 +106,7 @@ class Session:
     _engines: dict[str, Engine] = field(default_factory=dict)
     _questions: dict[tuple[str, ...], Questions] = field(default_factory=dict)
     _evaluations: dict[tuple[str, ...], Evaluation] = field(default_factory=dict)
+    _baselines: dict[Path, Baseline] = field(default_factory=dict)
     _recorded: dict[tuple[str, str], Recording] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -208,7 +209,11 @@ class Session:
 
     def baseline(self, role: str, policy: Policy, task_type: str) -> Baseline:
         """Load the policy's own baseline, or else its role's. Raises ``BaselineError``."""
-        return baselines.load(_path(self.settings, role, policy.checkpoint.name, task_type))
+        path = _path(self.settings, role, policy.checkpoint.name, task_type)
+        # One object for all tests: it scores its examples once.
+        if path not in self._baselines:
+            self._baselines[path] = baselines.load(path)
+        return self._baselines[path]
 
     def against_baseline(
         self,

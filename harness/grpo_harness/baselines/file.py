@@ -1,8 +1,8 @@
 """One baseline file of a policy and a task type: load it, compare with it, write it.
 
 The files are JSON in git, ``<folder>/<policy>/<task type>.json``, with one problem per line,
-sorted, so that a pull request shows a readable diff. A file holds two references: the last
-recording, for judging runs, and the anchor, for judging later recordings.
+sorted, so that a pull request shows a readable diff; its examples are beside it. A file holds two
+references: the last recording, for judging runs, and the anchor, for judging later recordings.
 """
 
 import hashlib
@@ -11,13 +11,14 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
+from grpo_harness.baselines.examples import Examples, changes, examples_of, read
 from grpo_harness.errors import HarnessError
 from grpo_harness.evaluation import Questions, Tally
 from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES, RATE
@@ -132,7 +133,7 @@ class Header(Made, kw_only=True, forbid_unknown_fields=True):
 
     ``planned`` problems were asked. Two measurements can be compared only if their ``conditions``
     and their bounds, ``gate``, are equal. ``problem_set`` and the three means reveal lines that
-    were edited by hand.
+    were edited by hand, and ``examples`` is the digest of the examples, if there are any.
     """
 
     schema: Literal[3] = SCHEMA
@@ -146,6 +147,7 @@ class Header(Made, kw_only=True, forbid_unknown_fields=True):
     anchor: Anchor
     parent: str | None = None
     kept_from: Kept | None = None
+    examples: str = ""
     problem_set: str = ""
     accuracy: float = math.nan
     mean_reward: float = math.nan
@@ -160,6 +162,9 @@ class Baseline:
     header: Header
     records: Mapping[str, Record]
     digest: str
+    _scored: dict[int, tuple[Questions, list[str] | None]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def policy(self) -> str:
@@ -199,30 +204,65 @@ class Baseline:
                 f"{len(missing)} are not among its {len(self.records)}, the first of them "
                 f"{missing[0]}. Ask fewer with --grpo-problems, or record anew: --grpo-record"
             )
-        records = [self.records[problem] for problem in questions.ids]
-        for i, (record, prompt) in enumerate(zip(records, questions.prompts, strict=True)):
-            what = "prompt is" if record.prompt != prompt_digest(prompt) else ""
-            if record.columns and record.columns != questions.content(i):
-                what = what or "columns are"
-            if what:
+        for i in range(len(questions.ids)):
+            if what := self._differs(questions, i):
                 raise BaselineError(
                     f"not comparable with {self.path}: of problem {questions.ids[i]} the {what} "
                     "not what was recorded. If that is meant, record a baseline: --grpo-record"
                 )
-        return [record.tally for record in records]
+        return [self.records[problem].tally for problem in questions.ids]
+
+    def _differs(self, questions: Questions, i: int) -> str:
+        """Name what of a recorded problem is not what was recorded, or return an empty text."""
+        record = self.records[questions.ids[i]]
+        if record.prompt != prompt_digest(questions.prompts[i]):
+            return "prompt is"
+        return "columns are" if record.columns not in ("", questions.content(i)) else ""
 
     def changes(self, questions: Questions) -> list[str]:
-        """List the conditions that have changed, each with its old and new value."""
+        """List the conditions that have changed, each with its old and new value.
+
+        Changed rewards are named by what they score differently, if there are examples.
+        """
         then = {**self.header.conditions, **_flat(self.header.gate)}
         # A rule newer than the recording has no bounds there, and is judged by its own.
         own = questions.bounds or recorded_bounds()
         known = {name: of for name, of in own.items() if name in self.header.gate}
         now = {**conditions(questions), **_flat(known)}
-        return [
+        rewards = self._rewards(questions)
+        if rewards is not None:
+            then["reward"] = now["reward"]
+        return (rewards or []) + [
             f"{name} was {_short(then.get(name))} and is {_short(now.get(name))}"
             for name in sorted({*now, *then})
             if now.get(name) != then.get(name)
         ]
+
+    def _rewards(self, questions: Questions) -> list[str] | None:
+        """List how the rewards have changed, or return ``None`` if their digest must tell."""
+        if not self.header.examples:
+            return None
+        if id(questions) not in self._scored:
+            self._scored[id(questions)] = questions, self._scored_again(questions)
+        return self._scored[id(questions)][1]
+
+    def _scored_again(self, questions: Questions) -> list[str] | None:
+        stored = read(self.path, self.header.examples)
+        if stored is None:
+            return [
+                f"the examples {examples_of(self.path)} are not those that were recorded: "
+                "restore them from git, or record anew"
+            ]
+        return changes(
+            stored,
+            questions,
+            {
+                name
+                for i, name in enumerate(questions.ids)
+                if name in self.records and not self._differs(questions, i)
+            },
+            other_digest=questions.reward != self.header.conditions.get("reward"),
+        )
 
 
 def conditions(questions: Questions) -> dict[str, Any]:
@@ -292,12 +332,20 @@ def _upgrade(content: dict[str, Any]) -> None:
     content |= {"schema": SCHEMA, "gate": {**bounds, "alpha": alpha}}
 
 
-def write(path: Path, header: Header, records: Mapping[str, Record]) -> None:
-    """Write a baseline atomically, with digests of ``records``. Raises ``BaselineError``."""
+def write(
+    path: Path, header: Header, records: Mapping[str, Record], kept: Examples | None = None
+) -> None:
+    """Write a baseline atomically, with digests of ``records``. Raises ``BaselineError``.
+
+    ``kept`` are its examples; without them, those that are there stay.
+    """
+    # The examples first: after a crash between the two, the older baseline names them as others.
+    files = {} if kept is None else {examples_of(path): kept.text}
     header = msgspec.structs.replace(
         header,
         problem_set=_problem_set(records),
         anchor=msgspec.structs.replace(header.anchor, digest=_anchor_digest(records)),
+        examples=header.examples if kept is None else digest(kept.text),
         **_means(records),
     )
     head = json.dumps(msgspec.to_builtins(header), indent=1, sort_keys=True, ensure_ascii=True)
@@ -307,7 +355,7 @@ def write(path: Path, header: Header, records: Mapping[str, Record]) -> None:
     )
     text = head.removesuffix("\n}") + ',\n "problems": {\n' + ",\n".join(lines) + "\n }\n}\n"
     try:
-        _replace(path, text)
+        _replace({**files, path: text})
     except OSError as error:
         raise BaselineError(
             f"nothing is recorded: {path} cannot be written ({one_line(error)}): make room there, "
@@ -315,18 +363,24 @@ def write(path: Path, header: Header, records: Mapping[str, Record]) -> None:
         ) from error
 
 
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _replace(texts: Mapping[Path, str]) -> None:
+    """Write files, in order, once all of them are on the disk under other names."""
+    written: dict[Path, Path] = {}
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            written[path] = Path(name)
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+        for path, half in written.items():
+            half.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        for half in written.values():
+            half.unlink(missing_ok=True)
         raise
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_harness.baselines.examples import examples_of
 from grpo_harness.baselines.file import BaselineError, load, write
 from grpo_harness.baselines.provenance import git
 from grpo_harness.errors import HarnessError
@@ -14,11 +15,16 @@ from grpo_harness.text import escape
 
 @dataclass(frozen=True)
 class Stale:
-    """A stale baseline: a whole file, or some ``problems`` of it."""
+    """A stale baseline: a whole file, or some ``problems`` of it; or examples without one."""
 
     path: Path
     why: str
     problems: frozenset[str] = frozenset()
+
+    @property
+    def paths(self) -> list[Path]:
+        """The file, and its examples if it has some."""
+        return [path for path in (self.path, examples_of(self.path)) if path.exists()]
 
     def __str__(self) -> str:
         what = f"{len(self.problems)} problems of {self.path}" if self.problems else str(self.path)
@@ -53,6 +59,10 @@ def stale(
             gone = frozenset(stored.records) - {problem.id for problem in drawn}
             if gone:
                 found.append(Stale(path, f"{path.stem} no longer asks them", gone))
+    for path in sorted(folder.glob("*/*.examples.jsonl")):
+        of = path.with_name(path.name.removesuffix(".examples.jsonl") + ".json")
+        if not of.exists():
+            found.append(Stale(path, f"there is no baseline {of}"))
     return found
 
 
@@ -60,7 +70,7 @@ def check_restorable(found: Iterable[Stale]) -> None:
     """Raise ``BaselineError`` if a deletion could not be undone: in CI, or without git."""
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         raise BaselineError("nothing is pruned in CI (CI is set): do it by hand, and commit")
-    for path in (entry.path.resolve() for entry in found):
+    for path in (path.resolve() for entry in found for path in entry.paths):
         known = git("ls-files", "--", f":(literal){path}", cwd=path.parent)
         changed = git("status", "--porcelain", "--", f":(literal){path}", cwd=path.parent)
         if not known or changed or changed is None:
@@ -78,6 +88,8 @@ def prune(found: Iterable[Stale]) -> None:
             stored = load(entry.path)
             left = {n: r for n, r in stored.records.items() if n not in entry.problems}
         if not left:
-            entry.path.unlink()
+            # The baseline first: examples without one are stale.
+            for path in entry.paths:
+                path.unlink()
             continue
         write(entry.path, stored.header, left)

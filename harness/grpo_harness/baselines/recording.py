@@ -17,6 +17,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from grpo_harness.baselines.examples import keep, read
 from grpo_harness.baselines.file import (
     Anchor,
     Baseline,
@@ -105,7 +106,7 @@ def record(
     files: int = 1,
     reason: str | None = None,
 ) -> Recording:
-    """Write one baseline from ``evaluations`` of one policy and task type.
+    """Write one baseline, with examples, from ``evaluations`` of one policy and task type.
 
     The evaluations differ only in their run seed. Problems of an older file that were not asked now
     are kept if they were recorded from the same policy under the same conditions. ``before`` is the
@@ -166,8 +167,11 @@ def record(
         # For these problems, only the conditions of the header are valid.
         kept_from=Kept(len(kept), parent.digest) if parent and kept else None,
     )
-    write(path, header, records)
-    return Recording(path, tuple(notes))
+    # Those of problems that are kept stay, too.
+    older = read(path, parent.header.examples) if parent and kept else None
+    examples = keep(evaluations, [e for e in older.examples if e.problem in kept] if older else [])
+    write(path, header, records, examples)
+    return Recording(path, (*notes, *examples.notes))
 
 
 def _parent(path: Path, reason: str | None) -> tuple[Baseline | None, list[str]]:

@@ -281,6 +281,16 @@ def try_on(rewards: Rewards, source: Source) -> None:
     rewards.score(batch, source.name)
 
 
+def trials(source: Source) -> list[tuple[Problem, str]]:
+    """Return the texts that rewards are tried on: forms of true answers, and texts without one."""
+    found = []
+    for problem in source.problems(32):
+        right = source.wanted(problem)
+        texts = (*(() if right is None else _forms(right)), "", "I know", "x" * 300)
+        found += [(problem, text) for text in texts]
+    return found
+
+
 def rewards_digest(rewards: Rewards, source: Source) -> str:
     """Digest what rewards do on a source's problems: their scores of right and wrong texts.
 
@@ -288,13 +298,8 @@ def rewards_digest(rewards: Rewards, source: Source) -> str:
     wherever in the code it is. Raises ``RewardError``, also for a reward whose scores differ from
     call to call or that changes what it is given.
     """
-    problems, texts = [], []
-    for problem in source.problems(32):
-        right = source.wanted(problem)
-        for text in (*(() if right is None else _forms(right)), "", "I know", "x" * 300):
-            problems.append(problem)
-            texts.append(text)
-    batch = Batch.of(source, problems, texts)
+    tried = trials(source)
+    batch = Batch.of(source, [problem for problem, _ in tried], [text for _, text in tried])
     found = rewards.score(batch, source.name)
     for first, again in zip(found, rewards.score(batch, source.name), strict=True):
         for name in first:
