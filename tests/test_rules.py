@@ -357,6 +357,13 @@ class TestReward:
         assert (check.verdict, check.rule, check.title) == ("FAIL", "rewards.b", "reward b")
         assert against_baseline(other, lost, "x", rewarded(), terms).verdict == "PASS"
 
+    def test_without_a_true_answer_none_is_shown(self):
+        worse = earned(lambda i, j: usual(i, j) - 2.0)
+        groups = [replace(g, problem=replace(g.problem, answer=None)) for g in worse.groups]
+        worse = replace(worse, groups=tuple(groups))
+        check = judge("reward", worse, rewarded(), same_policy=True)
+        assert "mean reward, now '7'" in check.changed[0]
+
     def test_what_no_longer_applies_is_an_error(self):
         gone = earned(lambda i, j: float("nan") if i < 5 else usual(i, j))
         check = judge("reward", gone, rewarded(), same_policy=True)

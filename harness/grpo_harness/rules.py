@@ -409,9 +409,11 @@ def _worst(now: Sequence[Group], then: Tallies, rule: Rule) -> tuple[str, ...]:
     if sum(harm) < 0:  # the recorded policy got better, which only changed code can have done
         harm = [-change for change in harm]
     most = sorted(range(len(sides)), key=lambda i: -harm[i])[:_SHOWN]
+    answers = [group.problem.answer for group in now]
+    wanted = ["" if a is None else f"wanted {_quoted(str(a))}, " for a in answers]
     return tuple(
         f"{now[i].problem.id}: {measure.show(sides[i][0])} -> {measure.show(sides[i][1])} "
-        f"{measure.label}, wanted {_quoted(str(now[i].problem.answer))}, now "
+        f"{measure.label}, {wanted[i]}now "
         + " | ".join(_quoted(completion.text) for completion in now[i].completions[:_SHOWN])
         for i in most
         if harm[i] > 0
