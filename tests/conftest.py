@@ -1,7 +1,11 @@
 """A tiny real checkpoint, untrained, for everything that needs a policy and not its skill."""
 
 import shutil
+import subprocess
+import sys
+import sysconfig
 from functools import partial
+from pathlib import Path
 
 import datasets  # noqa: F401 - imported anew in a test, it would register its types twice
 import pytest
@@ -24,7 +28,10 @@ from grpo_harness.tasks import task_types
 from tests.projects import OWN_SUITE
 from tools.nano.tokenizer import build_tokenizer
 
+ROOT = Path(__file__).parent.parent
+
 pytest_plugins = ["pytester"]
+collect_ignore = ["own_repository"]  # a repository of its own: see test_own_repository.py
 
 
 @pytest.fixture(autouse=True)
@@ -183,3 +190,36 @@ def project(pytester, save_tiny):
     )
     pytester.makepyfile(test_own=OWN_SUITE)
     return pytester
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """The Python of an environment into which a wheel is installed, and nothing else of ours."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    # Of a copy: what an earlier build has left in the checkout would be packed too.
+    source = folder / "source"
+    for part in ("harness", "suites"):
+        left = shutil.ignore_patterns("*.egg-info", "__pycache__")
+        shutil.copytree(ROOT / part, source / part, ignore=left)
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, source)
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
+    subprocess.run([*pip, *build], check=True, stderr=subprocess.DEVNULL)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True
+    )
+    python = folder / "venv" / "bin" / "python"
+    site = folder / "venv" / "lib" / Path(sysconfig.get_path("purelib")).parent.name
+    target = site / "site-packages"
+    install = ["install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run([*pip, *install], check=True, stderr=subprocess.DEVNULL)
+    # The dependencies are those of this environment; what its .pth files import, such as this
+    # checkout, is not found by way of another.
+    found = [path for path in sys.path if Path(path).name == "site-packages"]
+    (target / "dependencies.pth").write_text("".join(f"{path}\n" for path in found))
+    shown = "import grpo_harness; print(grpo_harness.__file__)"
+    at = subprocess.run([python, "-c", shown], check=True, capture_output=True, text=True, cwd="/")
+    assert str(target) in at.stdout
+    return python

@@ -46,6 +46,7 @@ def test_every_row_of_every_format_is_a_problem(tmp_path, kind):
     problems = source.problems(256)
     assert asked(problems) == WANTED
     assert {source.wanted(problem) for problem in problems} == {s for _, s in WANTED}
+    assert all(problem.answer == str(problem.task["solution"]) for problem in problems)
     assert all(problem.task.keys() == {"solution", "kind"} for problem in problems)
     assert len({problem.id for problem in problems}) == 40
 

@@ -93,9 +93,9 @@ def test_data_and_rewards_that_follow_it_go_green(pytester, save_tiny):
     sys.modules.pop("our_package.rewards", None)
     sys.modules.pop("our_package", None)
     recorded = pytester.runpytest_inprocess("--grpo-record", *options)
-    recorded.assert_outcomes(skipped=2, deselected=2)
+    recorded.assert_outcomes(skipped=2, deselected=4)
     judged = pytester.runpytest_inprocess("--grpo-report=report", *options)
-    judged.assert_outcomes(passed=4)
+    judged.assert_outcomes(passed=6)
     judged.stdout.fnmatch_lines(["word-problems *checkpoints/latest * PASS*"])
     checks = json.loads((pytester.path / "report" / "report.json").read_text())["checks"]
     rewards = {"reward", "rewards.accuracy", "rewards.form", "rewards.short"}

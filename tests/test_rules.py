@@ -1,3 +1,4 @@
+import random
 from collections import Counter
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from grpo_harness.rules import (
     RULES,
     UNDECLARED,
     Terms,
+    _by_chance,
     against_base,
     against_baseline,
     decided,
@@ -358,11 +360,45 @@ class TestReward:
         assert (check.verdict, check.rule, check.title) == ("FAIL", "rewards.b", "reward b")
         assert against_baseline(other, [lost], "x", rewarded(), terms).verdict == "PASS"
 
+    def test_without_a_true_answer_none_is_shown(self):
+        worse = earned(lambda i, j: usual(i, j) - 2.0)
+        groups = [replace(g, problem=replace(g.problem, answer=None)) for g in worse.groups]
+        worse = replace(worse, groups=tuple(groups))
+        check = judge("reward", worse, rewarded(), same_policy=True)
+        assert "mean reward, now '7'" in check.changed[0]
+
     def test_what_no_longer_applies_is_an_error(self):
         gone = earned(lambda i, j: float("nan") if i < 5 else usual(i, j))
         check = judge("reward", gone, rewarded(), same_policy=True)
         assert check.verdict == "ERROR"
         assert "no longer to 5" in check.reason
+
+    def test_a_category_is_noticed_with_few_samples(self):
+        pairs = [(Tally(2, 0, 0, 0, 1.0), Tally(8, 0, 0, 0, 1.0, (1.0,) * 8))] * 6
+        every = [(Tally(2, 0, 0, 0, 1.0, (1.0,) * 2), Tally(8, 0, 0, 0, 1.0, (1.0,) * 8))] * 250
+        assert not _by_chance(pairs + every, 6)
+        assert not _by_chance([(b, a) for a, b in pairs + every], 6)
+
+    def test_a_reward_that_depends_on_the_completion_may_lack_on_a_side_by_chance(self):
+        rng = random.Random(0)
+        for _ in range(200):
+            sides = [
+                [Tally(k, 0, 0, 0, 1.0, (1.0,) * sum(rng.random() < 0.5 for _ in range(k)))
+                 for _ in range(256)]
+                for k in (2, 8)
+            ]  # fmt: skip
+            alone = sum(bool(a.total) != bool(b.total) for a, b in zip(*sides, strict=True))
+            pairs = [(a, b) for a, b in zip(*sides, strict=True) if a.total or b.total]
+            assert alone > 30
+            assert _by_chance(pairs, alone)
+
+    def test_a_problem_that_lacks_by_chance_is_left_out(self):
+        def some(i, j):
+            return usual(i, j) if i >= 2 and j == 0 else float("nan")
+
+        then = [replace(t, total=t.total[:1]) for t in rewarded()]
+        check = judge("reward", earned(some), then, same_policy=False)
+        assert check.evidence.n == 126
 
     def test_where_it_never_applied_there_is_nothing_to_compare(self):
         def partly(i, j):

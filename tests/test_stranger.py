@@ -2,10 +2,8 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -146,38 +144,6 @@ def test_a_table_of_another_tool_is_none_of_ours(pytester):
     result = pytester.runpytest_subprocess()
     result.assert_outcomes(passed=1)
     assert "grpo-harness: " not in result.stdout.str()
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The Python of an environment into which a wheel is installed, and nothing else of ours."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    # Of a copy: what an earlier build has left in the checkout would be packed too.
-    source = folder / "source"
-    for part in ("harness", "suites"):
-        left = shutil.ignore_patterns("*.egg-info", "__pycache__")
-        shutil.copytree(ROOT / part, source / part, ignore=left)
-    for file in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / file, source)
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
-    subprocess.run([*pip, *build], check=True, stderr=subprocess.DEVNULL)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True
-    )
-    python = folder / "venv" / "bin" / "python"
-    site = folder / "venv" / "lib" / Path(sysconfig.get_path("purelib")).parent.name
-    target = site / "site-packages"
-    install = ["install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
-    subprocess.run([*pip, *install], check=True, stderr=subprocess.DEVNULL)
-    # The dependencies are those of this environment; what stands in its own .pth files, such as
-    # this checkout, is not found by way of another.
-    (target / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    shown = "import grpo_harness; print(grpo_harness.__file__)"
-    at = subprocess.run([python, "-c", shown], check=True, capture_output=True, text=True, cwd="/")
-    assert str(target) in at.stdout
-    return python
 
 
 @pytest.mark.heavy

@@ -32,6 +32,9 @@ Within a family all checks have equal parts. The part of a family without checks
 UNDECLARED = "undeclared"
 """The rule of a test that uses the gate without declaring one; its family is quality."""
 
+_CHANCE = 1e-6
+"""Below this probability, problems to which a reward applies on one side only are a change."""
+
 _SHOWN = 3
 """Problems that a message shows, and completions of each."""
 
@@ -125,8 +128,8 @@ def _length(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence
 
 def _reward(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
     sides = zip(now, then[: len(now)], strict=True)
-    # A problem that the reward does not apply to, now and then, has nothing to compare.
-    pairs = [(a.total, b.total) for a, b in sides if a.total or b.total]
+    # A problem without any score on one side has nothing to compare; `_unlike` has counted them.
+    pairs = [(a.total, b.total) for a, b in sides if a.total and b.total]
     ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
     same, alpha = terms.same_policy, terms.alpha
     if all(str(size).endswith("sd") for size in (sizes.margin, sizes.minimum)):
@@ -497,9 +500,11 @@ def _worst(now: Sequence[Group], then: Tallies, rule: Rule) -> tuple[str, ...]:
     if sum(harm) < 0:  # the recorded policy got better, which only changed code can have done
         harm = [-change for change in harm]
     most = sorted(range(len(sides)), key=lambda i: -harm[i])[:_SHOWN]
+    answers = [group.problem.answer for group in now]
+    wanted = ["" if a is None else f"wanted {_quoted(str(a))}, " for a in answers]
     return tuple(
         f"{now[i].problem.id}: {measure.show(sides[i][0])} -> {measure.show(sides[i][1])} "
-        f"{measure.label}, wanted {_quoted(str(now[i].problem.answer))}, now "
+        f"{measure.label}, {wanted[i]}now "
         + " | ".join(_quoted(completion.text) for completion in now[i].completions[:_SHOWN])
         for i in most
         if harm[i] > 0
@@ -538,16 +543,33 @@ def _unlike(rule: Rule, now: Tallies, then: Tallies) -> str:
     """Return why rewards cannot be compared, or an empty text."""
     if rule.measure.unit != "reward":
         return ""
-    lacks = [i for i, (a, b) in enumerate(zip(now, then, strict=False)) if b.total and not a.total]
-    more = [i for i, (a, b) in enumerate(zip(now, then, strict=False)) if a.total and not b.total]
-    if len(more) == len(now):
+    pairs = [(a, b) for a, b in zip(now, then, strict=False) if a.total or b.total]
+    lacks, more = sum(not a.total for a, _ in pairs), sum(not b.total for _, b in pairs)
+    if more == len(now):
         return "the baseline was recorded without single rewards: record it anew, --grpo-record"
-    if lacks or more:
+    if not _by_chance(pairs, lacks + more):
         return (
-            f"the reward applies to {len(more)} problems where it did not when the baseline was "
-            f"recorded, and no longer to {len(lacks)}: what it is has changed"
+            f"the reward applies to {more} problems where it did not when the baseline was "
+            f"recorded, and no longer to {lacks}: what it is has changed"
         )
-    return "" if any(a.total for a in now) else "the reward applies to no completion"
+    return "" if lacks + more < len(pairs) else "the reward applies to no completion"
+
+
+def _by_chance(pairs: Sequence[tuple[Tally, Tally]], alone: int) -> bool:
+    """Tell whether ``alone`` problems can have scores on one side only without a change.
+
+    A reward may be ``None`` by what a completion says. If both sides draw alike, the scored ones of
+    a problem are a random part of all its completions.
+    """
+    expected = 0.0
+    for a, b in pairs:
+        k = len(a.total) + len(b.total)
+        expected += (math.comb(a.k, k) + math.comb(b.k, k)) / math.comb(a.k + b.k, k)
+    if alone <= expected:
+        return True
+    # Chernoff's bound of the probability of so many, or 0 if none can be.
+    log = alone - expected + alone * math.log(expected / alone) if expected else -math.inf
+    return log > math.log(_CHANCE)
 
 
 def _failed(evaluations: Sequence[Evaluation]) -> str:

@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class DatasetSource(Source):
 
     def wanted(self, problem: Problem) -> str | None:
         """Return the column of the true answer, if one is named."""
-        return None if self.answer is None else str(problem.task[self.answer])
+        return None if problem.answer is None else str(problem.answer)
 
     def reading(self, problem: Problem, completion: str) -> Reading | None:
         """Leave the judgement to the rewards."""
@@ -100,7 +100,7 @@ class DatasetSource(Source):
                     "in a row before: name a column whose values differ, or none"
                 )
             own = problem.id if count == 1 else f"{problem.id}.{count}"
-            found[own] = Problem(own, self.name, problem.task, problem.prompt)
+            found[own] = replace(problem, id=own)
         if not found:
             raise DataError(f"data {self.name!r}: {escape(self.path)} has no rows")
         return [found[name] for name in sorted(found)]
@@ -123,7 +123,8 @@ class DatasetSource(Source):
         own = str(row[self.row_id]) if self.row_id else ""
         if not own or not re.fullmatch(r"[\w.-]{1,64}", own, re.ASCII):
             own = digest(own or _canonical([prompt, columns]))[:12]
-        return Problem(f"{self.name}-{own}", self.name, columns, prompt)
+        answer = None if self.answer is None else str(row[self.answer])
+        return Problem(f"{self.name}-{own}", self.name, columns, prompt, answer)
 
     def _where(self, number: int) -> str:
         return f"data {self.name!r}, row {number} of {escape(self.path)}"

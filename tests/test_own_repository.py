@@ -1,0 +1,157 @@
+"""A team's own repository: its data, rewards, training and tests, judged by an installed wheel."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.heavy
+
+FILES = Path(__file__).parent / "own_repository"
+T, R, D = "pyproject.toml", "our/rewards.py", "our/data.py"
+
+
+class Team:
+    """A repository, and the Python of an environment that has the wheel installed."""
+
+    def __init__(self, folder, python):
+        self.folder, self.python = folder, python
+
+    def python_run(self, *arguments):
+        """Run Python in the repository, in a process of its own."""
+        env = {k: v for k, v in os.environ.items() if k not in ("CI", "GITHUB_STEP_SUMMARY")}
+        return subprocess.run(
+            [self.python, *arguments],
+            cwd=self.folder,
+            env={**env, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+        )
+
+    def pytest(self, *arguments):
+        """Run pytest; return its exit status, and what it said in one line."""
+        # -P: the repository is not on the path because of the way in which pytest is started.
+        done = self.python_run("-P", "-m", "pytest", *arguments)
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+    def commit(self, message):
+        """Commit everything."""
+        author = ("-c", "user.name=Team", "-c", "user.email=team@example.org")
+        for command in (["add", "."], [*author, "commit", "--quiet", "-m", message]):
+            subprocess.run(["git", *command], check=True, cwd=self.folder)
+
+    def replace(self, file, old, new):
+        """Replace a text that is in a file once."""
+        text = (self.folder / file).read_text()
+        assert text.count(old) == 1
+        (self.folder / file).write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def recorded(installed, tmp_path_factory):
+    """The repository with its policies trained and its baselines recorded and committed."""
+    folder = tmp_path_factory.mktemp("team") / "repository"
+    shutil.copytree(FILES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    team = Team(folder, installed)
+    subprocess.run(["git", "init", "--quiet"], check=True, cwd=folder)
+    team.commit("Data, rewards, training and tests")
+    trained = team.python_run("train.py")
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    status, said = team.pytest("--grpo-record", "--grpo-seed=1")
+    assert status == 0, said
+    files = sorted(str(path.relative_to(folder)) for path in folder.glob("baselines/*/*"))
+    assert files == ["baselines/base/two-steps.json", "baselines/trained/two-steps.json"]
+    team.commit("Baselines")
+    return team
+
+
+@pytest.fixture
+def team(recorded, tmp_path):
+    """A copy of the repository to change."""
+    left = shutil.ignore_patterns(".pytest_cache", "__pycache__")
+    shutil.copytree(recorded.folder, tmp_path / "repository", ignore=left)
+    return Team(tmp_path / "repository", recorded.python)
+
+
+def test_unchanged_it_is_green(recorded):
+    status, said = recorded.pytest("--grpo-seed=2", "--grpo-report=report")
+    assert status == 0, said
+    assert not re.search("FAIL|ERROR|not comparable", said), said
+    report = json.loads((recorded.folder / "report" / "report.json").read_text())
+    accuracy = {e["policy"]: e["accuracy"] for e in report["evaluations"]}
+    assert 0.1 < accuracy["policies/base"] < 0.9
+    assert 0.1 < accuracy["policies/trained"] < 0.95
+    rules = {check["rule"] for check in report["checks"]}
+    assert rules == {
+        *("accuracy", "length", "truncation", "unparsable", "reward", "no_loss"),
+        *("rewards.accuracy", "rewards.form", "rewards.overlong"),
+    }
+    lines = (recorded.folder / "report/samples/trained--two-steps.jsonl").read_text()
+    for row in map(json.loads, lines.splitlines()):
+        scores, text = row["rewards"], row["completion"]
+        right = f"<answer>{row['wanted']}</answer>"
+        assert scores["accuracy"] == (text.count("<answer>") == 1 and text.endswith(right))
+        assert scores["form"] == bool(re.fullmatch(r"(?s)<answer>.*</answer>", text.strip()))
+        assert scores["overlong"] == pytest.approx(min(0, (20 - row["tokens"]) / 20))
+        assert "</answer>" not in text or text.endswith("</answer>"), "stop ends a completion"
+
+
+LENIENT = "ANSWER.search(text) or re.search(r'([0-9]+)', text)"
+SOME = "[None if c == 'farm' else s for s, c in zip(_punish(completion_ids), kwargs['category'])]"
+SHUFFLED = """
+    table = Dataset.from_list(list(islice(different(random.Random(1)), 400)))
+    solutions = random.Random(3).sample(table["solution"][:], 400)
+    return table.remove_columns("solution").add_column("solution", solutions)
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "named"),
+    [
+        # Seen because the bare solution, the column that `answer` names, is scored too.
+        pytest.param(R, "ANSWER.search(text)", LENIENT, "reward", id="a lenient reward"),
+        pytest.param(R, "_punish(completion_ids)", SOME, "reward", id="None for a category"),
+        pytest.param(T, "[1.0, 0.2, 0.5]", "[1.0, 0.4, 0.5]", "reward", id="a weight"),
+        pytest.param(T, 'stop = ["</answer>"]', "", r"sampling\.stop was", id="stop"),
+        pytest.param(
+            *(D, "return Dataset.from_list(list(islice(different(random.Random(1)), 400)))"),
+            *(SHUFFLED.strip(), "with other columns, .* the data changed"),
+            id="a shuffled column",
+        ),
+        pytest.param(
+            *("policies/trained/chat_template.jinja", "assistant", "Assistant"),
+            *("chat_template was",),
+            id="the chat template",
+        ),
+    ],
+)
+def test_a_change_is_named(team, file, old, new, named):
+    team.replace(file, old, new)
+    status, said = team.pytest()
+    assert status == 1, said
+    causes = re.findall(r"not comparable with \S+(.*?)If that is meant", said)
+    assert causes, said
+    assert all(re.search(named, cause) for cause in causes), causes
+
+
+def test_a_worse_checkpoint_fails(team):
+    file = team.folder / "policies" / "trained" / "model.safetensors"
+    weights = load_file(file)
+    torch.manual_seed(0)
+    for name, tensor in weights.items():
+        weights[name] = tensor + 0.3 * tensor.std() * torch.randn_like(tensor)
+    save_file(weights, file, metadata={"format": "pt"})
+    status, said = team.pytest("--grpo-seed=2")
+    assert status == 1, said
+    for rule in ("accuracy", "reward", "reward accuracy"):
+        assert f"FAIL: {rule} of policies/trained on two-steps" in said
+    assert "wanted '" in said
+    assert "wanted 'None'" not in said
+    assert "FAIL: accuracy of policies/base" not in said
+    assert "not comparable" not in said
