@@ -300,6 +300,7 @@ class TestSlug:
     @example(["a/b@c", "a/b@d"])
     @example(["a/b@c/d", "a/b@c--d"])
     @example(["recipes", "training"])
+    @example(names=["", "/"])
     def test_is_a_folder_of_its_own_for_every_name(self, names):
         one, two = map(slug, names)
         assert one != two

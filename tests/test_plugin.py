@@ -178,7 +178,10 @@ def test_one_candidate_has_the_ids_that_a_trained_policy_has(candidates):
 )
 def test_every_test_runs_for_each_candidate(candidates, given):
     names = collected(candidates, *(f"--grpo-trained={text}" for text in given))
-    every = [f"test_{test}" for test in ("accuracy", "logits_are_finite", "samples_are_text")]
+    every = [
+        f"test_{test}"
+        for test in ("accuracy", "accuracy_of_slices", "logits_are_finite", "samples_are_text")
+    ]
     wanted = [f"{test}[{label}-palindrome]" for test in every for label in ("base", *LABELS)]
     wanted += [f"test_no_task_type_got_worse[{label}-palindrome]" for label in LABELS]
     wanted += [f"test_accuracy_of_all_tasks[{label}]" for label in ("base", *LABELS)]

@@ -85,7 +85,8 @@ class PolicyName:
         folder, name = self.folder, self.text
         if folder:
             step = _STEP.fullmatch(folder.name)
-            name = f"{folder.parent.name}/{folder.name}" if step else folder.name
+            # The root of the file system has no name.
+            name = f"{folder.parent.name}/{folder.name}" if step else folder.name or str(folder)
         as_id = _HUB_ID.fullmatch(name) and not (folder and "--" in name)
         plain = name.replace("/", "--") if as_id else name
         taken = plain in _NO_POLICY or ("--" in plain and not as_id)
