@@ -65,8 +65,12 @@ def recorded(installed, tmp_path_factory):
     assert trained.returncode == 0, trained.stderr[-3000:]
     status, said = team.pytest("--grpo-record", "--grpo-seed=1")
     assert status == 0, said
-    files = sorted(str(path.relative_to(folder)) for path in folder.glob("baselines/*/*"))
-    assert files == ["baselines/base/two-steps.json", "baselines/trained/two-steps.json"]
+    files = {str(path.relative_to(folder)) for path in folder.glob("baselines/*/*")}
+    assert files == {
+        f"baselines/{policy}/two-steps.{kind}"
+        for policy in ("base", "trained")
+        for kind in ("json", "examples.jsonl")
+    }
     team.commit("Baselines")
     return team
 

@@ -171,7 +171,7 @@ def test_the_suites_run_from_an_installed_wheel(pytester, installed):
     report = json.loads((pytester.path / "report" / "report.json").read_text())
     assert {check["rule"] for check in report["checks"]} >= {"accuracy", "length"}
     trained = pytester.run(*run, "settings_are and plain or scores and gcd")
-    trained.assert_outcomes(passed=2)
+    trained.assert_outcomes(passed=3)
 
 
 @pytest.mark.heavy

@@ -126,7 +126,7 @@ PATCHES = {
     "second_end_ignored": (
         """
         from grpo_harness.policy import policy
-        policy._named_ends = lambda checkpoint, source: []
+        policy._named_ends = lambda checkpoint: []
         """,
         "test_a_prompt_begins_once_and_any_end_token_ends_it",
         "an answer goes on behind '1'",
