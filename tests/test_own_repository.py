@@ -121,7 +121,9 @@ SHUFFLED = """
         # Seen because the bare solution, the column that `answer` names, is scored too.
         pytest.param(R, "ANSWER.search(text)", LENIENT, "reward", id="a lenient reward"),
         pytest.param(R, "_punish(completion_ids)", SOME, "reward", id="None for a category"),
-        pytest.param(T, "[1.0, 0.2, 0.5]", "[1.0, 0.4, 0.5]", "reward", id="a weight"),
+        pytest.param(
+            T, "[1.0, 0.2, 0.5]", "[1.0, 0.4, 0.5]", "weight of form was 0.2", id="a weight"
+        ),
         pytest.param(T, 'stop = ["</answer>"]', "", r"sampling\.stop was", id="stop"),
         pytest.param(
             *(D, "return Dataset.from_list(list(islice(different(random.Random(1)), 400)))"),
