@@ -23,7 +23,7 @@ from grpo_harness.tables import Model, SettingsError, converted
 from grpo_harness.text import escape, one_line
 
 if TYPE_CHECKING:
-    from grpo_harness.rewards.functions import Correct, Reward, Rewards
+    from grpo_harness.rewards.functions import Correct, RewardFunction, Rewards
     from grpo_harness.tasks import Source
 
 _Text = Annotated[str, Meta(min_length=1)]
@@ -127,7 +127,7 @@ class Task:
             return len(self.rewards.functions) > 1
         if rule == "slices" and not (self.gate_slices and self.source.slices):
             return False
-        return rule not in ANSWERS or self.source.reads or self.rewards.correct is not None
+        return rule not in ANSWERS or self.rewards.judge_answers(self.source)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _bounds(gate: GateTable, task: str, where: str) -> tuple[dict[str, Sizes], b
                 f"{at} has no rule '{escape(name)}': the rules are {', '.join(RULES)}"
             )
         limits: dict[str, Limits] = {}
-        if not table.margin is table.minimum is None:
+        if (table.margin, table.minimum) != (None, None):
             limits = dict.fromkeys(rates(), table)
         limits |= {
             name: _table(given, Limits, f"{at.removesuffix(']')}.rules.{name}]")
@@ -233,7 +233,7 @@ def _table(given: Any, model: type[Model], place: str) -> Model:
 def _of_type(
     name: str, defaults: Defaults, home: Path, where: str, data: Mapping[str, Any]
 ) -> Task:
-    from grpo_harness.rewards.functions import Rewards
+    from grpo_harness.rewards.functions import Reward, Rewards
     from grpo_harness.tasks import load_task_type
 
     source = str(home / name) if name.endswith(".py") else name
@@ -244,8 +244,8 @@ def _of_type(
         )
     ):
         task_type = load_task_type(source)
-    reward = _reward(defaults.reward, where.removesuffix("tasks") + "reward")
-    rewards = Rewards((reward,), seconds=defaults.seconds)
+    function = _function(defaults.reward, where.removesuffix("tasks") + "reward")
+    rewards = Rewards((Reward(function),), seconds=defaults.seconds)
     return Task(task_type, rewards, defaults.sampling, defaults.system, defaults.template)
 
 
@@ -297,7 +297,7 @@ def _rewards(table: Data, defaults: Defaults, place: str) -> Rewards:
             f"{place} has {len(weights)} reward_weights for {len(names)} rewards: give one each"
         )
     functions = tuple(
-        Reward(_reward(name, f"{place} rewards").function, weight)
+        Reward(_function(name, f"{place} rewards"), weight)
         for name, weight in zip(names, weights, strict=True)
     )
     known = [reward.name for reward in functions]
@@ -323,13 +323,13 @@ def _correct(table: Data, known: Sequence[str], place: str) -> Correct | None:
     return Correct(name, table.correct.at_least)
 
 
-def _reward(source: str | None, where: str) -> Reward:
-    from grpo_harness.rewards.functions import Reward, RewardError, load_reward
+def _function(source: str | None, where: str) -> RewardFunction:
+    from grpo_harness.rewards.functions import RewardError, load_reward
     from grpo_harness.rewards.rule import reward_func
 
     if source is None:
-        return Reward(reward_func)
+        return reward_func
     try:
-        return Reward(load_reward(source))
+        return load_reward(source)
     except RewardError as error:
         raise SettingsError(f"{where}: {error}") from error

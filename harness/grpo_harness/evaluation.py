@@ -135,8 +135,8 @@ class Questions:
 
     @property
     def judges_answers(self) -> bool:
-        """Tell whether a completion can be correct: a source or a reward decides it."""
-        return self.task_type.reads or self.rewards.correct is not None
+        """Tell whether a completion can be correct."""
+        return self.rewards.judge_answers(self.task_type)
 
     def content(self, i: int) -> str:
         """Return a digest of what problem ``i`` has beside its prompt, or an empty text."""
@@ -292,9 +292,9 @@ def ask(
     Nothing is drawn. ``system`` is the system message, if not empty, ``template`` has further
     variables of the chat template, and ``bounds`` are those of the gate. Raises ``EvaluationError``
     when there are not ``n`` problems, when the policy's checkpoint says that it was trained on one
-    of them, and when a problem's true answer is
-    not read as correct; ``PolicyError`` when the chat template cannot be applied, and
-    ``RewardError`` when the reward cannot score completions of this type.
+    of them, and when a problem's true answer is not read as correct; ``PolicyError`` when the chat
+    template cannot be applied, and ``RewardError`` when the reward cannot score completions of this
+    type.
     """
     try:
         problems = tuple(task_type.problems(n))

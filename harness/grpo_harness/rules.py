@@ -338,6 +338,17 @@ def nothing_to_lose(records: Tallies, sizes: Sizes) -> str:
     )
 
 
+def side(value: float, unit: Unit) -> str:
+    """Return the value of one side, now or then, for a message."""
+    shown = {"tokens": f"{value:.1f} tokens", "reward": f"{value:+.4g}"}
+    return shown.get(unit, f"{value:.1%}")
+
+
+def change(value: float, unit: Unit) -> str:
+    """Return a difference, in points, in percent of a length, or in a reward's own unit."""
+    return f"{value:+.3g}" if unit == "reward" else f"{100 * value:+.1f}"
+
+
 @dataclass(frozen=True)
 class Check:
     """One judged question about one policy and task type.
@@ -367,11 +378,12 @@ class Check:
         """Return the result in a few lines for the user."""
         lines = [f"{self.verdict}: {self.title} of {escape(self.policy)} on {self.task_type}"]
         if e := self.evidence:
-            now, then = (self.side(x) for x in (e.now, e.then))
+            now, then = (side(x, self.unit) for x in (e.now, e.then))
+            delta, lower, upper = (change(x, self.unit) for x in (e.delta, e.lower, e.upper))
             unit = {"tokens": "%", "reward": ""}.get(self.unit, " points")
             lines.append(
-                f"  {then} ({escape(self.reference)}) -> {now}: {self.change(e.delta)}{unit}, "
-                f"90 % interval {self.change(e.lower)} to {self.change(e.upper)}, p = {e.p:.2g}, "
+                f"  {then} ({escape(self.reference)}) -> {now}: {delta}{unit}, "
+                f"90 % interval {lower} to {upper}, p = {e.p:.2g}, "
                 f"n = {e.n} problems x {e.k} samples"
             )
         lines.append(f"  {self.reason}")
@@ -380,16 +392,6 @@ class Check:
             why = " --grpo-accept-regression 'why'" if self.rule == "accuracy" else ""
             lines.append(f"  if it is meant: --grpo-record{why}")
         return "\n".join(lines)
-
-    def side(self, value: float) -> str:
-        """Return the value of one side, now or then, for a message."""
-        return {"tokens": f"{value:.1f} tokens", "reward": f"{value:+.4g}"}.get(
-            self.unit, f"{value:.1%}"
-        )
-
-    def change(self, value: float) -> str:
-        """Return a difference, in points, in percent of a length, or in a reward's own unit."""
-        return f"{value:+.3g}" if self.unit == "reward" else f"{100 * value:+.1f}"
 
     def asdict(self) -> dict[str, Any]:
         """Return the check as plain numbers and texts."""
@@ -496,9 +498,9 @@ def _worst(now: Sequence[Group], then: Tallies, rule: Rule) -> tuple[str, ...]:
     tallies = [rule.part(group.tally) for group in now]
     sides = [(measure.of(b), measure.of(a)) for a, b in zip(tallies, then, strict=False)]
     harm = [measure.worse(before, after) for before, after in sides]
-    harm = [0.0 if math.isnan(change) else change for change in harm]
+    harm = [0.0 if math.isnan(by) else by for by in harm]
     if sum(harm) < 0:  # the recorded policy got better, which only changed code can have done
-        harm = [-change for change in harm]
+        harm = [-by for by in harm]
     most = sorted(range(len(sides)), key=lambda i: -harm[i])[:_SHOWN]
     answers = [group.problem.answer for group in now]
     wanted = ["" if a is None else f"wanted {_quoted(str(a))}, " for a in answers]

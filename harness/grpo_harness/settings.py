@@ -181,6 +181,10 @@ class Settings:
 
         return Task(source, RULE, self.sampling, self.table.system, self.table.chat_template_kwargs)
 
+    def answered(self) -> list[Task]:
+        """Return the tasks whose completions can be correct."""
+        return [task for task in self.tasks.values() if task.asks("accuracy")]
+
     def policy(self, role: str, candidate: int = 0) -> PolicyName:
         """Return the name of the policy in a role: the base, or the numbered candidate."""
         return self.base if role == "base" else self.trained[candidate]

@@ -226,7 +226,7 @@ class Baseline:
         """
         then = {**self.header.conditions, **_flat(self.header.gate)}
         # A rule newer than the recording has no bounds there, and is judged by its own.
-        own = questions.bounds or recorded_bounds()
+        own = bounds_of(questions)
         known = {name: of for name, of in own.items() if name in self.header.gate}
         now = {**conditions(questions), **_flat(known)}
         rewards = self._rewards(questions)
@@ -263,6 +263,11 @@ class Baseline:
             },
             other_digest=questions.reward != self.header.conditions.get("reward"),
         )
+
+
+def bounds_of(questions: Questions) -> dict[str, Any]:
+    """Return the bounds of the gate, as a baseline stores them; else they are the defaults."""
+    return dict(questions.bounds or recorded_bounds())
 
 
 def conditions(questions: Questions) -> dict[str, Any]:

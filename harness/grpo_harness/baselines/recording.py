@@ -25,6 +25,7 @@ from grpo_harness.baselines.file import (
     Header,
     Kept,
     Record,
+    bounds_of,
     conditions,
     load,
     path_of,
@@ -35,7 +36,6 @@ from grpo_harness.baselines.provenance import environment, git
 from grpo_harness.evaluation import Completion, Evaluation, Group, Questions
 from grpo_harness.gate import verdicts as gate
 from grpo_harness.gate.bounds import ALPHA, MINIMUM_PROBLEMS
-from grpo_harness.rules import recorded_bounds
 from grpo_harness.text import escape
 
 SAMPLES = 16
@@ -161,7 +161,7 @@ def record(
         conditions=conditions(questions),
         seeds=[evaluation.run_seed for evaluation in evaluations],
         planned=planned,
-        gate=dict(questions.bounds or recorded_bounds()),
+        gate=bounds_of(questions),
         environment=environment(first.engine),
         parent=parent.digest if parent else None,
         # For these problems, only the conditions of the header are valid.

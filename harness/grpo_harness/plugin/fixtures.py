@@ -265,7 +265,7 @@ def baseline(
 @pytest.fixture
 def baselines(grpo_session: Session, role: str, policy: Policy) -> list[Baseline]:
     """Load the baselines to judge ``policy`` by on every task whose answers are judged."""
-    names = [name for name, t in grpo_session.settings.tasks.items() if t.asks("accuracy")]
+    names = [task.source.name for task in grpo_session.settings.answered()]
     return clearly(lambda: [grpo_session.baseline(role, policy, name) for name in names])
 
 
@@ -282,8 +282,7 @@ def evaluations(
     """
     if uses(request.node, "baselines"):
         request.getfixturevalue("baselines")
-    tasks = [task for task in grpo_session.settings.tasks.values() if task.asks("accuracy")]
-    return [evaluate(policy, task.source) for task in tasks]
+    return [evaluate(policy, task.source) for task in grpo_session.settings.answered()]
 
 
 @pytest.fixture

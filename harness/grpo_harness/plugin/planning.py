@@ -96,14 +96,9 @@ def records(item: pytest.Item) -> bool:
     return uses(item, "evaluation") and uses(item, "baseline")
 
 
-def _task_of(item: pytest.Item) -> Any:
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
-    return parameters.get("task_type")
-
-
 def judged(item: pytest.Item) -> tuple[Any, int, Any]:
     """Return the role, the number of the policy in it and the task type that a test runs for."""
-    parameters = item.callspec.params  # type: ignore[attr-defined]
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
     number = parameters.get(_CANDIDATE, 0)
     role = parameters.get("role", role_of(number) if _CANDIDATE in parameters else None)
     return role, 0 if role == "base" else number, parameters.get("task_type")
@@ -141,14 +136,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     run = activated(session.config)
     _try_rewards(run, session)
-    total = sum(task.asks("accuracy") for task in run.settings.tasks.values()) > 1
-    left_out = set() if total and not run.settings.sequential else {"total"}
+    total = len(run.settings.answered()) > 1 and not run.settings.sequential
     run.planned = [
         name
         for item in session.items
         for name in declared(item)
-        if (task := run.settings.tasks.get(_task_of(item))) is None or task.asks(name)
-        if name not in left_out
+        if (task := run.settings.tasks.get(judged(item)[2])) is None or task.asks(name)
+        if total or name != "total"
     ]
     run.files = len(session.items) if session.config.getoption("grpo_record") else 1
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from grpo_harness.gate.stats import holm
 from grpo_harness.report.tables import Table
+from grpo_harness.rules import change, side
 from grpo_harness.text import escape, markdown, plain, together
 
 Row = Mapping[str, Any]
@@ -135,11 +136,11 @@ class Report:
                     "task type": row["task_type"],
                     "reference": row["reference"],
                     "n × k": f"{e['n']} × {e['k']}" if e else "",
-                    "then": _side(row, "then"),
-                    "now": _side(row, "now"),
-                    "Δ": _change(row, "delta") if e else "",
-                    "lower": _change(row, "lower") if e else "",
-                    "upper": _change(row, "upper") if e else "",
+                    "then": side(e["then"], row["unit"]) if e else "",
+                    "now": side(e["now"], row["unit"]) if e else "",
+                    "Δ": change(e["delta"], row["unit"]) if e else "",
+                    "lower": change(e["lower"], row["unit"]) if e else "",
+                    "upper": change(e["upper"], row["unit"]) if e else "",
                     "p": f"{e['p']:.2g}" if e else "",
                     "p (Holm)": f"{by_key[id(row)]:.2g}" if e else "",
                     "MDE90": _least(row) if e else "",
@@ -292,20 +293,6 @@ def _worst(checks: Iterable[Row]) -> str:
         if name in by_name:
             return name if name == "PASS" else f"{name}: {', '.join(by_name[name])}"
     return "not judged"
-
-
-def _side(row: Row, side: str) -> str:
-    if not row["evidence"]:
-        return ""
-    value = row["evidence"][side]
-    shown = {"tokens": f"{value:.1f} tokens", "reward": f"{value:+.4g}"}
-    return shown.get(row["unit"], _percent(value))
-
-
-def _change(row: Row, name: str) -> str:
-    """A difference, in points, or in a reward's own unit."""
-    value = row["evidence"][name]
-    return f"{value:+.3g}" if row["unit"] == "reward" else _points(value)
 
 
 def _least(row: Row) -> str:

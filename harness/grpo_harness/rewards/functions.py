@@ -129,12 +129,6 @@ class Reward:
         """The function's name, by which TRL logs it."""
         return reward_name(self.function)
 
-    @property
-    def source(self) -> str:
-        """The module and name of the function."""
-        where = getattr(self.function, "__qualname__", self.name)
-        return f"{getattr(self.function, '__module__', '')}:{where}"
-
 
 @dataclass(frozen=True)
 class Correct:
@@ -185,9 +179,7 @@ class Batch:
             ],
             completion_ids=completion_ids or [list(text.encode()) for text in texts],
             columns={
-                name: [row[name] for row in columns]
-                for name in (columns[0] if columns else {})
-                if name not in ("prompt", "completion", "completion_ids")
+                name: [row[name] for row in columns] for name in (columns[0] if columns else {})
             },
         )
 
@@ -241,6 +233,10 @@ class Rewards:
             if (value := scores[reward.name]) is not None
         ]
         return sum(parts) if parts else None
+
+    def judge_answers(self, source: Source) -> bool:
+        """Tell whether a completion can be correct: the source or a reward decides it."""
+        return source.reads or self.correct is not None
 
     def reading(self, scores: Scores) -> Reading | None:
         """Judge a completion by the reward that decides, if there is one."""
