@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from grpo_harness.baselines import file as baseline
+from grpo_harness.checks import against_baseline
 from grpo_harness.engines.engine import Sampling
 from grpo_harness.engines.transformers import TransformersEngine
 from grpo_harness.evaluation import Group, ask, evaluate
 from grpo_harness.policy import load
-from grpo_harness.rules import RULES, Terms, against_baseline, shares
+from grpo_harness.rules import RULES, Terms, shares
 from grpo_harness.store import Store
 from grpo_harness.tasks import task_types
 

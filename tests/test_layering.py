@@ -130,7 +130,7 @@ def test_only_the_plugin_imports_pytest():
 
 
 @pytest.mark.parametrize(
-    "module", ["rewards.rule", "tasks", "gate.verdicts", "rules", "report.report", "plugin", "cli"]
+    "module", ["rewards.rule", "tasks", "gate.verdicts", "checks", "report.report", "plugin", "cli"]
 )
 def test_a_module_loads_without_torch(module):
     code = f"import grpo_harness.{module}, sys; sys.exit(bool({HEAVY!r} & set(sys.modules)))"

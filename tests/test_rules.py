@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo_harness.checks import _by_chance, against_base, against_baseline, decided, plan
 from grpo_harness.evaluation import Completion, Evaluation, Group, Questions, Tally
 from grpo_harness.gate import bounds, verdicts
 from grpo_harness.gate.bounds import Sizes
@@ -16,12 +17,7 @@ from grpo_harness.rules import (
     RULES,
     UNDECLARED,
     Terms,
-    _by_chance,
-    against_base,
-    against_baseline,
-    decided,
     of_function,
-    plan,
     recorded_bounds,
     shares,
 )

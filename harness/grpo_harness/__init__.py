@@ -14,6 +14,7 @@ files of a package, in the order of its own table.
 ``evaluation.py``  problems × policy -> groups of scored completions
 ``gate/``          numbers in, verdict out
 ``rules.py``       the table of rules: name, question, measure, judge
+``checks.py``      judge evaluations by a rule, and say what was found
 ``baselines/``     the stored references: file, recording, pruning, provenance
 ``reruns.py``      runs that did not pass: a rerun pools its samples with theirs
 ``report/``        rows -> tables for a terminal, Markdown and JSON

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from grpo_harness import rules
+from grpo_harness import checks, rules
 from grpo_harness.asked import Task
 from grpo_harness.baselines import file as baselines
 from grpo_harness.baselines import recording
 from grpo_harness.baselines.file import Baseline, BaselineError
 from grpo_harness.baselines.pruning import Stale, stale
 from grpo_harness.baselines.recording import Recording
+from grpo_harness.checks import Check
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
 from grpo_harness.engines.residency import Residents
 from grpo_harness.errors import HarnessError
@@ -22,7 +23,7 @@ from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS
 from grpo_harness.gate.verdicts import Plan
 from grpo_harness.policy import Policy, PolicyError, PolicyName, load
 from grpo_harness.reruns import Attempt, Reruns
-from grpo_harness.rules import RULES, Check, Rule, Terms
+from grpo_harness.rules import RULES, Rule, Terms
 from grpo_harness.settings import Settings
 from grpo_harness.store import Store
 from grpo_harness.tasks import Source
@@ -57,7 +58,7 @@ def plan(
     rule, task = RULES["accuracy"], settings.tasks[task_type]
     if not task.allow_floor and rules.nothing_to_lose(records, _bounded(rule, task).bounds):
         return "nothing to lose"
-    return rules.plan(records, settings.samples, alpha, _bounded(rule, task))
+    return checks.plan(records, settings.samples, alpha, _bounded(rule, task))
 
 
 def _bounded(rule: Rule, task: Task) -> Rule:
@@ -232,7 +233,9 @@ class Session:
             try:
                 records += baseline.select(evaluation.questions)
             except BaselineError as error:
-                return rules.opened(rule, evaluation.task, evaluation.policy, reference, str(error))
+                return checks.opened(
+                    rule, evaluation.task, evaluation.policy, reference, str(error)
+                )
         same = all(
             baseline.same_policy(evaluation.fingerprint)
             for evaluation, baseline in zip(evaluations, stored, strict=True)
@@ -243,7 +246,7 @@ class Session:
 
         def judge(pooled: Sequence[Evaluation], alpha: float) -> Check:
             terms = Terms(alpha, same, self.settings.sequential, task.allow_floor)
-            return rules.against_baseline(rule, pooled, reference, records, terms)
+            return checks.against_baseline(rule, pooled, reference, records, terms)
 
         together = " ".join(baseline.digest for baseline in stored)
         return self._judged(rule, evaluations, together, alpha, judge)
@@ -267,7 +270,7 @@ class Session:
 
         def judge(evaluations: Sequence[Evaluation], alpha: float) -> Check:
             sides = evaluations[: len(trained)], evaluations[len(trained) :]
-            return rules.against_base(rule, *sides, Terms(alpha))
+            return checks.against_base(rule, *sides, Terms(alpha))
 
         return self._judged(rule, [*trained, *base], "base", alpha, judge)
 
@@ -360,7 +363,7 @@ class Session:
         shares = self.shares
         alpha = shares.get("accuracy") or shares.get(rules.UNDECLARED) or ALPHA
         rule = _bounded(RULES["accuracy"], self.settings.task(questions.task_type))
-        return lambda groups: rules.decided(groups, records, alpha, rule)
+        return lambda groups: checks.decided(groups, records, alpha, rule)
 
     def _recorded_of(self, questions: Questions) -> Baseline | None:
         """Return the baseline that was recorded from this policy, if there is one."""

@@ -14,8 +14,9 @@ from grpo_harness.plugin.state import carry_check, carry_notices, clearly
 
 if TYPE_CHECKING:
     from grpo_harness.baselines.file import Baseline
+    from grpo_harness.checks import Check
     from grpo_harness.evaluation import Evaluation
-    from grpo_harness.rules import Check, Rule
+    from grpo_harness.rules import Rule
     from grpo_harness.session import Session
 
 

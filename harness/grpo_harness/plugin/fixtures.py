@@ -234,7 +234,8 @@ def _cannot_judge(
     node: pytest.Item, policy: Policy, task_type: Source, reference: str, reason: str
 ) -> NoReturn:
     """Fail a test with an ERROR for each rule that it declares."""
-    from grpo_harness.rules import RULES, UNDECLARED, opened
+    from grpo_harness.checks import opened
+    from grpo_harness.rules import RULES, UNDECLARED
     from grpo_harness.text import plain
 
     names = [name for name in declared(node) if name != UNDECLARED] or ["accuracy"]

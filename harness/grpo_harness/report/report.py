@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from grpo_harness.checks import change, side
 from grpo_harness.gate.stats import holm
 from grpo_harness.report.tables import Table
-from grpo_harness.rules import change, side
 from grpo_harness.text import escape, markdown, plain, together
 
 Row = Mapping[str, Any]
