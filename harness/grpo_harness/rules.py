@@ -262,6 +262,9 @@ RULES: Mapping[str, Rule] = {
 ANSWERS = frozenset({"accuracy", "total", "slices", "unparsable", "no_loss", "improvement"})
 """The rules that ask whether completions are correct, or can be read."""
 
+TOGETHER = "total"
+"""The rule that judges all tasks at once: no task can have bounds of its own for it."""
+
 
 def of_slice(name: str) -> Rule:
     """Return the rule ``slices`` for one value of a column."""
