@@ -178,13 +178,9 @@ def test_one_candidate_has_the_ids_that_a_trained_policy_has(candidates):
 )
 def test_every_test_runs_for_each_candidate(candidates, given):
     names = collected(candidates, *(f"--grpo-trained={text}" for text in given))
-    every = [
-        f"test_{test}"
-        for test in ("accuracy", "accuracy_of_slices", "logits_are_finite", "samples_are_text")
-    ]
+    every = [f"test_{test}" for test in ("accuracy", "logits_are_finite", "samples_are_text")]
     wanted = [f"{test}[{label}-palindrome]" for test in every for label in ("base", *LABELS)]
     wanted += [f"test_no_task_type_got_worse[{label}-palindrome]" for label in LABELS]
-    wanted += [f"test_accuracy_of_all_tasks[{label}]" for label in ("base", *LABELS)]
     wanted += [f"test_trained_beats_base[{label}]" for label in LABELS]
     wanted += [f"test_trained_is_not_base[{label}]" for label in LABELS]
     assert sorted(names) == sorted(wanted)
@@ -685,6 +681,19 @@ def test_a_sequential_run_stops_at_a_decision_and_says_where(skilled):
         assert evaluation["planned"] == 256
     skilled(0.4, *sequential, failed=2)
     assert judged(skilled)["evidence"]["n"] <= 64
+
+
+def test_what_judges_several_is_left_out_where_there_is_one(project):
+    """A skip then means something; the one reward and the one task have tests of their own."""
+    for name in ("test_accuracy", "test_rewards"):
+        shutil.copy(SUITES / f"{name}.py", project.path)
+    names = {
+        name.partition("[")[0] for name in collected(project, "test_accuracy.py", "test_rewards.py")
+    }
+    assert names == {"test_accuracy", "test_reward"}
+    table = project.path / "pyproject.toml"
+    table.write_text(table.read_text().replace('["palindrome"]', '["palindrome", "sort"]'))
+    assert "test_accuracy_of_all_tasks[base]" in collected(project, "test_accuracy.py")
 
 
 def test_several_tasks_together_are_judged_by_the_bounds_of_the_run(project):

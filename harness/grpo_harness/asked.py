@@ -282,6 +282,9 @@ def _of_data(
             "that of a built-in task type"
         )
     table = _table(given, Data, place)
+    if table.gate_slices and not (table.slices and table.correct):
+        lacks = "correct" if table.slices else "slices"
+        raise SettingsError(f"{place} has gate_slices = true and no {lacks}: set it too")
     source = DatasetSource(
         name=name,
         path=table.path,
