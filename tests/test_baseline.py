@@ -96,6 +96,13 @@ class TestNotComparable:
         now = other(now, **{part: "0" * 64})
         assert part in self.refused(recorded[0], now)
 
+    def test_names_in_a_file_are_escaped(self, recorded, measure):
+        stored = recorded[0]
+        stored.header.conditions["\x1b[2J\n::error::"] = "\u202e"
+        message = self.refused(stored, measure())
+        assert not {"\x1b", "\n", "\u202e"} & set(message)
+        assert "::error::" not in message
+
     def test_another_prompt(self, recorded, measure):
         now = measure()
         questions = now.questions
@@ -241,6 +248,32 @@ class TestDamaged:
     def test_nested_without_end(self, recorded):
         recorded[0].path.write_text("[" * 100_000)
         assert "cannot be read" in self.refused(recorded[0].path)
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            lambda content, record: record.update(total=[[-1.0, 6]]),
+            lambda content, record: record.update(rewards={"a": [[1.0, 6]]}),
+            lambda content, record: record.update(log_length=record["log_length"] - 1e-4),
+            lambda content, record: record.update(truncated=record["truncated"] ^ 1),
+            lambda content, record: record.update(columns="x"),
+            lambda content, record: content.update(examples=""),
+            lambda content, record: content["fingerprint"].update(weights="0" * 64),
+            lambda content, record: content["anchor"].update(fingerprint="0" * 16),
+            lambda content, record: content.pop("checksum"),
+        ],
+    )
+    def test_any_other_change(self, recorded, edit):
+        path = recorded[0].path
+        content = json.loads(path.read_text())
+        edit(content, next(r for r in content["problems"].values() if not r["unparsable"]))
+        path.write_text(json.dumps(content))
+        assert "damaged" in self.refused(path)
+
+    def test_another_way_to_write_the_same_is_no_damage(self, recorded):
+        path = recorded[0].path
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+        assert load(path).records == recorded[0].records
 
     def test_a_lost_line(self, recorded):
         path = recorded[0].path

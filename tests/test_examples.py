@@ -332,7 +332,7 @@ class TestFile:
         examples_of(stored.path).unlink()
         content = json.loads(stored.path.read_text())
         del content["examples"]
-        stored.path.write_text(json.dumps(content))
+        stored.path.write_text(json.dumps({**content, "schema": 3}))
         older = load(stored.path)
         assert len(older.select(asked())) == 80
         other = replace(TWO, correct=None)

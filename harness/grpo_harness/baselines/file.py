@@ -27,9 +27,11 @@ from grpo_harness.rules import recorded_bounds
 from grpo_harness.text import digest, escape, one_line
 
 SCHEMA: Final = 4
-"""Since 4, single rewards are stored, and examples beside the file."""
+"""Since 4, a file has a checksum, and single rewards and examples always."""
 
 _ROUNDING = 1e-6
+
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
 _Samples = Annotated[int, Meta(ge=1, le=MOST_SAMPLES)]
@@ -134,7 +136,8 @@ class Header(Made, kw_only=True, forbid_unknown_fields=True):
 
     ``planned`` problems were asked. Two measurements can be compared only if their ``conditions``
     and their bounds, ``gate``, are equal. ``problem_set`` and the three means reveal lines that
-    were edited by hand, and ``examples`` is the digest of the examples, if there are any.
+    were edited by hand, and ``checksum`` any other change. ``examples`` is the digest of the
+    examples, if there are any.
     """
 
     schema: Literal[4] = SCHEMA
@@ -153,6 +156,7 @@ class Header(Made, kw_only=True, forbid_unknown_fields=True):
     accuracy: float = math.nan
     mean_reward: float = math.nan
     mean_length: float = math.nan
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ class Baseline:
         if rewards is not None:
             then["reward"] = now["reward"]
         return (rewards or []) + [
-            f"{name} was {_short(then.get(name))} and is {_short(now.get(name))}"
+            f"{escape(name)} was {_short(then.get(name))} and is {_short(now.get(name))}"
             for name in sorted({*now, *then})
             if now.get(name) != then.get(name)
         ]
@@ -313,7 +317,8 @@ def load(path: Path) -> Baseline:
     try:
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
-        if content.get("schema") in (2, 3):
+        seal = checksum(content)
+        if older := content.get("schema") in (2, 3):
             _upgrade(content)
         if (schema := content.get("schema")) != SCHEMA:
             raise BaselineError(
@@ -323,7 +328,9 @@ def load(path: Path) -> Baseline:
         records = msgspec.convert(content.pop("problems", {}), dict[str, Record])
         header = msgspec.convert(content, Header)
         _check(header, records, path)
-    except (msgspec.MsgspecError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if header.checksum != seal and not older:
+            raise ValueError("its content is not what was recorded")
+    except (msgspec.MsgspecError, *_DAMAGED) as error:
         raise BaselineError(
             f"the baseline {path} is damaged ({one_line(error)}): {again}"
         ) from error
@@ -357,10 +364,13 @@ def write(
         examples=header.examples if kept is None else digest(kept.text),
         **_means(records),
     )
-    head = json.dumps(msgspec.to_builtins(header), indent=1, sort_keys=True, ensure_ascii=True)
+    problems = {name: msgspec.to_builtins(record) for name, record in sorted(records.items())}
+    content = msgspec.to_builtins(header)
+    content["checksum"] = checksum({**content, "problems": problems})
+    head = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True)
     lines = (
-        f"  {json.dumps(name)}: {json.dumps(msgspec.to_builtins(record), sort_keys=True)}"
-        for name, record in sorted(records.items())
+        f"  {json.dumps(name)}: {json.dumps(record, sort_keys=True)}"
+        for name, record in problems.items()
     )
     text = head.removesuffix("\n}") + ',\n "problems": {\n' + ",\n".join(lines) + "\n }\n}\n"
     try:
@@ -400,6 +410,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"it has {next(n for n in names if names.count(n) > 1)!r} twice")
     return content
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return a digest of everything in a baseline file, except this digest."""
+    sealed = {name: value for name, value in content.items() if name != "checksum"}
+    return digest(json.dumps(sealed, sort_keys=True))
 
 
 def _means(records: Mapping[str, Record]) -> dict[str, float]:
