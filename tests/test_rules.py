@@ -409,6 +409,13 @@ class TestReward:
         assert check.verdict == "ERROR"
         assert "record it anew" in check.reason
 
+    def test_sizes_that_no_test_can_compare_are_an_error(self):
+        rng = random.Random(0)
+        then = rewarded(lambda i, j: rng.random() * (1e15 if i % 8 == 0 and j == 0 else 1))
+        check = judge("reward", earned(lambda i, j: rng.random()), then, same_policy=True)
+        assert check.verdict == "ERROR"
+        assert "sizes are too different" in check.reason
+
     def test_form_is_not_asked_of_rewards_alone(self):
         assert {"accuracy", "total", "slices", "no_loss", "improvement", "unparsable"} == ANSWERS
 
@@ -453,4 +460,8 @@ def test_a_margin_of_a_reward_is_in_its_own_unit_or_in_deviations():
         return against_baseline(rule, [worse], "x", rewarded(), terms).verdict
 
     assert verdict(0.5, 0.3) == verdict("2 sd", "1 sd") == verdict("500%", "300%") == "PASS"
+    constant = [replace(t, total=(1.0,) * 16) for t in rewarded()]
+    for now, wanted in ((lambda i, j: 1.0, "PASS"), (lambda i, j: 1.0 - (j == 0), "FAIL")):
+        rule = replace(RULES["reward"], bounds=Sizes("0.1 sd", 0.01))
+        assert against_baseline(rule, [earned(now)], "x", constant, terms).verdict == wanted
     assert verdict(0.1, 0.01) == verdict("0.1 sd", "0.02 sd") == verdict(0.1, "1%") == "FAIL"

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from grpo_harness.engines.engine import Sampling
+from grpo_harness.gate.bounds import Sizes
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.settings import SettingsError, Table, resolve, shown, table_settings
 from grpo_harness.tasks import task_types
@@ -324,8 +325,6 @@ GATE = "[tool.grpo-harness.gate]\n"
 
 
 def test_bounds_are_of_the_run_a_rule_a_task_and_a_rule_of_a_task(project):
-    from grpo_harness.gate.bounds import Sizes
-
     settings = project(
         'tasks = ["gcd", "sort"]\n'
         + GATE
@@ -347,6 +346,30 @@ def test_bounds_are_of_the_run_a_rule_a_task_and_a_rule_of_a_task(project):
     assert settings.bounds["total"] == settings.bounds["no_loss"] == Sizes("10%", 0.01)
     unknown = settings.task(SimpleNamespace(name="unknown"))
     assert (unknown.bounds, unknown.allow_floor) == (settings.bounds, True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "recorded", "sd", "wanted"),
+    [
+        ((0.05, 0.01), 0.7, 0.0, (0.05, 0.01)),
+        (("10%", 0.01), 0.7, 0.0, (0.07, 0.01)),
+        (("10%", 0.01), 0.05, 0.0, (0.005, 0.001)),
+        (("10%", "2%"), -2.0, 0.0, (0.2, 0.04)),
+        (("10%", 0.0), 0.0, 0.0, (0.001, 0.0)),
+        ((0.3, "0.02 sd"), 0.0, 5.0, (0.3, 0.1)),
+        ((0.3, "0.02 sd"), 0.0, 20.0, (0.3, 0.06)),
+        ((0.05, "50%"), 0.8, 0.0, (0.05, 0.01)),
+    ],
+)
+def test_a_size_may_be_a_part_of_what_was_recorded(sizes, recorded, sd, wanted):
+    """Whatever that was, the minimum is less than the margin: else no verdict is possible."""
+    bounds = Sizes(*sizes).of(recorded, sd)
+    assert (bounds.margin, bounds.minimum) == pytest.approx(wanted)
+
+
+def test_a_gain_may_have_a_minimum_above_its_margin(project):
+    settings = project(GATE + "[tool.grpo-harness.gate.rules.improvement]\nminimum = 0.02\n")
+    assert settings.bounds["improvement"] == Sizes(0.0, 0.02)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +399,14 @@ def test_bounds_are_of_the_run_a_rule_a_task_and_a_rule_of_a_task(project):
             "gate.tasks.gcd] has no rule 'total': the rules are accuracy, slices",
         ),
         ("rules = {length = 3}", "it must be a table"),
+        ("margin = 1.5", "the size 1.5 for accuracy: a share of completions is less than 1"),
+        ('minimum = "100%"', "the size '100%' for accuracy: a share"),
+        ('margin = "0.1 sd"', "the size '0.1 sd' for accuracy: only rewards have a standard"),
+        (
+            "[tool.grpo-harness.gate.rules.length]\nmargin = '1 sd'",
+            "'1 sd' for length: only rewards",
+        ),
+        ('margin = "5%"\nminimum = "10%"', "minimum 10% and margin 5%: the minimum must be less"),
     ],
 )
 def test_bounds_that_make_no_sense_are_one_clear_error(project, table, says):

@@ -219,24 +219,37 @@ def bounds(
         margin = before.margin if limit.margin is None else limit.margin
         minimum = before.minimum if limit.minimum is None else limit.minimum
         found[name] = Sizes(margin, minimum)
-        _check_sizes(found[name], place)
+        _check_sizes(name, found[name], place)
     return found
 
 
-def _check_sizes(sizes: Sizes, where: str) -> None:
+def _check_sizes(rule: str, sizes: Sizes, where: str) -> None:
     """Raise ``SettingsError`` for sizes that no recorded value makes sense of."""
+    from grpo_harness.rules import RULES
+
+    measured = RULES[rule].measure.unit
+    numbers: list[tuple[float, str]] = []
     for size in (sizes.margin, sizes.minimum):
-        if (isinstance(size, str) and not RELATIVE.fullmatch(size)) or (
-            not isinstance(size, str) and not 0 <= size < 1e18
-        ):
+        found = RELATIVE.fullmatch(size) if isinstance(size, str) else None
+        number, unit = (float(found[1]), found[2]) if found else (size, "")
+        if isinstance(number, str) or not 0 <= number < 1e18:
             raise SettingsError(
                 f"{where} has the size {escape(repr(size))}: it must be a number from 0 on, a "
                 "percentage such as '10%', or '0.1 sd'"
             )
-    example = sizes.of(0.5, 1.0)
-    if example.minimum >= example.margin and isinstance(sizes.margin, str) == isinstance(
-        sizes.minimum, str
-    ):
+        if unit == "sd" and measured != "reward":
+            raise SettingsError(
+                f"{where} has the size {size!r} for {rule}: only rewards have a standard deviation"
+            )
+        if measured == "%" and number >= (100 if unit else 1):
+            raise SettingsError(
+                f"{where} has the size {size!r} for {rule}: a share of completions is less than "
+                "1, or 100%"
+            )
+        numbers.append((number, unit))
+    (margin, one), (minimum, other) = numbers
+    # A gain must be above its margin; its minimum is that of a loss.
+    if one == other and minimum >= margin and rule != "improvement":
         raise SettingsError(
             f"{where} has minimum {sizes.minimum} and margin {sizes.margin}: the minimum must be "
             "less than the margin"

@@ -108,7 +108,10 @@ def against_baseline(
     floor = nothing_to_lose(then, rule.bounds) if rule.name == "accuracy" else ""
     if reason := _unlike(rule, now, then) or ("" if terms.allow_floor else floor):
         return replace(check, reason=reason)
-    evidence = rule.judge(now, then, rule.bounds, terms)
+    try:
+        evidence = rule.judge(now, then, rule.bounds, terms)
+    except ValueError as error:  # rewards of sizes that no test can compare
+        return replace(check, reason=str(error))
     return _closed(check, rule, evidence, groups, then)
 
 

@@ -124,11 +124,12 @@ def _reward(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence
     # A problem without any score on one side has nothing to compare; `_unlike` has counted them.
     pairs = [(a.total, b.total) for a, b in sides if a.total and b.total]
     ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
-    same, alpha = terms.same_policy, terms.alpha
-    if all(str(size).endswith("sd") for size in (sizes.margin, sizes.minimum)):
-        scale, bounds = None, sizes.of(0.0, 1.0)
+    same, alpha, scale = terms.same_policy, terms.alpha, None
+    measured = Rewards.of(ours, theirs)
+    in_deviations = [str(size).endswith("sd") for size in (sizes.margin, sizes.minimum)]
+    if all(in_deviations) or (in_deviations[0] and not measured.scale):
+        bounds = sizes.of(0.0, 1.0)
     else:
-        measured = Rewards.of(ours, theirs)
         scale, bounds = 1.0, sizes.of(measured.means[1], measured.scale)
     return gate.judge_reward(
         ours, theirs, same_policy=same, scale=scale, bounds=bounds, alpha=alpha

@@ -65,12 +65,12 @@ class Sizes:
     def of(self, recorded: float, sd: float = 0.0) -> Bounds:
         """Return the bounds for the recorded value and standard deviation.
 
-        A part of nearly nothing is at least `LEAST_PART`, and a minimum that is no less than a
-        margin which depends on what was recorded becomes a fifth of it.
+        A part of nearly nothing is at least `LEAST_PART`. If either size depends on what was
+        recorded, and that makes the minimum no less than the margin, it becomes a fifth of it.
         """
         margin, minimum = (_number(size, recorded, sd) for size in (self.margin, self.minimum))
-        depends = isinstance(self.margin, str) and minimum >= margin
-        return Bounds(margin, margin / 5 if depends else minimum)
+        depends = isinstance(self.margin, str) or isinstance(self.minimum, str)
+        return Bounds(margin, margin / 5 if depends and minimum >= margin else minimum)
 
 
 def _number(size: Size, recorded: float, sd: float) -> float:

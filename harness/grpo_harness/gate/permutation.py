@@ -53,7 +53,7 @@ ROUNDING = 1e-14
 
 TOO_DIFFERENT = (
     "the rewards' sizes are too different to be tested: some are so large that the differences of "
-    "all others would be lost"
+    "all others would be lost. Limit them in the reward function"
 )
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
