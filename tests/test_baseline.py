@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_harness.baselines.file import BaselineError, conditions, load, path_of
+from grpo_harness.baselines.file import BaselineError, conditions, exists, load, path_of
 from grpo_harness.baselines.recording import record
 from grpo_harness.rewards.functions import Reward, Rewards, rewards_digest
 from grpo_harness.rewards.rule import reward_func
@@ -244,6 +244,15 @@ class TestDamaged:
         assert "not a file" in self.refused(tmp_path / "fifo.json")
         (tmp_path / "folder.json").mkdir()
         assert "not a file" in self.refused(tmp_path / "folder.json")
+
+    @pytest.mark.parametrize("name", ["exists", "read_bytes"])
+    def test_not_to_be_read(self, recorded, monkeypatch, name):
+        def denied(path):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, name, denied)
+        assert "cannot be read (PermissionError" in self.refused(recorded[0].path)
+        assert exists(recorded[0].path)
 
     def test_nested_without_end(self, recorded):
         recorded[0].path.write_text("[" * 100_000)

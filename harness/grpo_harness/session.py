@@ -43,7 +43,7 @@ def plan(
     path = _path(settings, role, name, task_type)
     if settings.problems < MINIMUM_PROBLEMS:
         return f"fewer than {MINIMUM_PROBLEMS} problems"
-    if not path.exists():
+    if not baselines.exists(path):
         return "no baseline"
     try:
         source = settings.tasks[task_type].source
@@ -81,7 +81,7 @@ def _path(settings: Settings, role: str, own: PolicyName, task_type: str) -> Pat
     paths = [
         baselines.path_of(settings.baselines, name.slug, task_type) for name in (own, *stand_ins)
     ]
-    return next((path for path in paths if path.exists()), paths[0])
+    return next((path for path in paths if baselines.exists(path)), paths[0])
 
 
 @dataclass(eq=False)

@@ -300,12 +300,20 @@ def path_of(folder: Path, slug: str, task_type: str) -> Path:
     return folder / slug / f"{task_type}.json"
 
 
+def exists(path: Path) -> bool:
+    """Tell whether a file is there. One that may not be looked for is: loading it says why."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
+
+
 def load(path: Path) -> Baseline:
     """Read a baseline. Raises ``BaselineError`` when it is missing or damaged."""
     again = "restore it from git, or remove it and record anew with --grpo-record"
-    if path.exists() and not path.is_file():
-        raise BaselineError(f"the baseline {path} is not a file: remove it, or {again}")
     try:
+        if path.exists() and not path.is_file():
+            raise BaselineError(f"the baseline {path} is not a file: remove it, or {again}")
         file = path.read_bytes()
         content = json.loads(file, object_pairs_hook=_once)
     except FileNotFoundError:

@@ -27,6 +27,7 @@ from grpo_harness.baselines.file import (
     Record,
     bounds_of,
     conditions,
+    exists,
     load,
     path_of,
     prompt_digest,
@@ -133,7 +134,7 @@ def record(
     }
     correct, drawn = (sum(getattr(r, name) for r in fresh.values()) for name in ("correct", "k"))
     anchor = Anchor(**made, fingerprint=str(first.fingerprint), accuracy=correct / drawn)
-    parent, notes = _parent(path if path.exists() else before or path, reason)
+    parent, notes = _parent(path if exists(path) else before or path, reason)
     if questions.judges_answers and correct in (0, drawn):
         found = "no completion is" if correct == 0 else "every completion is"
         notes.append(f"CAUTION: {found} correct, so accuracy can {_ONE_WAY[correct == 0]}")
@@ -175,7 +176,7 @@ def record(
 
 
 def _parent(path: Path, reason: str | None) -> tuple[Baseline | None, list[str]]:
-    if not path.exists():
+    if not exists(path):
         return None, ["the first recording: it is the anchor"]
     try:
         return load(path), []
