@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from grpo_harness import session
 from grpo_harness.tasks.dataset import DatasetSource
 from tests.projects import OWN_SUITE, run
 
@@ -110,7 +111,8 @@ def test_it_is_recorded_judged_and_reported(team):
     result = run(team, "--grpo-report=out")
     assert result.ret in (0, 1)
     assert "not comparable" not in result.stdout.str()
-    (team.path / "out" / "samples" / "trained-policy--sums.jsonl").exists()
+    report = json.loads((team.path / "out" / "report.json").read_text())
+    assert [row["metrics"] for row in report["evaluations"]] == [{"share": 0.5}] * 2
     rows = [
         json.loads(line)
         for line in (team.path / "out/samples/trained-policy--sums.jsonl").read_text().splitlines()
@@ -129,11 +131,20 @@ def test_it_is_recorded_judged_and_reported(team):
         assert scores["brief"] == pytest.approx(-row["tokens"] / 100)
         assert scores["Even"] == (1.0 if own["kind"] == "even" else None)
         assert scores["_off"] == 0.25
+        assert row["logged"] == {"kind": own["kind"]}
         total = (scores["accuracy"] or 0) + 0.5 * scores["brief"] + 2 * (scores["Even"] or 0) + 0.25
         assert row["reward"] == pytest.approx(total)
         if row["outcome"] != "truncated":
             wanted = {None: "unparsable", 0.0: "wrong", 1.0: "correct"}[scores["accuracy"]]
             assert row["outcome"] == wanted
+
+
+def test_what_rewards_do_is_tried_once_for_all_policies(team, monkeypatch):
+    tried = []
+    own = session.rewards_digest
+    monkeypatch.setattr(session, "rewards_digest", lambda *of: tried.append(of) or own(*of))
+    run(team, "--grpo-record", skipped=2)
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize(

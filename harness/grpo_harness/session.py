@@ -23,6 +23,7 @@ from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS
 from grpo_harness.gate.verdicts import Plan
 from grpo_harness.policy import Policy, PolicyError, PolicyName, load
 from grpo_harness.reruns import Attempt, Reruns
+from grpo_harness.rewards.functions import Rewards, rewards_digest
 from grpo_harness.rules import RULES, Rule, Terms
 from grpo_harness.settings import Settings
 from grpo_harness.store import Store
@@ -106,6 +107,7 @@ class Session:
     _residents: Residents = field(init=False)
     _engines: dict[str, Engine] = field(default_factory=dict)
     _questions: dict[tuple[str, ...], Questions] = field(default_factory=dict)
+    _digests: dict[str, tuple[Rewards, Source, str]] = field(default_factory=dict)
     _evaluations: dict[tuple[str, ...], Evaluation] = field(default_factory=dict)
     _baselines: dict[Path, Baseline] = field(default_factory=dict)
     _recorded: dict[tuple[str, str], Recording] = field(default_factory=dict)
@@ -181,8 +183,17 @@ class Session:
                 system=task.system,
                 template=task.template,
                 bounds=rules.recorded_bounds(task.bounds, self.settings.table.gate.alpha),
+                digest=self._digest,
             )
         return self._questions[key]
+
+    def _digest(self, rewards: Rewards, source: Source) -> str:
+        """Digest what rewards do on a source: once, and not for each policy."""
+        before = self._digests.get(source.name)
+        if before is None or before[0] is not rewards or before[1] is not source:
+            before = rewards, source, rewards_digest(rewards, source)
+            self._digests[source.name] = before
+        return before[2]
 
     def evaluation(self, policy: Policy, task_type: Source) -> Evaluation:
         """Evaluate a policy on a task type as configured. Raises ``HarnessError``.
