@@ -71,7 +71,7 @@ class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str,
         Meta(
             min_length=1,
-            description="a .jsonl, .csv or .parquet file, a folder that datasets saved, "
+            description="a .jsonl, .json, .csv or .parquet file, a folder that datasets saved, "
             "module:function, or the id of a data set on the Hub",
         ),
     ]
