@@ -244,7 +244,8 @@ class Batch:
     def given(self) -> Mapping[str, Sequence[Any]]:
         """What a reward function gets of the completions, by the names of its arguments."""
         own = {"prompts": self.prompts, "completions": self.completions}
-        return {**self.columns, **own, "completion_ids": self.completion_ids}
+        own["completion_ids"] = self.completion_ids
+        return {**own, **self.columns, **own}
 
     def part(self, first: int, last: int) -> "Batch":
         """Return the completions from ``first`` to before ``last``."""
