@@ -257,6 +257,17 @@ def test_a_task_without_correct_has_rewards_alone(team):
     assert result.ret == 0
 
 
+def test_a_data_set_that_is_drawn_greedily_has_one_completion_of_each_problem(team):
+    """More would be the same ones, and count as evidence."""
+    replaced(team, T, "max_new_tokens = 3", "max_new_tokens = 3, greedy = true")
+    run(team, "--grpo-record", skipped=2)
+    (content,) = (json.loads(f.read_text()) for f in team.path.glob("baselines/base*/sums.json"))
+    assert {problem["k"] for problem in content["problems"].values()} == {1}
+    run(team, "--grpo-report=out")
+    report = json.loads((team.path / "out" / "report.json").read_text())
+    assert [row["k"] for row in report["evaluations"]] == [1, 1]
+
+
 def test_slices_have_rows_and_are_judged_where_that_is_asked(team):
     (team.path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows(140))))
     replaced(team, T, "problems = 64", "problems = 140")

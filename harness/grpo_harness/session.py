@@ -59,7 +59,7 @@ def plan(
     rule, task = RULES["accuracy"], settings.tasks[task_type]
     if not task.allow_floor and rules.nothing_to_lose(records, _bounded(rule, task).bounds):
         return "nothing to lose"
-    return checks.plan(records, settings.samples, alpha, _bounded(rule, task))
+    return checks.plan(records, settings.draws(source), alpha, _bounded(rule, task))
 
 
 def _bounded(rule: Rule, task: Task) -> Rule:
@@ -206,7 +206,7 @@ class Session:
             questions = self.questions(policy, task_type)
             until = self._until_decided(questions) if self.settings.sequential else None
             self._evaluations[key] = self._draw(
-                questions, self.settings.samples, self.run_seed, until
+                questions, self.settings.draws(task_type), self.run_seed, until
             )
             self.evaluated(self._evaluations[key])
         return self._evaluations[key]
@@ -251,7 +251,7 @@ class Session:
             baseline.same_policy(evaluation.fingerprint)
             for evaluation, baseline in zip(evaluations, stored, strict=True)
         )
-        task = self.settings.task(evaluations[0].questions.task_type)
+        task = self._task(evaluations[0])
         if len(evaluations) == 1:
             rule = _bounded(rule, task)
 
@@ -277,7 +277,7 @@ class Session:
     ) -> Check:
         """Judge a trained policy against its base; ``alpha`` is its part of the run's risk."""
         if len(trained) == 1:
-            rule = _bounded(rule, self.settings.task(trained[0].questions.task_type))
+            rule = _bounded(rule, self._task(trained[0]))
 
         def judge(evaluations: Sequence[Evaluation], alpha: float) -> Check:
             sides = evaluations[: len(trained)], evaluations[len(trained) :]
@@ -297,7 +297,7 @@ class Session:
         if key not in self._recorded:
             questions = self.questions(policy, task_type)
             # Greedy decoding draws the same completion with any seed: one sample is enough.
-            greedy = self.settings.sampling.greedy
+            greedy = self.settings.task(task_type).sampling.greedy
             seeds = 1 if greedy else recording.SEEDS
             samples = 1 if greedy else recording.SAMPLES
             evaluations = [
@@ -338,9 +338,8 @@ class Session:
         # Greedy completions of a rerun are the same ones, not new evidence. Evaluations that a
         # suite made itself cannot be repeated by this session.
         own = all(any(e is mine for mine in self._evaluations.values()) for e in evaluations)
-        series = self.reruns.series(
-            key, self.run_seed, asked, alpha, pools=own and not self.settings.sampling.greedy
-        )
+        greedy = any(self._task(e).sampling.greedy for e in evaluations)
+        series = self.reruns.series(key, self.run_seed, asked, alpha, pools=own and not greedy)
         if series.attempts:
             # This run may have stopped early on its own samples alone; the pool needs all problems.
             evaluations = [
@@ -355,6 +354,9 @@ class Session:
         if check.evidence is not None and check.verdict != "ERROR":
             self.reruns.add(key, Attempt(self.run_seed, asked, check.verdict, series.risk))
         return replace(check, reason=f"{check.reason}{series}")
+
+    def _task(self, evaluation: Evaluation) -> Task:
+        return self.settings.task(evaluation.questions.task_type)
 
     def _of(self, evaluation: Evaluation, attempt: Attempt) -> Evaluation:
         """Return the evaluation of an earlier attempt; samples not in the store are drawn again."""

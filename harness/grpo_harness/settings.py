@@ -181,6 +181,10 @@ class Settings:
 
         return Task(source, RULE, self.sampling, self.table.system, self.table.chat_template_kwargs)
 
+    def draws(self, source: Source) -> int:
+        """Return how many completions of each problem of a source are drawn: one if greedily."""
+        return 1 if self.task(source).sampling.greedy else self.table.samples
+
     def answered(self) -> list[Task]:
         """Return the tasks whose completions can be correct."""
         return [task for task in self.tasks.values() if task.asks("accuracy")]
