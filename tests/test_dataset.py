@@ -135,6 +135,8 @@ def test_a_template_without_system_messages_is_named(copy):
     assert policy.render([USER]) == "Why?"
     with pytest.raises(PolicyError, match='takes no system message: set system = ""'):
         policy.render([SYSTEM, USER])
+    with pytest.raises(PolicyError, match=r"'tokenize': change .* chat_template_kwargs\), or fix"):
+        policy.render([USER], tokenize=True)
 
 
 @pytest.mark.parametrize(
