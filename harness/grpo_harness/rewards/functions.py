@@ -363,8 +363,7 @@ class Rewards:
         ]
         for function, _ in errors:
             for i in range(len(batch)):
-                text = escape(text_of(batch.completions[i]), 80)
-                of = f" (problem {batch.names[i]}, completion '{text}')"
+                of = _of(batch, i)
                 (alone,) = self._called([function], batch.part(i, i + 1), Log.blank(1), where, of)
                 if isinstance(alone, RewardError):
                     raise alone
@@ -407,12 +406,13 @@ def rewards_digest(rewards: Rewards, source: Source) -> str:
     tried = trials(source)
     batch = Batch.of(source, [problem for problem, _ in tried], [text for _, text in tried])
     found = rewards.score(batch, source.name)
-    for first, again in zip(found, rewards.score(batch, source.name), strict=True):
-        for name in first:
-            if not alike(first[name], again[name]):
+    for i, again in enumerate(rewards.score(batch, source.name)):
+        for name, first in found[i].items():
+            if not alike(first, again[name]):
                 raise RewardError(
-                    f"{source.name}: the reward {escape(name)} scored the same completion "
-                    f"{first[name]} and then {again[name]}: it must not differ from call to call"
+                    f"{source.name}: the reward {escape(name)}{_of(batch, i)} scored the same "
+                    f"completion {first} and then {again[name]}: it must not differ from call to "
+                    "call"
                 )
     if len(rewards.functions) == 1 and rewards.functions[0].weight == 1 and not rewards.correct:
         return digest(json.dumps([value for scores in found for value in scores.values()]))
@@ -430,6 +430,11 @@ def alike(one: float | None, other: float | None) -> bool:
 def text_of(completion: Any) -> str:
     """Return the text of a completion, which is a text or a conversation."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def _of(batch: Batch, i: int) -> str:
+    """Tell which completion of a batch a message is about."""
+    return f" (problem {batch.names[i]}, completion '{escape(text_of(batch.completions[i]), 80)}')"
 
 
 def _forms(right: str) -> tuple[str, ...]:
