@@ -135,12 +135,29 @@ def test_a_template_without_system_messages_is_named(copy):
     assert policy.render([USER]) == "Why?"
     with pytest.raises(PolicyError, match='takes no system message: set system = ""'):
         policy.render([SYSTEM, USER])
+    with pytest.raises(PolicyError, match=r"'tokenize': change .* chat_template_kwargs\), or fix"):
+        policy.render([USER], tokenize=True)
 
 
 @pytest.mark.parametrize(
     ("content", "how", "says"),
     [
-        ("", {}, "cannot be read as a data set"),
+        ("", {}, "data 'sums': a.jsonl has no rows"),
+        ("[]", {"path": "a.json"}, "a.json has no rows"),
+        ("prompt,s\n", {"path": "a.csv"}, "a.csv has no rows"),
+        ("prompt,s\nfoo,bar,baz\nq,r,s\n", {"path": "a.csv"}, "fewer fields than others: quote"),
+        ('{"prompt": "é"}'.encode("latin-1"), {}, "UnicodeDecodeError"),
+        ('{"prompt": "x"}\n{"prom', {}, "JSON parse error: Missing a closing quotation mark"),
+        (b"PAR1" * 99, {"path": "a.parquet"}, "ArrowInvalid: Parquet"),
+        ("prompt\tx\n", {"path": "a.tsv"}, r"a.tsv does not end in .jsonl, .json, .csv, .parquet"),
+        ('{"prompt": "x"}', {"config": "main"}, "no name and revision, as data sets of the Hub"),
+        ('{"prompt": "x"}', {"revision": "v1"}, "no name and revision, as data sets of the Hub"),
+        ('{"prompt": "x"}', {"split": "dev["}, r"Unrecognized instruction format: dev\["),
+        ('{"prompt": "x", "prompts": 1}', {}, "has a column prompts, .*: rename the column"),
+        ('{"prompt": "x", "log_extra": 1}', {}, "has a column log_extra, .*: rename the column"),
+        ('{"prompt": "x"}', {"slices": ("prompt",)}, "slices has 'prompt'"),
+        ('{"prompt": "x"}\n{"prompt": [{"role": "user", "content": "x"}]}', {}, "all of one kind"),
+        ('{"prompt": [{"role": "user", "content": 7}]}', {}, "prompt is .* a list of messages"),
         ("{oops", {}, "cannot be read as a data set"),
         ('{"prompt": ""}', {}, "row 0 of a.jsonl: prompt is ''"),
         ('{"prompt": 7}', {}, "prompt is 7: it must be a text, or a list of messages"),
@@ -157,7 +174,9 @@ def test_a_template_without_system_messages_is_named(copy):
     ],
 )
 def test_what_cannot_be_used_is_one_line(tmp_path, content, how, says):
-    (tmp_path / "a.jsonl").write_text(content)
+    path = tmp_path / str(how.get("path", "a.jsonl"))
+    if path.suffix and path.parent == tmp_path and path.name != "b.jsonl":
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     (tmp_path / "below").mkdir()
     with pytest.raises(DataError, match=says) as error:
         DatasetSource("sums", **{"path": "a.jsonl", "home": tmp_path, **how}).problems(1)
@@ -168,3 +187,31 @@ def test_a_split_that_is_not_there_is_named(tmp_path):
     how = {**write(tmp_path, "splits"), "split": "dev"}
     with pytest.raises(DataError, match="splits train, test: name one with split"):
         DatasetSource("sums", **how).problems(1)
+    assert len(DatasetSource("sums", **{**how, "split": None}).problems(9)) == 1, "train"
+    how = {**write(tmp_path, "folder"), "split": "dev"}
+    with pytest.raises(DataError, match="it has no splits, so there is no dev"):
+        DatasetSource("sums", **how).problems(1)
+
+
+def test_the_ending_of_a_file_may_be_in_capitals(tmp_path):
+    (tmp_path / "A.JSONL").write_text('{"prompt": "x"}')
+    assert DatasetSource("sums", "A.JSONL", tmp_path).problems(9)[0].prompt == "x"
+
+
+def test_the_answer_may_be_a_column_that_rewards_do_not_get(tmp_path):
+    """``completion`` is what TRL calls the wanted text; a row may lack it."""
+    rows = [{"prompt": "p", "completion": "7", "kind": "a"}, {"prompt": "q", "completion": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = DatasetSource("sums", "a.jsonl", tmp_path, answer="completion")
+    problems = {problem.prompt: problem for problem in source.problems(9)}
+    assert source.wanted(problems["p"]) == "7"
+    assert source.columns(problems["p"]) == {"kind": "a"}
+    assert source.wanted(problems["q"]) is None
+
+
+def test_a_turn_may_have_calls_of_tools_and_no_text(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    prompt = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, USER]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": prompt}))
+    (problem,) = DatasetSource("sums", "a.jsonl", tmp_path).problems(9)
+    assert problem.prompt[1]["tool_calls"] == [call]

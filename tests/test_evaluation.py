@@ -1,3 +1,4 @@
+import json
 import math
 import re
 
@@ -148,8 +149,23 @@ def test_a_reward_that_changes_what_it_is_given_is_named(tiny_policy, tmp_path, 
         given[changed][:] = ["1"] * len(given[changed])
         return scores
 
-    with pytest.raises(RewardError, match=r"the reward greedy .* changes the prompts"):
+    with pytest.raises(RewardError, match=rf"the reward greedy .* changes the {changed}"):
         run(tiny_policy, Scripted(right), tmp_path, reward=greedy)
+
+
+def test_what_rewards_log_is_in_the_rows_and_the_summary(tiny_policy, tmp_path):
+    def logs(completions, log_extra, log_metric, **_):
+        log_extra("read", [{("a", 1): c} if i else c for i, c in enumerate(completions)])
+        log_metric("size", len(completions))
+        return [1.0] * len(completions)
+
+    evaluation = run(tiny_policy, Scripted(right), tmp_path, reward=logs)
+    first, second, *_ = evaluation.rows()
+    assert first["logged"] == {"read": first["completion"]}
+    assert second["logged"]["read"].startswith("{('a', 1): ")
+    n = len(evaluation.completions)
+    assert evaluation.summary()["metrics"] == {"size": n}
+    json.dumps([first, second, evaluation.summary()])
 
 
 def own_type(tmp_path, body):

@@ -265,6 +265,34 @@ def test_a_changed_reading_of_a_task_type_is_named(recorded, asked, monkeypatch)
     assert "outcomes changed: '<answer>1</answer>' was correct and is wrong" in message
 
 
+def last_digits(name, function, by):
+    """A reward that is a network: its last digits depend on the machine."""
+    return named(name, lambda **given: [s if s is None else s + by for s in function(**given)])
+
+
+def test_the_last_digits_of_a_network_are_no_change(recorded, asked):
+    def like(by):
+        return Rewards((Reward(accuracy), Reward(last_digits("near", brief, by), 0.25)))
+
+    stored = recorded(like(0.1))
+    assert asked(like(0.1 + 1e-9)).reward != asked(like(0.1)).reward
+    assert len(stored.select(asked(like(0.1 + 1e-9)))) == 80
+    assert "the reward near changed: '" in refused(stored, asked(like(0.1 + 1e-4)))
+    renamed = Rewards((Reward(accuracy), Reward(last_digits("far", brief, 0.1 + 1e-9), 0.25)))
+    assert "the reward near is called far now." in refused(stored, asked(renamed))
+
+
+def test_a_changed_reward_that_looks_at_its_batch_is_told_by_its_digest(recorded, asked):
+    def crowd(by):
+        return named("crowd", lambda completions, **_: [
+            completions.count(text) + by for text in completions
+        ])  # fmt: skip
+
+    stored = recorded(replace(TWO, functions=(*TWO.functions, Reward(crowd(0.0)))))
+    with pytest.raises(BaselineError, match="reward was"):
+        stored.select(asked(replace(TWO, functions=(*TWO.functions, Reward(crowd(1.0))))))
+
+
 def test_the_rule_reward_is_what_it_was(recorded, asked):
     assert len(recorded(RULE).select(asked(RULE))) == 80
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from grpo_harness import session
 from grpo_harness.tasks.dataset import DatasetSource
 from tests.projects import OWN_SUITE, run
 
@@ -110,7 +111,8 @@ def test_it_is_recorded_judged_and_reported(team):
     result = run(team, "--grpo-report=out")
     assert result.ret in (0, 1)
     assert "not comparable" not in result.stdout.str()
-    (team.path / "out" / "samples" / "trained-policy--sums.jsonl").exists()
+    report = json.loads((team.path / "out" / "report.json").read_text())
+    assert [row["metrics"] for row in report["evaluations"]] == [{"share": 0.5}] * 2
     rows = [
         json.loads(line)
         for line in (team.path / "out/samples/trained-policy--sums.jsonl").read_text().splitlines()
@@ -129,11 +131,20 @@ def test_it_is_recorded_judged_and_reported(team):
         assert scores["brief"] == pytest.approx(-row["tokens"] / 100)
         assert scores["Even"] == (1.0 if own["kind"] == "even" else None)
         assert scores["_off"] == 0.25
+        assert row["logged"] == {"kind": own["kind"]}
         total = (scores["accuracy"] or 0) + 0.5 * scores["brief"] + 2 * (scores["Even"] or 0) + 0.25
         assert row["reward"] == pytest.approx(total)
         if row["outcome"] != "truncated":
             wanted = {None: "unparsable", 0.0: "wrong", 1.0: "correct"}[scores["accuracy"]]
             assert row["outcome"] == wanted
+
+
+def test_what_rewards_do_is_tried_once_for_all_policies(team, monkeypatch):
+    tried = []
+    own = session.rewards_digest
+    monkeypatch.setattr(session, "rewards_digest", lambda *of: tried.append(of) or own(*of))
+    run(team, "--grpo-record", skipped=2)
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize(
@@ -200,6 +211,9 @@ def test_rows_that_come_or_go_are_named_as_data(team):
         (T, 'reward = "accuracy"', 'reward = "acuracy"', "must be one of accuracy, brief"),
         (T, "[1.0, 0.5, 2.0, 1.0]", "[1.0]", "1 reward_weights for 4 rewards"),
         (T, "correct =", "gate_slices = true\ncorrect =", "gate_slices = true and no slices"),
+        (T, "[1.0, 0.5, 2.0, 1.0]", "[nan, 1, 1, 1]", "must be a list of finite numbers"),
+        (T, "at_least = 1.0", "at_least = inf", "at_least is inf: .* correct one, finite"),
+        (T, "samples = 2", "samples = 2\nreward_seconds = inf", "reward_seconds is inf: it must"),
         (T, "our_rewards:brief", "our_rewards:accuracy", "two rewards of the name accuracy"),
         (T, "our_rewards:brief", "our_rewards:briefe", "can be imported"),
         (T, "max_new_tokens = 3", "max_tokens = 3", "no key 'max_tokens'"),
@@ -235,13 +249,25 @@ def test_a_reward_that_hangs_is_named_with_the_completion(team):
 def test_a_reward_that_differs_from_call_to_call_is_named(team):
     replaced(team, "our_rewards.py", "return [by]", "import random\n    return [random.random()]")
     result = run(team, "--grpo-record", errors=2)
-    assert "the reward _off scored the same completion" in " ".join(result.stdout.str().split())
+    text = " ".join(result.stdout.str().split())
+    assert re.search(r"the reward _off \(problem sums-\w+, .*'\) scored the same completion", text)
 
 
 def test_a_task_without_correct_has_rewards_alone(team):
     replaced(team, "pyproject.toml", 'correct = { reward = "accuracy", at_least = 1.0 }', "")
     result = run(team, "--grpo-record", skipped=2)
     assert result.ret == 0
+
+
+def test_a_data_set_that_is_drawn_greedily_has_one_completion_of_each_problem(team):
+    """More would be the same ones, and count as evidence."""
+    replaced(team, T, "max_new_tokens = 3", "max_new_tokens = 3, greedy = true")
+    run(team, "--grpo-record", skipped=2)
+    (content,) = (json.loads(f.read_text()) for f in team.path.glob("baselines/base*/sums.json"))
+    assert {problem["k"] for problem in content["problems"].values()} == {1}
+    run(team, "--grpo-report=out")
+    report = json.loads((team.path / "out" / "report.json").read_text())
+    assert [row["k"] for row in report["evaluations"]] == [1, 1]
 
 
 def test_slices_have_rows_and_are_judged_where_that_is_asked(team):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from grpo_harness.tasks import Source
 
 _Text = Annotated[str, Meta(min_length=1)]
+_Finite = Annotated[float, Meta(ge=-1e18, le=1e18)]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,7 +67,9 @@ class CorrectTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Which reward decides that a completion is correct."""
 
     reward: Annotated[str, Meta(description="the name of a reward", min_length=1)]
-    at_least: Annotated[float, Meta(description="the least score of a correct one")] = 1.0
+    at_least: Annotated[
+        float, Meta(ge=-1e18, le=1e18, description="the least score of a correct one, finite")
+    ] = 1.0
 
 
 class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,7 +79,7 @@ class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str,
         Meta(
             min_length=1,
-            description="a .jsonl, .csv or .parquet file, a folder that datasets saved, "
+            description="a .jsonl, .json, .csv or .parquet file, a folder that datasets saved, "
             "module:function, or the id of a data set on the Hub",
         ),
     ]
@@ -96,7 +99,7 @@ class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         list[_Text] | None, Meta(description="a list of rewards, each as module:function")
     ] = None
     reward_weights: Annotated[
-        list[float] | None, Meta(description="a list of numbers, one for each reward")
+        list[_Finite] | None, Meta(description="a list of finite numbers, one for each reward")
     ] = None
     correct: Annotated[
         CorrectTable | None, Meta(description="reward, and the score that it must reach")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Self
@@ -10,12 +11,12 @@ from typing import Any, Self
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
 from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.policy import SYSTEM_MESSAGE, Fingerprint, Policy
-from grpo_harness.rewards.functions import Batch, Reward, Rewards, Scores, rewards_digest
+from grpo_harness.rewards.functions import Batch, Log, Reward, Rewards, Scores, rewards_digest
 from grpo_harness.rewards.outcome import OUTCOMES, Outcome, check_answers, outcome, strictly_correct
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.store import Store
 from grpo_harness.tasks import Problem, Source, check_disjoint
-from grpo_harness.text import escape, one_line
+from grpo_harness.text import escape, one_line, shown
 
 _CHUNK = 512
 """Samples between two writes to the store: at most these are lost by an interruption."""
@@ -55,7 +56,8 @@ class Completion:
     ``tokens`` includes the end token. ``strict`` tells whether the text is exactly the required
     answer and nothing else; the reward is more lenient. ``reward`` is the total, and ``rewards``
     has those of the single functions; it is NaN for a draw that failed, and if none applies.
-    ``ids`` are the token ids, if the engine told them.
+    ``ids`` are the token ids, if the engine told them. ``extra`` and ``metrics`` are what the
+    rewards log: values of the completion, and numbers of its batch.
     """
 
     text: str
@@ -65,6 +67,8 @@ class Completion:
     strict: bool
     rewards: Scores = field(default_factory=dict)
     ids: tuple[int, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,12 @@ class Group:
 def rounded(reward: float) -> float:
     """Round a reward to six significant digits: recorded and measured ones are compared."""
     return float(f"{reward:.6g}")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it: a text or a number as it is, and else its repr."""
+    plain = value is None or isinstance(value, str | int)
+    return value if plain or (isinstance(value, float) and math.isfinite(value)) else shown(value)
 
 
 def _applied(rewards: Iterable[float | None]) -> tuple[float, ...]:
@@ -221,6 +231,12 @@ class Evaluation:
         """The mean length in tokens."""
         return fmean(completion.tokens for completion in self.completions)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The means of the numbers that the rewards log."""
+        names = sorted({name for c in self.completions for name in c.metrics})
+        return {n: fmean(c.metrics[n] for c in self.completions if n in c.metrics) for n in names}
+
     def summary(self) -> dict[str, Any]:
         """Return every figure of the evaluation as plain numbers."""
         return {
@@ -237,6 +253,7 @@ class Evaluation:
             "strict_accuracy": self.strict_accuracy if self.questions.task_type.reads else None,
             "mean_reward": self.mean_reward,
             "mean_length": self.mean_length,
+            "metrics": self.metrics,
             "outcomes": {name: self.rate(name) for name in OUTCOMES},
             "slices": [part.figures(of) for of, part in self.slices()],
         }
@@ -273,6 +290,7 @@ class Evaluation:
                     "strict": completion.strict,
                     "reward": None if math.isnan(completion.reward) else completion.reward,
                     "rewards": dict(completion.rewards),
+                    "logged": {name: _plain(value) for name, value in completion.extra.items()},
                 }
 
 
@@ -286,11 +304,13 @@ def ask(
     system: str | None = SYSTEM_MESSAGE,
     template: Mapping[str, Any] = MappingProxyType({}),
     bounds: Mapping[str, Any] = MappingProxyType({}),
+    digest: Callable[[Rewards, Source], str] = rewards_digest,
 ) -> Questions:
     """Render the first ``n`` problems of ``task_type`` for ``policy``, and test the scoring.
 
     Nothing is drawn. ``system`` is the system message, if not empty, ``template`` has further
-    variables of the chat template, and ``bounds`` are those of the gate. Raises ``EvaluationError``
+    variables of the chat template, ``bounds`` are those of the gate, and ``digest`` digests what
+    rewards do on a source. Raises ``EvaluationError``
     when there are not ``n`` problems, when the policy's checkpoint says that it was trained on one
     of them, and when a problem's true answer is not read as correct; ``PolicyError`` when the chat
     template cannot be applied, and ``RewardError`` when the reward cannot score completions of this
@@ -306,7 +326,7 @@ def ask(
         policy=policy,
         task_type=task_type,
         settings=settings,
-        reward=rewards_digest(rewards, task_type),
+        reward=digest(rewards, task_type),
         problems=problems,
         prompts=tuple(_rendered(policy, task_type, p, system, template) for p in problems),
         rewards=rewards,
@@ -388,11 +408,12 @@ def scored(
     texts, ids = [sample.text for sample in samples], [sample.ids for sample in samples]
     batch = Batch.of(questions.task_type, of_sample, texts, ids)
     where = f"{escape(questions.policy.name)} on {questions.task_type.name}"
+    log = Log()
+    scores = rewards.score(batch, where, log)
+    judged = map(_completion, repeat(questions), of_sample, samples, scores)
     completions = [
-        _completion(questions, problem, sample, scores)
-        for problem, sample, scores in zip(
-            of_sample, samples, rewards.score(batch, where), strict=True
-        )
+        replace(completion, extra=extra, metrics=metrics)
+        for completion, extra, metrics in zip(judged, log.extra, log.metrics, strict=True)
     ]
     return [
         Group(problem, tuple(completions[i * k : (i + 1) * k]))

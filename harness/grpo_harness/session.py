@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from grpo_harness import checks, rules
+from grpo_harness.asked import Task
 from grpo_harness.baselines import file as baselines
 from grpo_harness.baselines import recording
 from grpo_harness.baselines.file import Baseline, BaselineError
@@ -22,6 +23,7 @@ from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS, Sizes
 from grpo_harness.gate.verdicts import Plan
 from grpo_harness.policy import Policy, PolicyError, PolicyName, load
 from grpo_harness.reruns import Attempt, Reruns
+from grpo_harness.rewards.functions import Rewards, rewards_digest
 from grpo_harness.rules import RULES, Rule, Terms
 from grpo_harness.settings import Settings
 from grpo_harness.store import Store
@@ -58,7 +60,7 @@ def plan(
     rule = _bounded(RULES["accuracy"], task.bounds)
     if not task.allow_floor and rules.nothing_to_lose(records, rule.bounds):
         return "nothing to lose"
-    return checks.plan(records, settings.samples, alpha, rule)
+    return checks.plan(records, settings.draws(source), alpha, rule)
 
 
 def _bounded(rule: Rule, bounds: Mapping[str, Sizes]) -> Rule:
@@ -106,6 +108,7 @@ class Session:
     _residents: Residents = field(init=False)
     _engines: dict[str, Engine] = field(default_factory=dict)
     _questions: dict[tuple[str, ...], Questions] = field(default_factory=dict)
+    _digests: dict[str, tuple[Rewards, Source, str]] = field(default_factory=dict)
     _evaluations: dict[tuple[str, ...], Evaluation] = field(default_factory=dict)
     _baselines: dict[Path, Baseline] = field(default_factory=dict)
     _recorded: dict[tuple[str, str], Recording] = field(default_factory=dict)
@@ -181,8 +184,17 @@ class Session:
                 system=task.system,
                 template=task.template,
                 bounds=rules.recorded_bounds(task.bounds, self.settings.table.gate.alpha),
+                digest=self._digest,
             )
         return self._questions[key]
+
+    def _digest(self, rewards: Rewards, source: Source) -> str:
+        """Digest what rewards do on a source: once, and not for each policy."""
+        before = self._digests.get(source.name)
+        if before is None or before[0] is not rewards or before[1] is not source:
+            before = rewards, source, rewards_digest(rewards, source)
+            self._digests[source.name] = before
+        return before[2]
 
     def evaluation(self, policy: Policy, task_type: Source) -> Evaluation:
         """Evaluate a policy on a task type as configured. Raises ``HarnessError``.
@@ -195,7 +207,7 @@ class Session:
             questions = self.questions(policy, task_type)
             until = self._until_decided(questions) if self.settings.sequential else None
             self._evaluations[key] = self._draw(
-                questions, self.settings.samples, self.run_seed, until
+                questions, self.settings.draws(task_type), self.run_seed, until
             )
             self.evaluated(self._evaluations[key])
         return self._evaluations[key]
@@ -240,7 +252,7 @@ class Session:
             baseline.same_policy(evaluation.fingerprint)
             for evaluation, baseline in zip(evaluations, stored, strict=True)
         )
-        task = self.settings.task(evaluations[0].questions.task_type)
+        task = self._task(evaluations[0])
         rule = _bounded(rule, self._bounds(evaluations))
 
         def judge(pooled: Sequence[Evaluation], alpha: float) -> Check:
@@ -290,7 +302,7 @@ class Session:
         if key not in self._recorded:
             questions = self.questions(policy, task_type)
             # Greedy decoding draws the same completion with any seed: one sample is enough.
-            greedy = self.settings.sampling.greedy
+            greedy = self.settings.task(task_type).sampling.greedy
             seeds = 1 if greedy else recording.SEEDS
             samples = 1 if greedy else recording.SAMPLES
             evaluations = [
@@ -331,9 +343,8 @@ class Session:
         # Greedy completions of a rerun are the same ones, not new evidence. Evaluations that a
         # suite made itself cannot be repeated by this session.
         own = all(any(e is mine for mine in self._evaluations.values()) for e in evaluations)
-        series = self.reruns.series(
-            key, self.run_seed, asked, alpha, pools=own and not self.settings.sampling.greedy
-        )
+        greedy = any(self._task(e).sampling.greedy for e in evaluations)
+        series = self.reruns.series(key, self.run_seed, asked, alpha, pools=own and not greedy)
         if series.attempts:
             # This run may have stopped early on its own samples alone; the pool needs all problems.
             evaluations = [
@@ -348,6 +359,9 @@ class Session:
         if check.evidence is not None and check.verdict != "ERROR":
             self.reruns.add(key, Attempt(self.run_seed, asked, check.verdict, series.risk))
         return replace(check, reason=f"{check.reason}{series}")
+
+    def _task(self, evaluation: Evaluation) -> Task:
+        return self.settings.task(evaluation.questions.task_type)
 
     def _of(self, evaluation: Evaluation, attempt: Attempt) -> Evaluation:
         """Return the evaluation of an earlier attempt; samples not in the store are drawn again."""

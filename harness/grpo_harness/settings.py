@@ -106,7 +106,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         GateTable, _key("a table: alpha, margin, minimum, allow_floor", option=False)
     ] = GateTable()
     reward_seconds: Annotated[
-        float, _key("seconds that a reward may take for 64 completions", option=False, gt=0)
+        float, _key("seconds that a reward may take for 64 completions", option=False, gt=0, le=1e6)
     ] = 60.0
     baselines: Annotated[str, _key("the folder of the baselines", "DIR", min_length=1)] = (
         "baselines"
@@ -190,6 +190,10 @@ class Settings:
             self.bounds,
             bool(self.table.gate.allow_floor),
         )
+
+    def draws(self, source: Source) -> int:
+        """Return how many completions of each problem of a source are drawn: one if greedily."""
+        return 1 if self.task(source).sampling.greedy else self.table.samples
 
     def answered(self) -> list[Task]:
         """Return the tasks whose completions can be correct."""

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from grpo_harness.engines.engine import Sample
 from grpo_harness.errors import HarnessError
 from grpo_harness.evaluation import Completion, Evaluation, Questions, scored
-from grpo_harness.rewards.functions import trials
+from grpo_harness.rewards.functions import alike, trials
 from grpo_harness.rewards.outcome import OUTCOMES, Outcome
 from grpo_harness.tasks import Source
 from grpo_harness.text import digest, escape, shown
@@ -123,7 +123,7 @@ def keep(evaluations: Sequence[Evaluation], older: Iterable[Example] = ()) -> Ex
         name
         for then, now in zip(fresh, _again(fresh, questions), strict=True)
         for name in then.scores
-        if then.scores[name] != now.scores[name]
+        if not alike(then.scores[name], now.scores[name])
     }
     steady = [
         replace(e, scores={n: s for n, s in e.scores.items() if n not in unsteady})
@@ -174,9 +174,10 @@ def changes(
         told += _differing(
             f"the reward {name} changed",
             [
-                (e, _number(e.scores[old]), _number(now.scores[new]))
-                for e, now in pairs
-                if old in e.scores
+                (e, _number(was), _number(was if alike(was, now) else now))
+                for e, was, now in (
+                    (e, e.scores[old], again.scores[new]) for e, again in pairs if old in e.scores
+                )
             ],
         )
     decides = questions.rewards.correct
@@ -191,6 +192,10 @@ def changes(
         )
     if told or not other_digest:
         return told
+    tried = {(problem.id, text) for problem, text in trials(questions.task_type)}
+    whole = (e for e in then if e.trial and e.scores.keys() == before.weights.keys())
+    if tried <= {(e.problem, e.text) for e in whole}:
+        return []  # nothing but the last digits of scores
     unexplained = list(before.weights) == list(weights) and before.trials == _digest_of_trials(
         questions.task_type
     )
@@ -272,14 +277,14 @@ def _called(
     called = {name: name for name in before if name in now}
     new = [name for name in now if name not in called]
 
-    def alike(old: str, name: str) -> bool:
+    def same(old: str, name: str) -> bool:
         return bool(pairs) and all(
-            old in e.scores and e.scores[old] == again.scores[name] for e, again in pairs
+            old in e.scores and alike(e.scores[old], again.scores[name]) for e, again in pairs
         )
 
     for old in (name for name in before if name not in called):
         alone = len(before) == len(now) == 1
-        if found := next((name for name in new if alone or alike(old, name)), None):
+        if found := next((name for name in new if alone or same(old, name)), None):
             called[old] = found
             new.remove(found)
     return called

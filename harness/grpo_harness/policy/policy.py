@@ -70,7 +70,7 @@ class Policy:
         try:
             return render(self.tokenizer, prompt, **template)
         except Exception as error:  # a template is a program and can raise anything
-            cause = one_line(error)
+            cause = f"{one_line(error)}: change the messages or chat_template_kwargs"
         messages = conversation(prompt)
         if messages[0].get("role") == "system":
             with suppress(Exception):

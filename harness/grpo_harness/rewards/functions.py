@@ -5,15 +5,19 @@ Evaluation and training both use it: an error of a reward is one line that names
 
 import asyncio
 import copy
-import functools
 import importlib
 import inspect
 import json
+import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
 from typing import Any, Self
 
 from grpo_harness.errors import HarnessError, user_code
@@ -48,6 +52,11 @@ def load_reward(source: str) -> RewardFunction:
         reward = getattr(importlib.import_module(module), function)
         if inspect.isclass(reward):
             reward = reward()
+    if any(kind.__module__.startswith("torch.nn.") for kind in type(reward).__mro__):
+        raise RewardError(
+            f"'{escape(source)}' is a reward model, and what it is given depends on its tokenizer: "
+            "name a function that calls it on texts"
+        )
     if not callable(reward):
         raise RewardError(f"'{escape(source)}' is {type(reward).__name__}, not a function")
     found: RewardFunction = reward
@@ -56,7 +65,7 @@ def load_reward(source: str) -> RewardFunction:
 
 def reward_name(reward: RewardFunction) -> str:
     """Return the name by which TRL logs a reward, which may be any callable."""
-    while isinstance(reward, functools.partial):
+    while isinstance(reward, partial):
         reward = reward.func
     return str(getattr(reward, "__name__", type(reward).__name__))
 
@@ -65,21 +74,64 @@ def score(
     reward: RewardFunction,
     prompts: Sequence[Any],
     completions: Sequence[Any],
+    columns: Mapping[str, Any],
     *,
     where: str,
-    of: str = "",
-    seconds: float | None = None,
-    **columns: Any,
 ) -> list[float | None]:
     """Return one reward per completion, in order; ``None`` is a reward that does not apply.
 
     The function gets copies of ``prompts`` and ``completions``; ``columns`` are passed on as they
-    are. ``where`` begins the message of an error, and ``of`` tells which completion it is. Raises
-    ``RewardError`` if the function raises, exits, changes what it is given or needs more than
-    ``seconds``, or returns anything but one number or ``None`` for each completion; infinities and
-    NaN are not numbers.
+    are. ``where`` begins the message of an error. Raises ``RewardError`` if the function raises,
+    exits, or changes what it is given, or returns anything but one number or ``None`` for each
+    completion; infinities and NaN are not numbers.
     """
-    named = f"{where}: the reward {escape(reward_name(reward))}{of}"
+    given = {"prompts": prompts, "completions": completions}
+    (found,) = _called([reward], given, columns, where)
+    if isinstance(found, RewardError):
+        raise found
+    return found
+
+
+def _called(
+    rewards: Sequence[RewardFunction],
+    given: Mapping[str, Sequence[Any]],
+    also: Mapping[str, Any],
+    where: str,
+    of: str = "",
+    seconds: float | None = None,
+) -> list[list[float | None] | RewardError]:
+    """Call rewards, and return what each scored, or its error.
+
+    Coroutine functions wait together, as in TRL. Each function gets copies of what is ``given``,
+    which it may not change, and ``also`` as it is. ``of`` tells which completion it is.
+    """
+    copies = [{name: _copied(values) for name, values in given.items()} for _ in rewards]
+
+    def call(reward: RewardFunction, own: Mapping[str, Any]) -> Any:
+        with _limited(seconds):
+            return _listed(reward(**own, **also))
+
+    returned = [
+        _tried(partial(call, reward, own)) for reward, own in zip(rewards, copies, strict=True)
+    ]
+    if waiting := [i for i, value in enumerate(returned) if inspect.isawaitable(value)]:
+        values = _tried(lambda: _awaited([returned[i] for i in waiting], seconds))
+        for place, i in enumerate(waiting):
+            returned[i] = values if isinstance(values, BaseException) else values[place]
+    found: list[list[float | None] | RewardError] = []
+    for reward, own, value in zip(rewards, copies, returned, strict=True):
+        named = f"{where}: the reward {escape(reward_name(reward))}{of}"
+        try:
+            found.append(_scores(named, given, own, value))
+        except RewardError as error:
+            found.append(error)
+    return found
+
+
+def _scores(
+    named: str, given: Mapping[str, Sequence[Any]], own: Mapping[str, Any], returned: Any
+) -> list[float | None]:
+    """Check what a reward returned, or raised, and what it did to its ``own`` copies."""
     with user_code(
         lambda error: RewardError(
             f"{named} {error}: make it faster, or raise reward_seconds"
@@ -88,14 +140,16 @@ def score(
             "cannot score"
         )
     ):
-        given = {"prompts": _copies(prompts), "completions": _copies(completions), **columns}
-        with _limited(seconds):
-            returned: Any = reward(**given)
-            if inspect.isawaitable(returned):
-                returned = _awaited(returned)
-        if given["prompts"] != list(prompts) or given["completions"] != list(completions):
-            raise ValueError("it changes the prompts or completions that it is given")
-        scores = returned.tolist() if hasattr(returned, "tolist") else returned
+        if isinstance(returned, BaseException):
+            raise returned
+        scores: Any = returned.tolist() if hasattr(returned, "tolist") else returned
+    for name, values in given.items():
+        if own[name] != _copied(values):
+            raise RewardError(
+                f"{named} changes the {escape(name)} that it is given, which other rewards and the "
+                "training get too: let it work on a copy"
+            )
+    completions = given["completions"]
     if not isinstance(scores, list | tuple):
         raise RewardError(
             f"{named} returned {type(returned).__name__}: it must return a list of one number "
@@ -186,6 +240,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def given(self) -> Mapping[str, Sequence[Any]]:
+        """What a reward function gets of the completions, by the names of its arguments."""
+        own = {"prompts": self.prompts, "completions": self.completions}
+        own["completion_ids"] = self.completion_ids
+        return {**own, **self.columns, **own}
+
     def part(self, first: int, last: int) -> "Batch":
         """Return the completions from ``first`` to before ``last``."""
         here = slice(first, last)
@@ -196,6 +257,45 @@ class Batch:
             self.completion_ids[here],
             {name: values[here] for name, values in self.columns.items()},
         )
+
+
+@dataclass(frozen=True)
+class Log:
+    """What rewards log beside their scores: for each completion its own values, and its batch's.
+
+    A number that several calls log for a batch is their mean, as in TRL.
+    """
+
+    extra: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    _numbers: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def blank(cls, n: int) -> Self:
+        """Return the log of a batch of ``n`` completions of which nothing is logged yet."""
+        return cls([{} for _ in range(n)], [{} for _ in range(n)])
+
+    def add(self, other: "Log") -> None:
+        """Add the log of a further batch."""
+        self.extra.extend(other.extra)
+        self.metrics.extend(other.metrics)
+
+    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        """Log a value for each completion, as TRL's ``log_extra`` does."""
+        given = list(values)
+        if len(given) != len(self.extra):
+            raise ValueError(
+                f"log_extra {column!r} has {len(given)} values for {len(self.extra)} completions"
+            )
+        for row, value in zip(self.extra, given, strict=True):
+            row[str(column)] = value
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Log a number of the batch, as TRL's ``log_metric`` does."""
+        numbers = self._numbers.setdefault(str(name), [])
+        numbers.append(float(value))
+        for row in self.metrics:
+            row[str(name)] = fmean(numbers)
 
 
 Scores = Mapping[str, float | None]
@@ -215,14 +315,23 @@ class Rewards:
     seconds: float | None = None
     batch: int = 64
 
-    def score(self, batch: Batch, where: str) -> list[Scores]:
-        """Score completions, some at a time, in order. Raises ``RewardError`` as `score` does."""
+    def score(self, batch: Batch, where: str, log: Log | None = None) -> list[Scores]:
+        """Score completions, some at a time, in order; ``log`` takes what the functions log.
+
+        Raises ``RewardError`` as `score` does, also for a function that needs more than
+        ``seconds``.
+        """
         scores: list[Scores] = []
         for first in range(0, len(batch), self.batch):
             part = batch.part(first, first + self.batch)
-            columns = [self._column(reward, part, where) for reward in self.functions]
+            functions = [reward.function for reward in self.functions]
+            own = Log.blank(len(part))
+            found = self._called(functions, part, own, where)
+            self._check(functions, part, where, found)
             names = [reward.name for reward in self.functions]
-            scores += [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+            scores += [dict(zip(names, row, strict=True)) for row in zip(*found, strict=True)]
+            if log is not None:
+                log.add(own)
         return scores
 
     def total(self, scores: Scores) -> float | None:
@@ -243,31 +352,31 @@ class Rewards:
         correct = self.correct
         return None if correct is None else correct.reading(scores[correct.reward])
 
-    def _column(self, reward: Reward, batch: Batch, where: str) -> list[float | None]:
-        """Score a batch by one reward; an error names the completion, if it is one alone."""
-        try:
-            return self._called(reward, batch, where)
-        except RewardError:
+    def _check(
+        self, functions: Sequence[RewardFunction], batch: Batch, where: str, found: Sequence[object]
+    ) -> None:
+        """Raise the error of a function, if one has failed: of a completion, if it is one alone."""
+        errors = [
+            (function, error)
+            for function, error in zip(functions, found, strict=True)
+            if isinstance(error, RewardError)
+        ]
+        for function, _ in errors:
             for i in range(len(batch)):
-                text = escape(text_of(batch.completions[i]), 80)
-                of = f" (problem {batch.names[i]}, completion '{text}')"
-                self._called(reward, batch.part(i, i + 1), where, of)
-            raise
+                of = _of(batch, i)
+                (alone,) = self._called([function], batch.part(i, i + 1), Log.blank(1), where, of)
+                if isinstance(alone, RewardError):
+                    raise alone
+        if errors:
+            raise errors[0][1]
 
-    def _called(self, reward: Reward, batch: Batch, where: str, of: str = "") -> list[float | None]:
-        return score(
-            reward.function,
-            batch.prompts,
-            batch.completions,
-            where=where,
-            of=of,
-            seconds=self.seconds,
-            completion_ids=[list(ids) for ids in batch.completion_ids],
-            **copy.deepcopy(dict(batch.columns)),
-            trainer_state=None,
-            log_extra=lambda *_: None,
-            log_metric=lambda *_: None,
-        )
+    def _called(
+        self, functions: Sequence[RewardFunction], batch: Batch, log: Log, where: str, of: str = ""
+    ) -> list[list[float | None] | RewardError]:
+        also = {
+            "trainer_state": None, "log_extra": log.log_extra, "log_metric": log.log_metric
+        }  # fmt: skip
+        return _called(functions, batch.given, also, where, of, self.seconds)
 
 
 def try_on(rewards: Rewards, source: Source) -> None:
@@ -297,12 +406,13 @@ def rewards_digest(rewards: Rewards, source: Source) -> str:
     tried = trials(source)
     batch = Batch.of(source, [problem for problem, _ in tried], [text for _, text in tried])
     found = rewards.score(batch, source.name)
-    for first, again in zip(found, rewards.score(batch, source.name), strict=True):
-        for name in first:
-            if first[name] != again[name]:
+    for i, again in enumerate(rewards.score(batch, source.name)):
+        for name, first in found[i].items():
+            if not alike(first, again[name]):
                 raise RewardError(
-                    f"{source.name}: the reward {escape(name)} scored the same completion "
-                    f"{first[name]} and then {again[name]}: it must not differ from call to call"
+                    f"{source.name}: the reward {escape(name)}{_of(batch, i)} scored the same "
+                    f"completion {first} and then {again[name]}: it must not differ from call to "
+                    "call"
                 )
     if len(rewards.functions) == 1 and rewards.functions[0].weight == 1 and not rewards.correct:
         return digest(json.dumps([value for scores in found for value in scores.values()]))
@@ -310,9 +420,21 @@ def rewards_digest(rewards: Rewards, source: Source) -> str:
     return digest(json.dumps([how, repr(rewards.correct), [list(s.values()) for s in found]]))
 
 
+def alike(one: float | None, other: float | None) -> bool:
+    """Tell whether two scores are equal, but for the last digits of a reward that is a network."""
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-8)
+
+
 def text_of(completion: Any) -> str:
     """Return the text of a completion, which is a text or a conversation."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def _of(batch: Batch, i: int) -> str:
+    """Tell which completion of a batch a message is about."""
+    return f" (problem {batch.names[i]}, completion '{escape(text_of(batch.completions[i]), 80)}')"
 
 
 def _forms(right: str) -> tuple[str, ...]:
@@ -330,49 +452,99 @@ def _forms(right: str) -> tuple[str, ...]:
     )
 
 
-class _TooSlowError(Exception):
-    """A reward did not return in time."""
+class _TooSlowError(BaseException):
+    """A reward did not return in time. No ``except Exception`` of the reward's own stops it."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"did not return within {seconds:g} seconds")
 
 
 @contextmanager
-def _limited(seconds: float | None) -> Iterator[None]:
-    """Raise ``_TooSlowError`` inside after so many seconds; only in the main thread."""
-    if seconds is None or threading.current_thread() is not threading.main_thread():
+def _limited(seconds: float | None, grace: float = 0.0) -> Iterator[None]:
+    """Raise ``_TooSlowError`` inside after so many seconds, or at the end if that was prevented.
+
+    It is raised inside only in the main thread, and ``grace`` seconds later. A thread sends the
+    alarm, again and again, because a reward may use the process's timer, as math-verify does.
+    """
+    if seconds is None:
         yield
         return
+    end, ended = time.monotonic() + seconds + grace, threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    caller = threading.get_ident()
 
-    def ring(*_: object) -> None:
-        raise _TooSlowError(f"did not return within {seconds:g} seconds")
+    def ring(*how: Any) -> None:
+        if time.monotonic() >= end:
+            raise _TooSlowError(seconds)
+        if callable(before):
+            before(*how)
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    def watch() -> None:
+        while not ended.wait(seconds + grace):
+            if signal.getsignal(signal.SIGALRM) is ring:
+                signal.pthread_kill(caller, signal.SIGALRM)
+
+    before = signal.getsignal(signal.SIGALRM)
+    watcher = threading.Thread(target=watch, daemon=True)
     try:
+        if main:
+            signal.signal(signal.SIGALRM, ring)
+            watcher.start()
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        ended.set()
+        if main:
+            watcher.join()
+            signal.signal(signal.SIGALRM, before)
+    if time.monotonic() > end:
+        raise _TooSlowError(seconds)
 
 
-def _awaited(scores: Any) -> Any:
-    """Wait for the scores of a coroutine function, also where an event loop is running."""
+def _awaited(coroutines: Sequence[Any], seconds: float | None) -> list[Any]:
+    """Wait for coroutines together: what each returned or raised. Also where a loop is running."""
 
-    async def wait() -> Any:
-        return await scores
+    async def one(coroutine: Any) -> Any:
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                return _listed(await coroutine)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if seconds is not None and isinstance(error, TimeoutError) and limit.expired():
+                return _TooSlowError(seconds)
+            return error
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*map(one, coroutines))
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(wait())
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(asyncio.run(wait())))
-    thread.start()
-    thread.join()
-    return found[0]
+        # Those that wait tell by themselves which of them is slow.
+        with _limited(seconds, grace=1):
+            return asyncio.run(together())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, together()).result()
 
 
-def _copies(texts: Sequence[Any]) -> list[Any]:
-    """Copy texts, and conversations with their messages."""
-    return [text if isinstance(text, str) else copy.deepcopy(text) for text in texts]
+def _tried(call: Callable[[], Any]) -> Any:
+    """Return what a call returns, or what it raises: also an exit, or a skip of pytest."""
+    try:
+        return call()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return error
+
+
+def _listed(values: Any) -> Any:
+    return list(values) if isinstance(values, Iterator) else values
+
+
+def _copied(values: Sequence[Any]) -> list[Any]:
+    """Copy values that have an entry for each completion; token ids as lists, as in TRL."""
+    return [list(v) if isinstance(v, tuple) else copy.deepcopy(v) for v in values]
 
 
 def _number(value: Any) -> float | None:

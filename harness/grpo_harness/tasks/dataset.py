@@ -26,6 +26,9 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _NO_COLUMNS = ("prompt", "completion", "completion_ids")
 """Columns that TRL does not pass on, because the reward's own arguments have these names."""
 
+_RESERVED = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
+"""Columns that would be taken for the arguments of a reward that TRL makes itself."""
+
 
 class DataError(HarnessError):
     """A data set cannot be used. One line: which, the row, and what to do."""
@@ -35,8 +38,8 @@ class DataError(HarnessError):
 class DatasetSource(Source):
     """The rows of a table as problems.
 
-    ``path`` is a .jsonl, .csv or .parquet file or a folder that `datasets` saved, looked for from
-    ``home``; ``module:function``; or the id of a data set on the Hub, with its ``config`` and
+    ``path`` is a .jsonl, .json, .csv or .parquet file or a folder that `datasets` saved, looked for
+    from ``home``; ``module:function``; or the id of a data set on the Hub, with its ``config`` and
     ``revision``. ``prompt``, ``answer``, ``row_id`` and ``slices`` name columns.
     """
 
@@ -102,7 +105,13 @@ class DatasetSource(Source):
             own = problem.id if count == 1 else f"{problem.id}.{count}"
             found[own] = replace(problem, id=own)
         if not found:
-            raise DataError(f"data {self.name!r}: {escape(self.path)} has no rows")
+            raise DataError(f"{self._place} has no rows")
+        kinds = {isinstance(problem.prompt, str) for problem in found.values()}
+        if len(kinds) > 1:
+            raise DataError(
+                f"{self._place}: some prompts in {self.prompt} are texts, and some are lists of "
+                "messages: make them all of one kind, as TRL takes a batch by its first"
+            )
         return [found[name] for name in sorted(found)]
 
     def _problem(self, number: int, row: Mapping[str, Any]) -> Problem:
@@ -120,11 +129,26 @@ class DatasetSource(Source):
                 "a text, or a list of messages with role and content"
             )
         columns = {name: value for name, value in row.items() if name not in _NO_COLUMNS}
+        for name in columns.keys() & (_RESERVED - {self.prompt}):
+            raise DataError(
+                f"{self._place} has a column {name}, which is an argument that TRL itself gives to "
+                "rewards: rename the column"
+            )
+        for name in self.slices:
+            if name not in columns:
+                raise DataError(
+                    f"{self._place}: slices has {name!r}, which is what is asked or drawn: name "
+                    "columns that divide the rows"
+                )
         own = str(row[self.row_id]) if self.row_id else ""
         if not own or not re.fullmatch(r"[\w.-]{1,64}", own, re.ASCII):
             own = digest(own or _canonical([prompt, columns]))[:12]
-        answer = None if self.answer is None else str(row[self.answer])
+        answer = None if self.answer is None or row[self.answer] is None else str(row[self.answer])
         return Problem(f"{self.name}-{own}", self.name, columns, prompt, answer)
+
+    @property
+    def _place(self) -> str:
+        return f"data {self.name!r}: {escape(self.path)}"
 
     def _where(self, number: int) -> str:
         return f"data {self.name!r}, row {number} of {escape(self.path)}"
@@ -133,14 +157,21 @@ class DatasetSource(Source):
         with (
             user_code(
                 lambda error: DataError(
-                    f"data {self.name!r}: {escape(self.path)} cannot be read as a data set "
+                    f"{self._place} has no rows"
+                    if _is_empty(error.__cause__ or error)
+                    else f"{self._place} cannot be read as a data set "
                     f"({one_line(error.__cause__ or error)}): see path, split and name"
                 )
             ),
             _quiet(),
             tempfile.TemporaryDirectory() as cache,
         ):
-            rows: list[dict[str, Any]] = self._table(cache).to_list()
+            table = self._table(cache)
+            if any(name.startswith("__index_level_") for name in table.column_names):
+                raise ValueError(
+                    "its first line has fewer fields than others: quote texts with commas"
+                )
+            rows: list[dict[str, Any]] = table.to_list()
         yield from rows
 
     def _table(self, cache: str) -> Any:
@@ -148,26 +179,32 @@ class DatasetSource(Source):
         import datasets
 
         path = self.home / self.path
+        local = _FUNCTION.fullmatch(self.path) or path.exists() or path.suffix.lower() in _READERS
+        if local and (self.config or self.revision):
+            raise ValueError(f"{self.path} has no name and revision, as data sets of the Hub have")
         if _FUNCTION.fullmatch(self.path):
             module, _, function = self.path.partition(":")
             table = getattr(importlib.import_module(module), function)()
         elif path.is_dir():
             table = datasets.load_from_disk(str(path))
-        elif path.suffix in _READERS:
+        elif (reader := _READERS.get(path.suffix.lower())) is not None:
             split = re.match(r"\w+", self.split or "train")
             files = {split.group() if split else "train": str(path)}
             return datasets.load_dataset(
-                _READERS[path.suffix], data_files=files, split=self.split or "train",
-                cache_dir=cache,
-            )  # fmt: skip
+                reader, data_files=files, split=self.split or "train", cache_dir=cache
+            )
+        elif path.is_file():
+            raise ValueError(f"{path.name} does not end in {', '.join(_READERS)}")
         elif path.parent != self.home and path.parent.is_dir():
             raise FileNotFoundError(f"there is no {path}")
         else:
             return self._downloaded()
         if isinstance(table, datasets.DatasetDict):
-            if self.split not in table:
+            if (self.split or "train") not in table:
                 raise ValueError(f"it has the splits {', '.join(table)}: name one with split")
-            table = table[self.split]
+            table = table[self.split or "train"]
+        elif self.split:
+            raise ValueError(f"it has no splits, so there is no {self.split}: leave split out")
         if not isinstance(table, datasets.Dataset):
             raise TypeError(f"it is {type(table).__name__}, not a Dataset")
         return table
@@ -190,14 +227,21 @@ class DatasetSource(Source):
         return datasets.load_dataset(self.path, **how)
 
 
+def _is_empty(error: BaseException) -> bool:
+    """Tell whether `datasets` has failed because there is nothing to read."""
+    return isinstance(error, StopIteration) or "corresponds to no data" in shown(error, str)
+
+
 def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(map(_is_message, prompt))
+
+
+def _is_message(given: Any) -> bool:
+    """Tell whether it has a role and a text, parts of one, or calls of tools."""
     return (
-        isinstance(prompt, list)
-        and bool(prompt)
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and m.get("content") is not None
-            for m in prompt
-        )
+        isinstance(given, dict)
+        and isinstance(given.get("role"), str)
+        and (isinstance(given.get("content"), str | list) or bool(given.get("tool_calls")))
     )
 
 

@@ -184,7 +184,7 @@ def checked(reward: RewardFunction) -> RewardFunction:
     def scored(prompts: Any, completions: Any, **kwargs: Any) -> list[float | None]:
         where = f"step {kwargs['trainer_state'].global_step + 1}"
         try:
-            scores = score(reward, prompts, completions, where=where, **kwargs)
+            scores = score(reward, prompts, completions, kwargs, where=where)
         except RewardError as error:
             raise TrainingError(str(error)) from error.__cause__
         if all(value is None for value in scores):
