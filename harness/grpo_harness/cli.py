@@ -1,4 +1,4 @@
-"""The command line: ``grpo-harness settings``, ``train``, ``recipes`` and ``resources``.
+"""The command line: ``grpo-harness settings``, ``train``, ``recipes``, ``log``, ``resources``.
 
 An error that ends a command is one line on standard error. torch is loaded only when needed.
 """
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_harness.errors import HarnessError
+from grpo_harness.logs.recorded import TRAINING
 from grpo_harness.settings import resolve
 from grpo_harness.text import plain
 from grpo_harness.training.curves import Row
@@ -25,20 +26,23 @@ from grpo_harness.training.unfinished import check_new, folder_of, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 2 for an error, 130 when interrupted."""
+    """Run the command line. Returns the exit status.
+
+    It is 1 for a verdict that is not PASS, 2 for an error and 130 when interrupted.
+    """
     reader = parser()
     arguments, others = reader.parse_known_args(argv)
     if others and arguments.run is not _settings:
         reader.error(f"unrecognized arguments: {' '.join(others)}")
     arguments.others = others
     try:
-        arguments.run(arguments)
+        status = arguments.run(arguments) or 0
     except KeyboardInterrupt as error:
         status, said = 130, ["interrupted", *_notes(error)]
     except (ValueError, OSError, HarnessError) as error:
         status, said = 2, [str(error), *_notes(error)]
     else:
-        return 0
+        return int(status)
     sys.stdout.flush()
     sys.stderr.write(plain(f"grpo-harness {arguments.command}: {'; '.join(said)}\n"))
     return status
@@ -76,6 +80,19 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("recipes", help="compare the recipes with their recorded configs")
     command.add_argument("--record", action="store_true", help="record their current configs")
     command.set_defaults(run=_recipes)
+
+    command = commands.add_parser(
+        "log",
+        help="judge the log of a training run against recorded runs",
+        description="Judge what a run of TRL's trainer logged (trainer_state.json or log.json) "
+        "against the recorded runs of the same training, baselines/training/<name>.json. The exit "
+        "status is 1 if a figure is outside the band of one more run.",
+    )
+    command.add_argument("runs", type=Path, nargs="+", help="the folder that a training run wrote")
+    command.add_argument("--name", help="the training's name, if not that of the run's recipe")
+    command.add_argument("--record", action="store_true", help="record three runs or more")
+    command.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves over the bands")
+    command.set_defaults(run=_log)
 
     command = commands.add_parser("resources", help="show the time, speed and memory of a training")
     command.add_argument("trained", type=Path, help="a folder that `train` wrote")
@@ -204,6 +221,33 @@ def _recipes(arguments: argparse.Namespace) -> None:
         _say(f"{recipe.name}: {'as recorded' if not changed else 'changed'}")
         for difference in changed:
             _say(f"  {difference}")
+
+
+def _log(arguments: argparse.Namespace) -> int:
+    from grpo_harness.logs.judge import judge
+    from grpo_harness.logs.plot import plot
+    from grpo_harness.logs.read import read
+    from grpo_harness.logs.recorded import load, path_of, record
+
+    logs = [read(path) for path in arguments.runs]
+    names = {arguments.name or log.training or TRAINING for log in logs}
+    if len(names) > 1:
+        raise ValueError(f"the runs are of {', '.join(sorted(names))}: say which with --name")
+    (name,) = names
+    baselines = _baselines()
+    if arguments.record:
+        _say(f"recorded: {record(name, logs, baselines)}")
+    elif len(logs) > 1:
+        raise ValueError("several runs: --record records them, and one run is judged")
+    recorded = load(path_of(name, baselines))
+    if arguments.plot:
+        plot(logs[0], recorded, arguments.plot)
+        _say(f"drawn: {arguments.plot}")
+    if arguments.record:
+        return 0
+    judgement = judge(logs[0], recorded)
+    _say(judgement.message())
+    return 0 if judgement.verdict == "PASS" else 1
 
 
 def _resources(arguments: argparse.Namespace) -> None:
