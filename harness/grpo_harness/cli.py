@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grpo_harness.errors import HarnessError
 from grpo_harness.logs.recorded import TRAINING
@@ -23,6 +24,9 @@ from grpo_harness.training.processes import launch, launched
 from grpo_harness.training.recipes import RECIPES, Recipe, named
 from grpo_harness.training.resources import compare, read_resources
 from grpo_harness.training.unfinished import check_new, folder_of, leave
+
+if TYPE_CHECKING:
+    from grpo_harness.training.files import RecipeFile
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,10 +73,15 @@ def parser() -> argparse.ArgumentParser:
         "reward. After an interruption, the same command continues from the last checkpoint, to "
         "the same weights.",
     )
-    command.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
+    command.add_argument(
+        "recipe", help=f"one of {', '.join(RECIPES)}, or a .yaml file as `trl grpo --config` takes"
+    )
     command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     command.add_argument("--policy", help="start from this policy instead of the recipe's")
     command.add_argument("--steps", type=int, help="number of steps, instead of the recipe's")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a value of a recipe's file"
+    )
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     command.add_argument("--processes", type=int, default=1, help="number of processes")
     command.set_defaults(run=_train)
@@ -132,7 +141,8 @@ def _train(arguments: argparse.Namespace) -> None:
 def _train_in_processes(arguments: argparse.Namespace) -> None:
     from grpo_harness.training.config import batch_per_process
 
-    batch_per_process(_chosen(arguments), arguments.processes)
+    if isinstance(recipe := _chosen(arguments), Recipe):
+        batch_per_process(recipe, arguments.processes)
     try:
         launch(_train_here, arguments, arguments.processes)
     except BaseException as error:
@@ -141,7 +151,7 @@ def _train_in_processes(arguments: argparse.Namespace) -> None:
         raise
 
 
-def _chosen(arguments: argparse.Namespace) -> Recipe:
+def _chosen(arguments: argparse.Namespace) -> "Recipe | RecipeFile":
     if arguments.processes < 1:
         raise ValueError(f"--processes {arguments.processes}: there must be at least one")
     changes = {
@@ -149,31 +159,39 @@ def _chosen(arguments: argparse.Namespace) -> Recipe:
         for name in ("policy", "steps")
         if (value := getattr(arguments, name)) is not None
     }
-    return dataclasses.replace(named(arguments.recipe), **changes)
+    if not arguments.recipe.endswith((".yaml", ".yml")):
+        if arguments.set:
+            raise ValueError("--set changes the recipe in a file: write a .yaml file")
+        return dataclasses.replace(named(arguments.recipe), **changes)
+    from grpo_harness.training.files import assignment, load
+
+    own = {"policy": "model_name_or_path", "steps": "max_steps"}
+    said = dict(assignment(text) for text in arguments.set)
+    return load(Path(arguments.recipe), {**said, **{own[key]: v for key, v in changes.items()}})
 
 
 def _train_here(arguments: argparse.Namespace) -> None:
     recipe = _chosen(arguments)
     from grpo_harness.training import train
     from grpo_harness.training.config import described
-    from grpo_harness.training.config import resolve as resolve_recipe
+    from grpo_harness.training.files import resolved
     from grpo_harness.training.recorded import differences, path_of, recorded
 
-    config = resolve_recipe(recipe, arguments.out, device=arguments.device)
+    config = resolved(recipe, arguments.out, device=arguments.device)
     if config.process_index == 0:
         _say(f"recipe {recipe.name}:\n{described(config)}")
         if path_of(recipe.name, baselines := _baselines()).exists():
             was = recorded(recipe.name, baselines)
-            if changed := differences(named(recipe.name), was, device=arguments.device):
+            whole = named(recipe.name) if isinstance(recipe, Recipe) else recipe
+            if changed := differences(whole, was, device=arguments.device):
                 lines = "".join(f"\n  {difference}" for difference in changed)
                 sys.stdout.flush()
                 sys.stderr.write(
                     f"CHANGED: the recipe {recipe.name} is not what was recorded of it with "
                     f"{was['versions']}:{lines}\n"
                 )
-    run = train(
-        recipe, arguments.out, device=arguments.device, progress=_Steps(recipe.steps), notice=_say
-    )
+    progress = _Steps(config.max_steps, config.num_train_epochs)
+    run = train(recipe, arguments.out, device=arguments.device, progress=progress, notice=_say)
     if config.process_index == 0:
         _say(
             f"{run.path}: {len(run.log)} steps, at least {run.weights_moved:.0%} of the elements "
@@ -184,8 +202,9 @@ def _train_here(arguments: argparse.Namespace) -> None:
 class _Steps:
     """Prints the figures of every step, and the time that is left."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, epochs: float) -> None:
         self._steps = steps
+        self._epochs = epochs
         self._seconds: list[float] = []
         self._last = time.monotonic()
 
@@ -194,9 +213,12 @@ class _Steps:
         # step_time if logged: the first interval also contains the trainer's start.
         self._seconds.append(row.get("step_time", now - self._last))
         self._last = now
-        left = (self._steps - row["step"]) * statistics.median(self._seconds[-20:])
+        steps = self._steps
+        if steps < 1:  # the recipe says a number of epochs
+            steps = round(row["step"] / row["epoch"] * self._epochs)
+        left = (steps - row["step"]) * statistics.median(self._seconds[-20:])
         _say(
-            f"step {row['step']:>4}/{self._steps}  reward {row['reward']:+.3f}  "
+            f"step {row['step']:>4}/{steps}  reward {row['reward']:+.3f}  "
             f"length {row.get('completions/mean_length', math.nan):5.1f}  "
             f"entropy {row.get('entropy', math.nan):.3f}  gradient {row['grad_norm']:.3f}  "
             f"{left // 60:.0f}:{left % 60:02.0f} left"

@@ -90,6 +90,13 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
                 self.unfinished.seal(folder)
 
 
+def guarded(of: type[GRPOTrainer]) -> type[Trainer]:
+    """Return a trainer's class with the checks of `Trainer`, before the methods of its own."""
+    if issubclass(Trainer, of):
+        return Trainer
+    return type(of.__name__, (Trainer, of), {})
+
+
 @contextmanager
 def writing(folder: Path, what: str) -> Iterator[None]:
     """Remove ``folder`` if writing it fails. Raises ``TrainingError``."""
