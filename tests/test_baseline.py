@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from grpo_harness.rules import recorded_bounds
 from grpo_harness.tasks import task_types
 
 GCD = task_types()["gcd"]
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -263,6 +265,18 @@ class TestDamaged:
         assert load(path).header.gate == content["gate"]
         path.write_text(json.dumps({**content, "schema": 2, "gate": {**gate, "margin": 0.2}}))
         assert load(path).header.gate["truncation"]["margin"] == 0.2
+
+    def test_the_schema_of_the_recorded_pair_is_read_with_its_single_rewards(self, recorded):
+        """Schema 3 had no single rewards at first: with 4, whoever cannot read them says so."""
+        path = recorded[0].path
+        content = json.loads(path.read_text())
+        assert content["schema"] == 4
+        path.write_text(json.dumps({**content, "schema": 3}))
+        older = load(path)
+        assert older.records == recorded[0].records
+        assert older.header == recorded[0].header
+        for file in (ROOT / "baselines").glob("nano-*/*.json"):
+            assert any(record.total for record in load(file).records.values())
 
     @pytest.mark.parametrize("gate", [3, {}, {"alpha": "x"}])
     def test_a_damaged_schema_before_this(self, recorded, gate):

@@ -199,6 +199,7 @@ def test_rows_that_come_or_go_are_named_as_data(team):
         (T, 'answer = "solution"', "answer = 7", "answer is 7"),
         (T, 'reward = "accuracy"', 'reward = "acuracy"', "must be one of accuracy, brief"),
         (T, "[1.0, 0.5, 2.0, 1.0]", "[1.0]", "1 reward_weights for 4 rewards"),
+        (T, "correct =", "gate_slices = true\ncorrect =", "gate_slices = true and no slices"),
         (T, "our_rewards:brief", "our_rewards:accuracy", "two rewards of the name accuracy"),
         (T, "our_rewards:brief", "our_rewards:briefe", "can be imported"),
         (T, "max_new_tokens = 3", "max_tokens = 3", "no key 'max_tokens'"),
@@ -254,10 +255,14 @@ def test_slices_have_rows_and_are_judged_where_that_is_asked(team):
         @pytest.mark.grpo("slices")
         def test_slices(evaluation, baseline, gate):
             gate.slices(evaluation, baseline)
+
+        @pytest.mark.grpo("length")
+        def test_length(evaluation, baseline, gate):
+            gate.length(evaluation, baseline)
         """
     )
-    run(team, "--grpo-record", skipped=2)
-    run(team, "--grpo-report=out", skipped=2)
+    run(team, "--grpo-record", skipped=2, deselected=2)
+    run(team, "--grpo-report=out", "--grpo-seed=1", passed=2, deselected=2)
     (row, _) = json.loads((team.path / "out" / "report.json").read_text())["evaluations"]
     assert [(part["of"], part["n"]) for part in row["slices"]] == [
         ("kind=even", 70),
@@ -268,7 +273,7 @@ def test_slices_have_rows_and_are_judged_where_that_is_asked(team):
     run(team, "--grpo-report=out")
     checks = json.loads((team.path / "out" / "report.json").read_text())["checks"]
     found = {(c["rule"], c["policy"], c["evidence"]["n"]) for c in checks}
-    assert found == {
+    assert {check for check in found if check[0] != "length"} == {
         (f"slices.kind={kind}", policy, 70)
         for kind in ("even", "odd")
         for policy in ("base-policy", "trained-policy")

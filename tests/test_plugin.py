@@ -178,13 +178,9 @@ def test_one_candidate_has_the_ids_that_a_trained_policy_has(candidates):
 )
 def test_every_test_runs_for_each_candidate(candidates, given):
     names = collected(candidates, *(f"--grpo-trained={text}" for text in given))
-    every = [
-        f"test_{test}"
-        for test in ("accuracy", "accuracy_of_slices", "logits_are_finite", "samples_are_text")
-    ]
+    every = [f"test_{test}" for test in ("accuracy", "logits_are_finite", "samples_are_text")]
     wanted = [f"{test}[{label}-palindrome]" for test in every for label in ("base", *LABELS)]
     wanted += [f"test_no_task_type_got_worse[{label}-palindrome]" for label in LABELS]
-    wanted += [f"test_accuracy_of_all_tasks[{label}]" for label in ("base", *LABELS)]
     wanted += [f"test_trained_beats_base[{label}]" for label in LABELS]
     wanted += [f"test_trained_is_not_base[{label}]" for label in LABELS]
     assert sorted(names) == sorted(wanted)
@@ -685,6 +681,68 @@ def test_a_sequential_run_stops_at_a_decision_and_says_where(skilled):
         assert evaluation["planned"] == 256
     skilled(0.4, *sequential, failed=2)
     assert judged(skilled)["evidence"]["n"] <= 64
+
+
+def test_what_judges_several_is_left_out_where_there_is_one(project):
+    """A skip then means something; the one reward and the one task have tests of their own."""
+    for name in ("test_accuracy", "test_rewards"):
+        shutil.copy(SUITES / f"{name}.py", project.path)
+    names = {
+        name.partition("[")[0] for name in collected(project, "test_accuracy.py", "test_rewards.py")
+    }
+    assert names == {"test_accuracy", "test_reward"}
+    table = project.path / "pyproject.toml"
+    table.write_text(table.read_text().replace('["palindrome"]', '["palindrome", "sort"]'))
+    assert "test_accuracy_of_all_tasks[base]" in collected(project, "test_accuracy.py")
+
+
+def test_several_tasks_together_are_judged_by_the_bounds_of_the_run(project):
+    """Nobody answers right, so a margin of 5 points is ruled out, and one of 1.2 points is not."""
+    project.makeconftest(
+        """
+        import pytest
+
+        from grpo_harness.engines.engine import Sample
+        from grpo_harness.engines.transformers import TransformersEngine
+
+        @pytest.fixture(autouse=True)
+        def silent(monkeypatch):
+            def sample(self, requests, progress=None):
+                return [Sample("?", 3, False) for _ in requests]
+            monkeypatch.setattr(TransformersEngine, "sample", sample)
+        """
+    )
+    project.makepyfile(
+        test_own="""
+        import pytest
+
+        @pytest.mark.grpo("total")
+        def test_total(evaluations, baselines, gate):
+            gate.total(evaluations, baselines)
+
+        @pytest.mark.grpo("no_loss")
+        def test_no_loss(base_policy, trained_policy, all_task_types, evaluate, gate):
+            policies = (trained_policy, base_policy)
+            gate.no_loss(*[[evaluate(p, t) for t in all_task_types] for p in policies])
+
+        def test_accuracy(evaluation, baseline, gate):
+            gate.accuracy(evaluation, baseline)
+        """
+    )
+    table = project.path / "pyproject.toml"
+    text = table.read_text().replace('["palindrome"]', '["palindrome", "sort"]')
+    narrow = "allow_floor = true\nmargin = 0.012\nminimum = 0.001\n"
+    for task in ("palindrome", "sort"):
+        narrow += f"[tool.grpo-harness.gate.tasks.{task}]\nmargin = 0.2\nminimum = 0.01\n"
+    for gate, verdict in (("allow_floor = true", "PASS"), (narrow, "UNPROVEN")):
+        table.write_text(text.replace("allow_floor = true", gate))
+        shutil.rmtree(project.path / "baselines", ignore_errors=True)
+        run(project, "--grpo-record", "-k", "test_accuracy", skipped=4)
+        assert run(project, "--grpo-report=out").ret == 0
+        found = json.loads((project.path / "out" / "report.json").read_text())["checks"]
+        assert {(c["rule"], c["verdict"]) for c in found} == {
+            *(("total", verdict), ("no_loss", verdict), ("accuracy", "PASS"))
+        }
 
 
 def test_the_same_test_is_a_rerun_of_itself_whichever_others_are_named(skilled):

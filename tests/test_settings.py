@@ -1,5 +1,6 @@
 import json
 import sys
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -342,6 +343,10 @@ def test_bounds_are_of_the_run_a_rule_a_task_and_a_rule_of_a_task(project):
     assert "reward" not in gcd.bounds
     assert (gcd.allow_floor, sort.allow_floor) == (True, False)
     assert "improvement" not in gcd.bounds
+    assert settings.bounds["total"] == gcd.bounds["total"] == sort.bounds["total"]
+    assert settings.bounds["total"] == settings.bounds["no_loss"] == Sizes("10%", 0.01)
+    unknown = settings.task(SimpleNamespace(name="unknown"))
+    assert (unknown.bounds, unknown.allow_floor) == (settings.bounds, True)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +363,18 @@ def test_bounds_are_of_the_run_a_rule_a_task_and_a_rule_of_a_task(project):
         ("[tool.grpo-harness.gate.rules.length]\nmax = 1", "no key 'max'"),
         ("[tool.grpo-harness.gate.tasks.chess]\nmargin = 0.1", "no such task: 'chess'"),
         ("[tool.grpo-harness.gate.tasks.gcd]\nmargin = []", "margin is"),
+        (
+            "[tool.grpo-harness.gate.tasks.gcd]\nalpha = 0.1",
+            "gate.tasks.gcd] has no key 'alpha'; it has",
+        ),
+        (
+            "[tool.grpo-harness.gate.tasks.gcd.tasks.gcd]\nmargin = 1",
+            "gate.tasks.gcd] has no key 'tasks'",
+        ),
+        (
+            "[tool.grpo-harness.gate.tasks.gcd.rules.total]\nmargin = 0.1",
+            "gate.tasks.gcd] has no rule 'total': the rules are accuracy, slices",
+        ),
         ("rules = {length = 3}", "it must be a table"),
     ],
 )

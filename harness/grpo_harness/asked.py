@@ -40,20 +40,25 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
 
 
-class GateTable(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The table ``[tool.grpo-harness.gate]``, or that of one task in it.
+class TaskGate(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table of one task, ``[tool.grpo-harness.gate.tasks.NAME]``.
 
     ``margin`` and ``minimum`` are those of the rules that judge a share of completions; ``rules``
     has those of single rules, by name.
     """
 
-    alpha: Annotated[
-        float, Meta(gt=0, lt=1, description="the risk of a false alarm, of all checks together")
-    ] = ALPHA
     allow_floor: Annotated[
         bool | None, Meta(description="judge accuracy also where there is nothing to lose")
     ] = None
     rules: Annotated[dict[str, Any], Meta(description="a table with a table for each rule")] = {}
+
+
+class GateTable(TaskGate, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table ``[tool.grpo-harness.gate]``, of a run."""
+
+    alpha: Annotated[
+        float, Meta(gt=0, lt=1, description="the risk of a false alarm, of all checks together")
+    ] = ALPHA
     tasks: Annotated[dict[str, Any], Meta(description="a table with a table for each task")] = {}
 
 
@@ -140,6 +145,7 @@ class Defaults:
     system: str
     template: Mapping[str, Any]
     gate: GateTable
+    bounds: Mapping[str, Sizes]
 
 
 def tasks(
@@ -167,8 +173,7 @@ def tasks(
             task = _of_type(name, defaults, home, where("tasks"), data)
         if task.source.name in found:
             raise SettingsError(f"{where('tasks')} has {task.source.name!r} twice")
-        bounds, allow_floor = _bounds(defaults.gate, task.source.name, where("gate."))
-        found[task.source.name] = replace(task, bounds=bounds, allow_floor=allow_floor)
+        found[task.source.name] = _judged(task, defaults, where("gate."))
     if not found:
         raise SettingsError(f"{where('tasks')} is empty: there is nothing to ask")
     for name in defaults.gate.tasks.keys() - found.keys():
@@ -176,32 +181,46 @@ def tasks(
     return found
 
 
-def _bounds(gate: GateTable, task: str, where: str) -> tuple[dict[str, Sizes], bool]:
-    """Return a task's bounds by rule: its own over the project's, for a rule over for all."""
-    from grpo_harness.rules import RULES, rates
+def _judged(task: Task, defaults: Defaults, where: str) -> Task:
+    """Return a task with its bounds: its own over the project's."""
+    name, gate = task.source.name, defaults.gate
+    place = f"{where.removesuffix('.]')}.tasks.{name}]"
+    own = _table(gate.tasks.get(name, {}), TaskGate, place)
+    allow_floor = gate.allow_floor if own.allow_floor is None else own.allow_floor
+    found = bounds(own, place, defaults.bounds)
+    return replace(task, bounds=found, allow_floor=bool(allow_floor))
 
-    place = where.removesuffix(".]")
-    own = _table(gate.tasks.get(task, {}), GateTable, f"{place}.tasks.{task}]")
-    found: dict[str, Sizes] = {}
-    for table, at in ((gate, f"{place}]"), (own, f"{place}.tasks.{task}]")):
-        for name in table.rules.keys() - RULES.keys():
-            raise SettingsError(
-                f"{at} has no rule '{escape(name)}': the rules are {', '.join(RULES)}"
-            )
-        limits: dict[str, Limits] = {}
-        if (table.margin, table.minimum) != (None, None):
-            limits = dict.fromkeys(rates(), table)
-        limits |= {
-            name: _table(given, Limits, f"{at.removesuffix(']')}.rules.{name}]")
-            for name, given in table.rules.items()
-        }
-        for name, limit in limits.items():
-            before = found.get(name, RULES[name].bounds)
-            margin = before.margin if limit.margin is None else limit.margin
-            minimum = before.minimum if limit.minimum is None else limit.minimum
-            found[name] = Sizes(margin, minimum)
-            _check_sizes(found[name], at)
-    return found, bool(gate.allow_floor if own.allow_floor is None else own.allow_floor)
+
+def bounds(
+    table: TaskGate, place: str, project: Mapping[str, Sizes] | None = None
+) -> dict[str, Sizes]:
+    """Return the bounds that a table sets, by rule: for a rule over for all.
+
+    The table of a task has those of the ``project`` too, and cannot change those of `TOGETHER`.
+    Raises ``SettingsError``.
+    """
+    from grpo_harness.rules import RULES, TOGETHER, rates
+
+    known = [name for name in RULES if project is None or name != TOGETHER]
+    for name in table.rules.keys() - known:
+        raise SettingsError(
+            f"{place} has no rule '{escape(name)}': the rules are {', '.join(known)}"
+        )
+    limits: dict[str, Limits] = {}
+    if (table.margin, table.minimum) != (None, None):
+        limits = {name: table for name in rates() if name in known}
+    limits |= {
+        name: _table(given, Limits, f"{place.removesuffix(']')}.rules.{name}]")
+        for name, given in table.rules.items()
+    }
+    found = dict(project or {})
+    for name, limit in limits.items():
+        before = found.get(name, RULES[name].bounds)
+        margin = before.margin if limit.margin is None else limit.margin
+        minimum = before.minimum if limit.minimum is None else limit.minimum
+        found[name] = Sizes(margin, minimum)
+        _check_sizes(found[name], place)
+    return found
 
 
 def _check_sizes(sizes: Sizes, where: str) -> None:
@@ -263,6 +282,9 @@ def _of_data(
             "that of a built-in task type"
         )
     table = _table(given, Data, place)
+    if table.gate_slices and not (table.slices and table.correct):
+        lacks = "correct" if table.slices else "slices"
+        raise SettingsError(f"{place} has gate_slices = true and no {lacks}: set it too")
     source = DatasetSource(
         name=name,
         path=table.path,

@@ -15,7 +15,10 @@ from grpo_harness.rules import RULES, Rule, Tallies, Terms, Unit, counts, nothin
 from grpo_harness.text import escape
 
 _CHANCE = 1e-6
-"""Below this probability, problems to which a reward applies on one side only are a change."""
+"""Below this probability, problems to which a reward applies on one side only are a change.
+
+It is not part of the run's risk, which a hundred such checks raise by a hundredth of it at most.
+"""
 
 _SHOWN = 3
 """Problems that a message shows, and completions of each."""
@@ -235,7 +238,7 @@ def _unlike(rule: Rule, now: Tallies, then: Tallies) -> str:
     if not _by_chance(pairs, lacks + more):
         return (
             f"the reward applies to {more} problems where it did not when the baseline was "
-            f"recorded, and no longer to {lacks}: what it is has changed"
+            f"recorded, and no longer to {lacks}: it has changed, or what the policy writes has"
         )
     return "" if lacks + more < len(pairs) else "the reward applies to no completion"
 
@@ -244,7 +247,10 @@ def _by_chance(pairs: Sequence[tuple[Tally, Tally]], alone: int) -> bool:
     """Tell whether ``alone`` problems can have scores on one side only without a change.
 
     A reward may be ``None`` by what a completion says. If both sides draw alike, the scored ones of
-    a problem are a random part of all its completions.
+    a problem are a random part of all its completions. The number of problems is then a sum of
+    independent chances, whose tail Chernoff's bound exceeds: the true risk is below `_CHANCE`.
+    Another policy may draw otherwise; the problems that remain would then be a selection, which is
+    not comparable either.
     """
     expected = 0.0
     for a, b in pairs:

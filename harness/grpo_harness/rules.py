@@ -262,6 +262,12 @@ RULES: Mapping[str, Rule] = {
 ANSWERS = frozenset({"accuracy", "total", "slices", "unparsable", "no_loss", "improvement"})
 """The rules that ask whether completions are correct, or can be read."""
 
+PARTS = frozenset({"rewards", "slices"})
+"""The rules that judge parts of what another judges: a task that has none lacks nothing."""
+
+TOGETHER = "total"
+"""The rule that judges all tasks at once: no task can have bounds of its own for it."""
+
 
 def of_slice(name: str) -> Rule:
     """Return the rule ``slices`` for one value of a column."""

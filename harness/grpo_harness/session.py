@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from grpo_harness import checks, rules
-from grpo_harness.asked import Task
 from grpo_harness.baselines import file as baselines
 from grpo_harness.baselines import recording
 from grpo_harness.baselines.file import Baseline, BaselineError
@@ -19,7 +18,7 @@ from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sampl
 from grpo_harness.engines.residency import Residents
 from grpo_harness.errors import HarnessError
 from grpo_harness.evaluation import Evaluation, Group, Questions, Tally, ask, evaluate
-from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS
+from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS, Sizes
 from grpo_harness.gate.verdicts import Plan
 from grpo_harness.policy import Policy, PolicyError, PolicyName, load
 from grpo_harness.reruns import Attempt, Reruns
@@ -55,15 +54,16 @@ def plan(
     if not all(problem in stored.records for problem in ids):
         return f"problems that were not recorded (of {len(stored.records)} that were)"
     records = [stored.records[name].tally for name in ids]
-    rule, task = RULES["accuracy"], settings.tasks[task_type]
-    if not task.allow_floor and rules.nothing_to_lose(records, _bounded(rule, task).bounds):
+    task = settings.tasks[task_type]
+    rule = _bounded(RULES["accuracy"], task.bounds)
+    if not task.allow_floor and rules.nothing_to_lose(records, rule.bounds):
         return "nothing to lose"
-    return checks.plan(records, settings.samples, alpha, _bounded(rule, task))
+    return checks.plan(records, settings.samples, alpha, rule)
 
 
-def _bounded(rule: Rule, task: Task) -> Rule:
-    """Return a rule with the project's own bounds on a task."""
-    own = task.bounds.get(rule.name.partition(".")[0])
+def _bounded(rule: Rule, bounds: Mapping[str, Sizes]) -> Rule:
+    """Return a rule with the project's own bounds, if it has some."""
+    own = bounds.get(rule.name.partition(".")[0])
     return rule if own is None else replace(rule, bounds=own)
 
 
@@ -241,8 +241,7 @@ class Session:
             for evaluation, baseline in zip(evaluations, stored, strict=True)
         )
         task = self.settings.task(evaluations[0].questions.task_type)
-        if len(evaluations) == 1:
-            rule = _bounded(rule, task)
+        rule = _bounded(rule, self._bounds(evaluations))
 
         def judge(pooled: Sequence[Evaluation], alpha: float) -> Check:
             terms = Terms(alpha, same, self.settings.sequential, task.allow_floor)
@@ -258,21 +257,26 @@ class Session:
         task = self.settings.task(questions.task_type)
         if task.allow_floor or set(declared) != {"accuracy"} or not questions.judges_answers:
             return ""
-        rule = _bounded(RULES["accuracy"], task)
+        rule = _bounded(RULES["accuracy"], task.bounds)
         return rules.nothing_to_lose(baseline.select(questions), rule.bounds)
 
     def against_base(
         self, rule: Rule, trained: Sequence[Evaluation], base: Sequence[Evaluation], alpha: float
     ) -> Check:
         """Judge a trained policy against its base; ``alpha`` is its part of the run's risk."""
-        if len(trained) == 1:
-            rule = _bounded(rule, self.settings.task(trained[0].questions.task_type))
+        rule = _bounded(rule, self._bounds(trained))
 
         def judge(evaluations: Sequence[Evaluation], alpha: float) -> Check:
             sides = evaluations[: len(trained)], evaluations[len(trained) :]
             return checks.against_base(rule, *sides, Terms(alpha))
 
         return self._judged(rule, [*trained, *base], "base", alpha, judge)
+
+    def _bounds(self, evaluations: Sequence[Evaluation]) -> Mapping[str, Sizes]:
+        """Return the bounds of a task, or those of the project if several are judged together."""
+        if len(evaluations) == 1:
+            return self.settings.task(evaluations[0].questions.task_type).bounds
+        return self.settings.bounds
 
     def record(
         self, role: str, policy: Policy, task_type: Source, files: int, reason: str | None
@@ -362,7 +366,7 @@ class Session:
         records = [stored.records[problem].tally for problem in questions.ids]
         shares = self.shares
         alpha = shares.get("accuracy") or shares.get(rules.UNDECLARED) or ALPHA
-        rule = _bounded(RULES["accuracy"], self.settings.task(questions.task_type))
+        rule = _bounded(RULES["accuracy"], self.settings.task(questions.task_type).bounds)
         return lambda groups: checks.decided(groups, records, alpha, rule)
 
     def _recorded_of(self, questions: Questions) -> Baseline | None:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 import msgspec
 from msgspec import Meta
 
-from grpo_harness.asked import Defaults, GateTable, Task, tasks
+from grpo_harness.asked import Defaults, GateTable, Task, bounds, tasks
 from grpo_harness.engines.engine import Sampling
-from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES
+from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES, Sizes
 from grpo_harness.tables import SettingsError, converted
 from grpo_harness.text import escape, one_line, plain
 
@@ -152,7 +152,8 @@ class Settings:
 
     ``root`` is the project's folder. ``trained`` has the candidates, at least one, in the order of
     their steps. ``configured`` has the project's policies of each role; the baseline of the first
-    that has one is used for a policy that has none. ``sources`` says where the value of each key
+    that has one is used for a policy that has none. ``bounds`` has the project's own, by rule; a
+    task has its own over them. ``sources`` says where the value of each key
     comes from, and ``table`` has the keys as they were set.
     """
 
@@ -161,6 +162,7 @@ class Settings:
     trained: tuple[PolicyName, ...]
     configured: Mapping[Role, Sequence[PolicyName]]
     tasks: Mapping[str, Task]
+    bounds: Mapping[str, Sizes]
     problems: int
     samples: int
     sampling: Sampling
@@ -179,7 +181,15 @@ class Settings:
             return found
         from grpo_harness.evaluation import RULE
 
-        return Task(source, RULE, self.sampling, self.table.system, self.table.chat_template_kwargs)
+        return Task(
+            source,
+            RULE,
+            self.sampling,
+            self.table.system,
+            self.table.chat_template_kwargs,
+            self.bounds,
+            bool(self.table.gate.allow_floor),
+        )
 
     def answered(self) -> list[Task]:
         """Return the tasks whose completions can be correct."""
@@ -261,6 +271,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     if greedy:
         sources["sampling.greedy"] = "command line"
         sources["samples"] = "greedy draws one"
+    own = bounds(resolved.gate, f"{where}.gate]")
     return Settings(
         root=home,
         base=base,
@@ -276,10 +287,12 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
                 resolved.system,
                 resolved.chat_template_kwargs,
                 resolved.gate,
+                own,
             ),
             home,
             lambda key: f"{where}.{key}]" if "." in key else f"{where}] {key}",
         ),
+        bounds=own,
         problems=resolved.problems,
         samples=1 if sampling.greedy else resolved.samples,
         sampling=sampling,

@@ -26,7 +26,8 @@ from grpo_harness.policy import Fingerprint
 from grpo_harness.rules import recorded_bounds
 from grpo_harness.text import digest, escape, one_line
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
+"""Since 4, single rewards are stored, and examples beside the file."""
 
 _ROUNDING = 1e-6
 
@@ -136,7 +137,7 @@ class Header(Made, kw_only=True, forbid_unknown_fields=True):
     were edited by hand, and ``examples`` is the digest of the examples, if there are any.
     """
 
-    schema: Literal[3] = SCHEMA
+    schema: Literal[4] = SCHEMA
     task_type: str
     fingerprint: Fingerprint
     conditions: dict[str, Any]
@@ -312,7 +313,7 @@ def load(path: Path) -> Baseline:
     try:
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
-        if content.get("schema") == 2:
+        if content.get("schema") in (2, 3):
             _upgrade(content)
         if (schema := content.get("schema")) != SCHEMA:
             raise BaselineError(
@@ -330,11 +331,14 @@ def load(path: Path) -> Baseline:
 
 
 def _upgrade(content: dict[str, Any]) -> None:
-    """Convert schema 2, which stored only the bounds of the rates, to schema 3."""
+    """Convert an older schema: 3 has all of this one, and 2 stored only the bounds of the rates."""
+    older, content["schema"] = content["schema"], SCHEMA
+    if older == 3:
+        return
     alpha, rates = content["gate"].pop("alpha"), dict(content["gate"])
     now = recorded_bounds()
     bounds = {name: rates if now[name] == asdict(RATE) else now[name] for name in now}
-    content |= {"schema": SCHEMA, "gate": {**bounds, "alpha": alpha}}
+    content["gate"] = {**bounds, "alpha": alpha}
 
 
 def write(

@@ -111,20 +111,37 @@ def role_of(candidate: int) -> Role:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """While recording, run only tests that record, and one for each baseline.
+    """Leave out tests that judge each of several rewards, slices or tasks where there are none.
 
-    They are chosen among those that ``-k`` and ``-m`` leave, which may lack a baseline's first
-    test.
+    While recording, run only tests that record, and one for each baseline. They are chosen among
+    those that ``-k`` and ``-m`` leave, which may lack a baseline's first test.
     """
-    if not config.getoption("grpo_record"):
-        return
-    recording: dict[tuple[Any, int, Any], pytest.Item] = {}
-    for item in items:
-        if records(item):
-            recording.setdefault(judged(item), item)
-    kept = list(recording.values())
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    if config.getoption("grpo_record"):
+        recording: dict[tuple[Any, int, Any], pytest.Item] = {}
+        for item in items:
+            if records(item):
+                recording.setdefault(judged(item), item)
+        kept = list(recording.values())
+    else:
+        kept = [item for item in items if not _idle(config, item)]
+    if left := set(items) - set(kept):
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = kept
+
+
+def _idle(config: pytest.Config, item: pytest.Item) -> bool:
+    """Tell whether a test judges only the parts of a task, or all tasks, and there are not two."""
+    names = set(declared(item))
+    if not names:
+        return False
+    from grpo_harness.plugin import activated
+    from grpo_harness.rules import PARTS, TOGETHER
+
+    settings = activated(config).settings
+    task = settings.tasks.get(judged(item)[2])
+    if task is None:
+        return names == {TOGETHER} and len(settings.answered()) < 2
+    return names <= PARTS and not any(map(task.asks, names))
 
 
 @pytest.hookimpl(tryfirst=True)  # before the terminal shows what was planned
