@@ -4,6 +4,7 @@ import json
 import math
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -15,6 +16,7 @@ from grpo_harness.logs.figures import FIGURES, Figure, Value, figures
 from grpo_harness.logs.judge import RISK, band, judge
 from grpo_harness.logs.read import Log, LogError, read
 from grpo_harness.logs.recorded import LEAST_RUNS, Recorded, load, path_of, record, summed_up
+from tests.projects import run
 
 STEPS = 50
 
@@ -343,3 +345,25 @@ def test_the_command_records_and_judges(tmp_path, monkeypatch, capsys):
 
 def test_every_figure_has_a_name_of_its_own():
     assert len({figure.name for figure in FIGURES}) == len(FIGURES)
+
+
+# ------------------------------------------------------------------ the suite
+
+
+def test_the_suite_judges_the_training_that_is_named(project):
+    suite = Path(__file__).parents[1] / "suites" / "test_training_run.py"
+    (project.path / "test_own.py").write_text(suite.read_text())
+    run(project, deselected=1)
+    for seed in range(4):
+        write(project.path / f"run{seed}", {"log_history": rows(seed)})
+    run(project, "--grpo-training", "run3", errors=1).stdout.fnmatch_lines(["*no recorded runs*"])
+    logs = [read(project.path / f"run{seed}") for seed in range(3)]
+    record("default", logs, project.path / "baselines")
+    run(project, "--grpo-training", "run3", "--grpo-report", "report", passed=1)
+    assert (project.path / "report" / "training.png").is_file()
+    broken = {"entropy": lambda x, t: x / 3}
+    write(project.path / "worse", {"log_history": rows(7, **broken)})
+    table = project.path / "pyproject.toml"
+    table.write_text(table.read_text().replace("problems = 64", 'training = "worse"', 1))
+    run(project, failed=1).stdout.fnmatch_lines(["*FAIL: default against 3*", "*entropy: *below*"])
+    run(project, "--grpo-training", "nowhere", errors=1).stdout.fnmatch_lines(["*does not exist*"])

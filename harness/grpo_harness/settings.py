@@ -123,6 +123,9 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["auto", "one", "all"],
         _key("auto, one or all: how many policies hold their weights at once", option=False),
     ] = "auto"
+    training: Annotated[
+        _Name | None, _key("the folder of a training run, whose log is judged", "DIR")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ class Settings:
     device: str
     dtype: str
     resident: Literal["auto", "one", "all"]
+    training: Path | None
     sources: Mapping[str, str]
     table: Table
 
@@ -301,9 +305,14 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         device=resolved.device,
         dtype=resolved.dtype,
         resident=resolved.resident,
+        training=_training(resolved.training, cwd if "training" in set_here else home),
         sources=sources,
         table=resolved,
     )
+
+
+def _training(given: str | None, home: Path) -> Path | None:
+    return None if given is None else home / Path(given).expanduser()
 
 
 def shown(settings: Settings) -> Iterator[tuple[str, str, str]]:

@@ -22,7 +22,7 @@ from grpo_harness.text import escape, one_line
 FOLDER = "training"
 """The folder below the baselines that holds ``<name>.json`` for each training."""
 
-TRAINING = "training"
+TRAINING = "default"
 """The name of a training whose runs do not say one."""
 
 LEAST_RUNS = 3
