@@ -17,6 +17,7 @@ from grpo_harness.tasks.dataset import DatasetSource
 from grpo_harness.training import train
 from grpo_harness.training.files import assignment, load
 from grpo_harness.training.recorded import differences, record, recorded
+from grpo_harness.training.run import build
 
 REWARDS = """
 import asyncio
@@ -295,3 +296,39 @@ def test_a_recorded_file_names_what_changed(write, tmp_path):
     }.items():  # fmt: skip
         changed = differences(load(write(**{key: value})), was, device="cpu")
         assert any(line.startswith(f"{key} is ") for line in changed), key
+
+
+# ------------------------------------------------------------------ smoke runs
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "steps"),
+    [
+        ({}, 8, 3),
+        ({"per_device_train_batch_size": 256}, 4, 3),
+        ({"per_device_train_batch_size": 64, "gradient_accumulation_steps": 8}, 1, 3),
+        ({"per_device_train_batch_size": 64, "steps_per_generation": 2, "num_iterations": 2}, 2, 8),
+        ({"max_steps": 900, "max_completion_length": 4096}, 8, 3),
+    ],
+)
+def test_a_smoke_run_is_small_and_computes_the_same(write, changes, batch, steps):
+    recipe = load(write(**changes))
+    small = recipe.small("nano-trained")
+    ours, theirs = small.config(recipe.path.parent / "out", device="cpu"), recipe.parsed[1]
+    assert (small.policy, ours.max_steps) == ("nano-trained", steps)
+    assert ours.per_device_train_batch_size == batch
+    assert ours.max_completion_length <= 32
+    for name in ("num_generations", "gradient_accumulation_steps", "steps_per_generation", "beta",
+                 "num_iterations", "reward_weights", "loss_type", "learning_rate"):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of TRL
+def test_the_trainer_is_the_one_that_trl_would_make(write, tmp_path):
+    recipe = load(write(grpo_harness={"trainer": "team_rewards:Ours"}))
+    trainer = build(recipe.small("nano-base"), tmp_path / "out", device="cpu")
+    assert type(trainer) is own().Ours
+    assert [f.__name__ for f in trainer.reward_funcs] == ["accuracy", "short", "odd"]
+    assert trainer.state.global_step == 0
+    trainer.train()
+    assert trainer.state.global_step == 3

@@ -9,6 +9,7 @@
 ``resources.py``   what a training took: time, tokens, memory
 ``unfinished.py``  a training's checkpoints until it is finished
 ``trainer.py``     TRL's GRPOTrainer with checks
+``shrunk.py``      a policy's own architecture and tokenizer, but small
 ``job.py``         what one run trains: a recipe with everything that it names
 ``run.py``         one training run
 ``processes.py``   several processes that train one policy

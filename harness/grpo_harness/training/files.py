@@ -12,7 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ BLOCK = "grpo_harness"
 _CLASSES = (GRPOScriptArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig)
 _FIELDS = frozenset(f.name for of in _CLASSES for f in dataclasses.fields(of) if f.init)
 _MOST_BYTES = 1 << 20
+_SMOKE_COMPLETIONS, _SMOKE_TOKENS = 64, 32
 
 _REFUSED = {
     "trust_remote_code": "code in a checkpoint is never run",
@@ -129,6 +130,31 @@ class RecipeFile:
         said = {**asdict(script), **asdict(model), **msgspec.structs.asdict(self.block)}
         plain: dict[str, Any] = json.loads(json.dumps(said, default=str))
         return plain
+
+    def small(self, policy: str) -> "RecipeFile":
+        """Return this recipe for a smoke run from ``policy``: few steps, short completions.
+
+        Everything that a step computes with stays: groups, accumulation, iterations, rewards and
+        weights, loss, schedule, optimizer. A batch of more than 64 completions becomes the smallest
+        one that its groups allow.
+        """
+        config = self.parsed[1]
+        window, groups = config.steps_per_generation, config.num_generations
+        batch = config.per_device_train_batch_size
+        if batch * window > _SMOKE_COMPLETIONS:
+            batch = groups // math.gcd(groups, window)
+        steps = math.ceil(window * config.num_iterations / config.gradient_accumulation_steps)
+        changes = {
+            "model_name_or_path": policy,
+            "max_steps": min(max(3, 2 * steps), 8),
+            "max_completion_length": min(config.max_completion_length, _SMOKE_TOKENS),
+            "per_device_train_batch_size": batch,
+            "steps_per_generation": window,
+            "logging_steps": 1,
+        }
+        left = {"model_revision", "generation_batch_size", "use_vllm"}
+        values = {key: value for key, value in self.values.items() if key not in left}
+        return replace(self, values={**values, **changes})
 
     def rewards(self) -> list[RewardFunction | str]:
         """Load the rewards that ``reward_funcs`` names; a name of a model stays a name."""

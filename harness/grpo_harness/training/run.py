@@ -13,17 +13,18 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from grpo_harness.policy import TRAINED_ON, load
 from grpo_harness.policy.policy import quiet
@@ -163,18 +164,31 @@ def train(
     return TrainingRun(out, tuple(watch.rows), moved, fingerprint, took, model)
 
 
+def build(recipe: RecipeFile, out: Path, *, device: str = "auto") -> GRPOTrainer:
+    """Return the trainer of a recipe's file as TRL would make it, not yet trained.
+
+    It is of the file's own class, without the checks of `train`. Raises as `train` does.
+    """
+    return _made(job_of(recipe, Path(out), device=device))
+
+
 def _trainer(job: Job, watch: Watch) -> Trainer:
+    rewards = [reward if isinstance(reward, str) else checked(reward) for reward in job.rewards]
+    trainer = _made(replace(job, trainer=guarded(job.trainer), rewards=tuple(rewards)), [watch])
+    trainer.remove_callback(PrinterCallback)
+    return cast("Trainer", trainer)
+
+
+def _made(job: Job, callbacks: Sequence[TrainerCallback] = ()) -> GRPOTrainer:
     try:
         with quiet(), _renamed():
-            trainer = guarded(job.trainer)(
+            return job.trainer(
                 model=job.model,
-                reward_funcs=[
-                    reward if isinstance(reward, str) else checked(reward) for reward in job.rewards
-                ],
+                reward_funcs=list(job.rewards),
                 args=job.config,
                 train_dataset=job.rows,
                 processing_class=job.policy.tokenizer,
-                callbacks=[watch],
+                callbacks=list(callbacks),
                 peft_config=job.peft,
             )
     except Exception as error:  # its own checks, and those of libraries that it needs
@@ -182,8 +196,6 @@ def _trainer(job: Job, watch: Watch) -> Trainer:
             f"recipe {job.name!r}: the trainer of TRL {version('trl')} refuses it "
             f"({one_line(error)}): fix it, or install what it needs"
         ) from error
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _go(trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] | None) -> None:
