@@ -232,7 +232,7 @@ def test_reward_that_fails_ends_the_run_and_leaves_nothing(reward, message, one_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("reward", [None, "reward_func"])
+@pytest.mark.parametrize("reward", [7, "reward_func"])
 def test_reward_that_is_no_function_is_an_error(reward, one_step, tmp_path):
     with pytest.raises(ValueError, match=f"the reward is {reward!r}, not a function"):
         train(one_step, tmp_path / "out", device="cpu", reward=reward)

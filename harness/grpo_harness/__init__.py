@@ -22,9 +22,10 @@ files of a package, in the order of its own table.
 ``asked.py``       what a run asks: each task with its rewards and sampling
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
 ``session.py``     what the tests of one run share
-``plugin/``        pytest's options, fixtures, assertions, summary
 ``grpo/``          GRPO in plain torch: to read, and as the oracle for TRL
 ``training/``      a recipe -> TRL's GRPOTrainer -> a trained policy on disk
+``logs/``          the log of a training run, judged against recorded runs
+``plugin/``        pytest's options, fixtures, assertions, summary
 ``contract/``      what a GRPO step must compute, checked on TRL from outside
 ``learning/``      short runs -> has GRPO learned, by reward and held-out accuracy
 ``nano/``          the embedded pair of policies: weights and cards

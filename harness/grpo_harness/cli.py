@@ -1,4 +1,4 @@
-"""The command line: ``grpo-harness settings``, ``train``, ``recipes`` and ``resources``.
+"""The command line: ``grpo-harness settings``, ``train``, ``recipes``, ``log``, ``resources``.
 
 An error that ends a command is one line on standard error. torch is loaded only when needed.
 """
@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grpo_harness.errors import HarnessError
+from grpo_harness.logs.recorded import TRAINING
 from grpo_harness.settings import resolve
 from grpo_harness.text import plain
 from grpo_harness.training.curves import Row
@@ -23,22 +25,28 @@ from grpo_harness.training.recipes import RECIPES, Recipe, named
 from grpo_harness.training.resources import compare, read_resources
 from grpo_harness.training.unfinished import check_new, folder_of, leave
 
+if TYPE_CHECKING:
+    from grpo_harness.training.files import RecipeFile
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 2 for an error, 130 when interrupted."""
+    """Run the command line. Returns the exit status.
+
+    It is 1 for a verdict that is not PASS, 2 for an error and 130 when interrupted.
+    """
     reader = parser()
     arguments, others = reader.parse_known_args(argv)
     if others and arguments.run is not _settings:
         reader.error(f"unrecognized arguments: {' '.join(others)}")
     arguments.others = others
     try:
-        arguments.run(arguments)
+        status = arguments.run(arguments) or 0
     except KeyboardInterrupt as error:
         status, said = 130, ["interrupted", *_notes(error)]
     except (ValueError, OSError, HarnessError) as error:
         status, said = 2, [str(error), *_notes(error)]
     else:
-        return 0
+        return int(status)
     sys.stdout.flush()
     sys.stderr.write(plain(f"grpo-harness {arguments.command}: {'; '.join(said)}\n"))
     return status
@@ -65,10 +73,15 @@ def parser() -> argparse.ArgumentParser:
         "reward. After an interruption, the same command continues from the last checkpoint, to "
         "the same weights.",
     )
-    command.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
+    command.add_argument(
+        "recipe", help=f"one of {', '.join(RECIPES)}, or a .yaml file as `trl grpo --config` takes"
+    )
     command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     command.add_argument("--policy", help="start from this policy instead of the recipe's")
     command.add_argument("--steps", type=int, help="number of steps, instead of the recipe's")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a value of a recipe's file"
+    )
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     command.add_argument("--processes", type=int, default=1, help="number of processes")
     command.set_defaults(run=_train)
@@ -76,6 +89,19 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("recipes", help="compare the recipes with their recorded configs")
     command.add_argument("--record", action="store_true", help="record their current configs")
     command.set_defaults(run=_recipes)
+
+    command = commands.add_parser(
+        "log",
+        help="judge the log of a training run against recorded runs",
+        description="Judge what a run of TRL's trainer logged (trainer_state.json or log.json) "
+        "against the recorded runs of the same training, baselines/training/<name>.json. The exit "
+        "status is 1 if a figure is outside the band of one more run.",
+    )
+    command.add_argument("runs", type=Path, nargs="+", help="the folder that a training run wrote")
+    command.add_argument("--name", help="the training's name, if not that of the run's recipe")
+    command.add_argument("--record", action="store_true", help="record three runs or more")
+    command.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves over the bands")
+    command.set_defaults(run=_log)
 
     command = commands.add_parser("resources", help="show the time, speed and memory of a training")
     command.add_argument("trained", type=Path, help="a folder that `train` wrote")
@@ -115,7 +141,8 @@ def _train(arguments: argparse.Namespace) -> None:
 def _train_in_processes(arguments: argparse.Namespace) -> None:
     from grpo_harness.training.config import batch_per_process
 
-    batch_per_process(_chosen(arguments), arguments.processes)
+    if isinstance(recipe := _chosen(arguments), Recipe):
+        batch_per_process(recipe, arguments.processes)
     try:
         launch(_train_here, arguments, arguments.processes)
     except BaseException as error:
@@ -124,7 +151,7 @@ def _train_in_processes(arguments: argparse.Namespace) -> None:
         raise
 
 
-def _chosen(arguments: argparse.Namespace) -> Recipe:
+def _chosen(arguments: argparse.Namespace) -> "Recipe | RecipeFile":
     if arguments.processes < 1:
         raise ValueError(f"--processes {arguments.processes}: there must be at least one")
     changes = {
@@ -132,31 +159,39 @@ def _chosen(arguments: argparse.Namespace) -> Recipe:
         for name in ("policy", "steps")
         if (value := getattr(arguments, name)) is not None
     }
-    return dataclasses.replace(named(arguments.recipe), **changes)
+    if not arguments.recipe.endswith((".yaml", ".yml")):
+        if arguments.set:
+            raise ValueError("--set changes the recipe in a file: write a .yaml file")
+        return dataclasses.replace(named(arguments.recipe), **changes)
+    from grpo_harness.training.files import assignment, load
+
+    own = {"policy": "model_name_or_path", "steps": "max_steps"}
+    said = dict(assignment(text) for text in arguments.set)
+    return load(Path(arguments.recipe), {**said, **{own[key]: v for key, v in changes.items()}})
 
 
 def _train_here(arguments: argparse.Namespace) -> None:
     recipe = _chosen(arguments)
     from grpo_harness.training import train
     from grpo_harness.training.config import described
-    from grpo_harness.training.config import resolve as resolve_recipe
+    from grpo_harness.training.files import resolved
     from grpo_harness.training.recorded import differences, path_of, recorded
 
-    config = resolve_recipe(recipe, arguments.out, device=arguments.device)
+    config = resolved(recipe, arguments.out, device=arguments.device)
     if config.process_index == 0:
         _say(f"recipe {recipe.name}:\n{described(config)}")
         if path_of(recipe.name, baselines := _baselines()).exists():
             was = recorded(recipe.name, baselines)
-            if changed := differences(named(recipe.name), was, device=arguments.device):
+            whole = named(recipe.name) if isinstance(recipe, Recipe) else recipe
+            if changed := differences(whole, was, device=arguments.device):
                 lines = "".join(f"\n  {difference}" for difference in changed)
                 sys.stdout.flush()
                 sys.stderr.write(
                     f"CHANGED: the recipe {recipe.name} is not what was recorded of it with "
                     f"{was['versions']}:{lines}\n"
                 )
-    run = train(
-        recipe, arguments.out, device=arguments.device, progress=_Steps(recipe.steps), notice=_say
-    )
+    progress = _Steps(config.max_steps, config.num_train_epochs)
+    run = train(recipe, arguments.out, device=arguments.device, progress=progress, notice=_say)
     if config.process_index == 0:
         _say(
             f"{run.path}: {len(run.log)} steps, at least {run.weights_moved:.0%} of the elements "
@@ -167,8 +202,9 @@ def _train_here(arguments: argparse.Namespace) -> None:
 class _Steps:
     """Prints the figures of every step, and the time that is left."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, epochs: float) -> None:
         self._steps = steps
+        self._epochs = epochs
         self._seconds: list[float] = []
         self._last = time.monotonic()
 
@@ -177,9 +213,12 @@ class _Steps:
         # step_time if logged: the first interval also contains the trainer's start.
         self._seconds.append(row.get("step_time", now - self._last))
         self._last = now
-        left = (self._steps - row["step"]) * statistics.median(self._seconds[-20:])
+        steps = self._steps
+        if steps < 1:  # the recipe says a number of epochs
+            steps = round(row["step"] / row["epoch"] * self._epochs)
+        left = (steps - row["step"]) * statistics.median(self._seconds[-20:])
         _say(
-            f"step {row['step']:>4}/{self._steps}  reward {row['reward']:+.3f}  "
+            f"step {row['step']:>4}/{steps}  reward {row['reward']:+.3f}  "
             f"length {row.get('completions/mean_length', math.nan):5.1f}  "
             f"entropy {row.get('entropy', math.nan):.3f}  gradient {row['grad_norm']:.3f}  "
             f"{left // 60:.0f}:{left % 60:02.0f} left"
@@ -204,6 +243,33 @@ def _recipes(arguments: argparse.Namespace) -> None:
         _say(f"{recipe.name}: {'as recorded' if not changed else 'changed'}")
         for difference in changed:
             _say(f"  {difference}")
+
+
+def _log(arguments: argparse.Namespace) -> int:
+    from grpo_harness.logs.judge import judge
+    from grpo_harness.logs.plot import plot
+    from grpo_harness.logs.read import read
+    from grpo_harness.logs.recorded import load, path_of, record
+
+    logs = [read(path) for path in arguments.runs]
+    names = {arguments.name or log.training or TRAINING for log in logs}
+    if len(names) > 1:
+        raise ValueError(f"the runs are of {', '.join(sorted(names))}: say which with --name")
+    (name,) = names
+    baselines = _baselines()
+    if arguments.record:
+        _say(f"recorded: {record(name, logs, baselines)}")
+    elif len(logs) > 1:
+        raise ValueError("several runs: --record records them, and one run is judged")
+    recorded = load(path_of(name, baselines))
+    if arguments.plot:
+        plot(logs[0], recorded, arguments.plot)
+        _say(f"drawn: {arguments.plot}")
+    if arguments.record:
+        return 0
+    judgement = judge(logs[0], recorded)
+    _say(judgement.message())
+    return 0 if judgement.verdict == "PASS" else 1
 
 
 def _resources(arguments: argparse.Namespace) -> None:

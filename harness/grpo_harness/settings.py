@@ -123,6 +123,17 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["auto", "one", "all"],
         _key("auto, one or all: how many policies hold their weights at once", option=False),
     ] = "auto"
+    recipe: Annotated[
+        _Name | list[_Name] | None,
+        _key("a recipe in a .yaml file, or a list of them, to guard", option=False),
+    ] = None
+    recipe_policy: Annotated[
+        _Name | None,
+        _key("the policy of the recipes' smoke runs; the recipe's own, small", option=False),
+    ] = None
+    training: Annotated[
+        _Name | None, _key("the folder of a training run, whose log is judged", "DIR")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,8 @@ class Settings:
     device: str
     dtype: str
     resident: Literal["auto", "one", "all"]
+    recipes: tuple[Path, ...]
+    training: Path | None
     sources: Mapping[str, str]
     table: Table
 
@@ -305,9 +318,28 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         device=resolved.device,
         dtype=resolved.dtype,
         resident=resolved.resident,
+        recipes=_recipes(resolved.recipe, home, f"{where}] recipe"),
+        training=_training(resolved.training, cwd if "training" in set_here else home),
         sources=sources,
         table=resolved,
     )
+
+
+def _recipes(given: str | list[str] | None, home: Path, place: str) -> tuple[Path, ...]:
+    names = [] if given is None else [given] if isinstance(given, str) else given
+    found = [home / name for name in names]
+    for name, path in zip(names, found, strict=True):
+        if not path.is_file():
+            raise SettingsError(f"{place}: there is no file '{escape(name)}' in {home}")
+    stems = [path.stem for path in found]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise SettingsError(f"{place} has two files called '{escape(stem)}': rename one")
+    return tuple(found)
+
+
+def _training(given: str | None, home: Path) -> Path | None:
+    return None if given is None else home / Path(given).expanduser()
 
 
 def shown(settings: Settings) -> Iterator[tuple[str, str, str]]:

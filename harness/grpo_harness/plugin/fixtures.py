@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from grpo_harness.baselines.file import Baseline
     from grpo_harness.engines.engine import Engine, Progress, Sample
     from grpo_harness.evaluation import Evaluation
+    from grpo_harness.logs.read import Log
+    from grpo_harness.logs.recorded import Recorded
     from grpo_harness.policy import Policy
     from grpo_harness.session import Session
     from grpo_harness.tasks import Source
@@ -290,3 +292,23 @@ def evaluations(
 def gate(request: pytest.FixtureRequest, grpo_session: Session) -> Gate:
     """Return the gate, which judges evaluations against baselines and each other."""
     return Gate(grpo_session, request.node, declared(request.node))
+
+
+@pytest.fixture(scope="session")
+def grpo_log(grpo_session: Session) -> Log:
+    """Return the log of the training run that ``training`` names."""
+    from grpo_harness.logs.read import read
+
+    place = grpo_session.settings.training
+    if place is None:
+        pytest.skip("no training: set training in [tool.grpo-harness], or --grpo-training DIR")
+    return clearly(lambda: read(place))
+
+
+@pytest.fixture(scope="session")
+def recorded_runs(grpo_log: Log, grpo_session: Session) -> Recorded:
+    """Return the recorded runs of the same training."""
+    from grpo_harness.logs.recorded import TRAINING, load, path_of
+
+    name = grpo_log.training or TRAINING
+    return clearly(lambda: load(path_of(name, grpo_session.settings.baselines)))

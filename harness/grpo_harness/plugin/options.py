@@ -12,7 +12,7 @@ from grpo_harness.text import plain
 
 _MODES = ("strict", "skip_unproven", "record", "prune", "settings")
 _OTHERS = ("seed", "accept_regression", "report", "greedy")
-_PATHS = ("--grpo-base", "--grpo-trained", "--grpo-baselines", "--grpo-report")
+_PATHS = ("--grpo-base", "--grpo-trained", "--grpo-baselines", "--grpo-training", "--grpo-report")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

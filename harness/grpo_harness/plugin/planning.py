@@ -111,7 +111,7 @@ def role_of(candidate: int) -> Role:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that judge each of several rewards, slices or tasks where there are none.
+    """Leave out tests that judge a training, rewards, slices or tasks where there are none.
 
     While recording, run only tests that record, and one for each baseline. They are chosen among
     those that ``-k`` and ``-m`` leave, which may lack a baseline's first test.
@@ -130,11 +130,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _idle(config: pytest.Config, item: pytest.Item) -> bool:
-    """Tell whether a test judges only the parts of a task, or all tasks, and there are not two."""
+    """Tell whether a test judges what there is not: a training, parts of a task, several tasks."""
+    from grpo_harness.plugin import activated
+
+    if uses(item, "grpo_log"):
+        return activated(config).settings.training is None
     names = set(declared(item))
     if not names:
         return False
-    from grpo_harness.plugin import activated
     from grpo_harness.rules import PARTS, TOGETHER
 
     settings = activated(config).settings

@@ -92,6 +92,33 @@ def score(
     return found
 
 
+async def score_awaited(
+    reward: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Any],
+    *,
+    where: str,
+) -> list[float | None]:
+    """Score as `score` does, by a coroutine function, so that several can wait together."""
+    given = {"prompts": prompts, "completions": completions}
+    own = {name: _copied(values) for name, values in given.items()}
+    try:
+        returned: Any = _listed(await reward(**own, **columns))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        returned = error
+    return _scores(f"{where}: the reward {escape(reward_name(reward))}", given, own, returned)
+
+
+def waits(reward: RewardFunction) -> bool:
+    """Tell whether a reward is a coroutine function, or an object that is called as one."""
+    while isinstance(reward, partial):
+        reward = reward.func
+    return any(map(inspect.iscoroutinefunction, (reward, reward.__call__)))  # type: ignore[operator]
+
+
 def _called(
     rewards: Sequence[RewardFunction],
     given: Mapping[str, Sequence[Any]],

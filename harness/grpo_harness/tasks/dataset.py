@@ -92,6 +92,11 @@ class DatasetSource(Source):
 
     @cached_property
     def _problems(self) -> list[Problem]:
+        return sorted(self.in_order, key=lambda problem: problem.id)
+
+    @cached_property
+    def in_order(self) -> list[Problem]:
+        """All problems, in the order of the rows. Raises ``DataError``."""
         times: dict[str, int] = {}
         found: dict[str, Problem] = {}
         for number, row in enumerate(self._rows()):
@@ -112,7 +117,7 @@ class DatasetSource(Source):
                 f"{self._place}: some prompts in {self.prompt} are texts, and some are lists of "
                 "messages: make them all of one kind, as TRL takes a batch by its first"
             )
-        return [found[name] for name in sorted(found)]
+        return list(found.values())
 
     def _problem(self, number: int, row: Mapping[str, Any]) -> Problem:
         named = (self.prompt, self.answer, self.row_id, *self.slices)

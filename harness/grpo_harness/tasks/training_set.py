@@ -1,6 +1,7 @@
 """The training set: problems of all task types, none of which an evaluation may ask."""
 
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ from grpo_harness.tasks.task import Problem, TaskType, is_held_out
 
 MATH = "math"
 """The one task type that ``make_problems`` counts as mathematics; the others are programming."""
+
+_ROW = re.compile(r"-([0-9a-f]{12})(?:\.\d+)?$")
 
 PROGRAMMING = ("gcd", "sort", "palindrome", "reverse", "py_eval")
 """The task types of the programming half. Their order affects what a seed draws."""
@@ -46,9 +49,16 @@ def _with_unique_ids(problems: Sequence[Problem]) -> list[Problem]:
     return unique
 
 
+def _content(name: str) -> str:
+    """Return the digest at the end of a row's id, which is the same in every data set."""
+    found = _ROW.search(name)
+    return found[1] if found else name
+
+
 def check_disjoint(training: Iterable[str], evaluation: Iterable[str]) -> None:
     """Raise ``ValueError`` when a problem (by prompt or id) is both trained on and evaluated."""
-    shared = sorted(set(training) & set(evaluation))
+    trained = {_content(name) for name in training}
+    shared = sorted(name for name in set(evaluation) if _content(name) in trained)
     if shared:
         raise ValueError(
             f"{len(shared)} problems of the evaluation were trained on, the first of them "

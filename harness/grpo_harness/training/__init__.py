@@ -3,11 +3,14 @@
 =================  ===================================================================
 ``recipes.py``     the settings of a GRPO run, and the named recipes
 ``config.py``      a recipe -> one exact GRPOConfig
+``files.py``       a recipe in a file: TRL's YAML and a block of our own
 ``recorded.py``    the recorded configs of the recipes, and what has changed since
 ``curves.py``      what a training logged, as files
 ``resources.py``   what a training took: time, tokens, memory
 ``unfinished.py``  a training's checkpoints until it is finished
 ``trainer.py``     TRL's GRPOTrainer with checks
+``shrunk.py``      a policy's own architecture and tokenizer, but small
+``job.py``         what one run trains: a recipe with everything that it names
 ``run.py``         one training run
 ``processes.py``   several processes that train one policy
 =================  ===================================================================

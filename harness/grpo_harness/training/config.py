@@ -10,7 +10,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,10 @@ _SHARED = (
 _FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig) if field.init}
 
 # The newer name if the installed transformers has it, because the older one warns there.
-_CHECKPOINTING = next(
+CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _FIELDS
 )
+"""The field that turns gradient checkpointing on."""
 
 _BY_FIELD = {
     "max_steps": "steps",
@@ -157,7 +158,7 @@ def resolve(recipe: Recipe, out: Path, *, device: str = "auto") -> GRPOConfig:
         "fp16": cuda and not bf16,
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
-        _CHECKPOINTING: cuda,
+        CHECKPOINTING: cuda,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "ddp_find_unused_parameters": False,
@@ -209,6 +210,15 @@ def _check_names(recipe: Recipe, own: Mapping[str, Any]) -> None:
             raise ValueError(f"{where} to {value!r}: it must be a number from {least} on")
 
 
+def right_name(key: str, fields: Collection[str]) -> str:
+    """Return the name that a wrong key should have, or else what it should be one of."""
+    known = _RIGHT_NAMES.get(key)
+    if known is not None and not known.endswith("of the recipe"):
+        return known
+    close = difflib.get_close_matches(key, fields, 1, cutoff=0.75)
+    return close[0] if close else "a field of GRPOConfig, ModelConfig or the script's arguments"
+
+
 def _no_such(recipe: Recipe, key: str) -> str:
     close = difflib.get_close_matches(key, [*_FIELDS, *_BY_FIELD], 1, cutoff=0.8)
     likely = [f"{_BY_FIELD[name]} of the recipe" if name in _BY_FIELD else name for name in close]
@@ -221,12 +231,12 @@ def _no_such(recipe: Recipe, key: str) -> str:
 
 def checkpointing(config: GRPOConfig) -> bool:
     """Tell whether activations are recomputed in the backward pass instead of kept."""
-    return bool(getattr(config, _CHECKPOINTING))
+    return bool(getattr(config, CHECKPOINTING))
 
 
 def described(config: GRPOConfig) -> str:
     """Format a resolved config: first the values that are not TRL's defaults, then the rest."""
-    device = {key: getattr(config, key) for key in ("bf16", "fp16", "use_cpu", _CHECKPOINTING)}
+    device = {key: getattr(config, key) for key in ("bf16", "fp16", "use_cpu", CHECKPOINTING)}
     defaults = settings(GRPOConfig(output_dir=str(config.output_dir), **device))
     values = sorted(settings(config).items())
     chosen = [

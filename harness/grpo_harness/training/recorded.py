@@ -6,15 +6,14 @@ recorded configs are the project's, in git beside its baselines:
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trl.trainer.grpo_config import GRPOConfig
-
 from grpo_harness.errors import HarnessError
-from grpo_harness.training.config import resolve, settings
+from grpo_harness.training.config import settings
+from grpo_harness.training.files import RecipeFile, resolved
 from grpo_harness.training.recipes import Recipe
 
 FOLDER = "recipes"
@@ -58,14 +57,17 @@ def recorded(name: str, baselines: Path) -> Mapping[str, Any]:
     raise HarnessError(f"{path} is not a recorded config: take it from git again")
 
 
-def differences(recipe: Recipe, against: Mapping[str, Any], *, device: str = "auto") -> list[str]:
+def differences(
+    recipe: Recipe | RecipeFile, against: Mapping[str, Any], *, device: str = "auto"
+) -> list[str]:
     """List how the config of ``recipe`` differs from the ``recorded`` one, key by key.
 
     Keys that depend on the folder, the device or the number of processes are left out. Raises as
     ``resolve``.
     """
-    was = {key: of for key, of in against["config"].items() if key not in _OF_THE_MACHINE}
-    now = _portable(resolve(recipe, Path("out"), device=device))
+    left_out = _of_the_machine(recipe)
+    was = {key: of for key, of in against["config"].items() if key not in left_out}
+    now = _portable(recipe, device)
     return sorted(
         [f"{key} is new: {now[key]!r}" for key in now.keys() - was.keys()]
         + [f"{key} is gone: it was {was[key]!r}" for key in was.keys() - now.keys()]
@@ -77,9 +79,9 @@ def differences(recipe: Recipe, against: Mapping[str, Any], *, device: str = "au
     )
 
 
-def record(recipe: Recipe, baselines: Path) -> Path:
+def record(recipe: Recipe | RecipeFile, baselines: Path) -> Path:
     """Record the current config of ``recipe``, with the versions, and return the file."""
-    config = _portable(resolve(recipe, Path("out"), device="cpu"))
+    config = _portable(recipe, "cpu")
     path = path_of(recipe.name, baselines)
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("trl", "transformers")}
@@ -88,5 +90,15 @@ def record(recipe: Recipe, baselines: Path) -> Path:
     return path
 
 
-def _portable(config: GRPOConfig) -> dict[str, Any]:
-    return {key: value for key, value in settings(config).items() if key not in _OF_THE_MACHINE}
+def _portable(recipe: Recipe | RecipeFile, device: str) -> dict[str, Any]:
+    """Return what a recipe means on every machine: its config, and what a file names beside it."""
+    values = settings(resolved(recipe, device=device))
+    if isinstance(recipe, RecipeFile):
+        values |= recipe.beside()
+    return {key: value for key, value in values.items() if key not in _of_the_machine(recipe)}
+
+
+def _of_the_machine(recipe: Recipe | RecipeFile) -> Collection[str]:
+    # The batch of a file is that of one process, as TRL reads it.
+    own = {"per_device_train_batch_size"} if isinstance(recipe, RecipeFile) else set()
+    return _OF_THE_MACHINE - own

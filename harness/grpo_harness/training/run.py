@@ -1,6 +1,6 @@
 """One run: a recipe, trained from a policy on disk to a policy on disk.
 
-A :class:`Recipe` has all settings of a run, and the rule reward is its only signal. A run that
+A recipe has all settings of a run: a built-in one, or a file in TRL's format. A run that
 ended early continues from its last checkpoint when the same run is started again. Several
 processes, started by torch's or accelerate's launcher, train one policy together.
 """
@@ -13,28 +13,27 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
-from grpo_harness.engines.weights import device_of, load_weights
-from grpo_harness.policy import TRAINED_ON, Policy, load
+from grpo_harness.policy import TRAINED_ON, load
 from grpo_harness.policy.policy import quiet
-from grpo_harness.rewards.functions import RewardFunction, reward_name
-from grpo_harness.rewards.rule import reward_func
-from grpo_harness.tasks import Problem, make_problems
-from grpo_harness.text import digest, one_line
-from grpo_harness.training.config import checkpointing, resolve, settings
+from grpo_harness.rewards.functions import RewardFunction
+from grpo_harness.text import one_line
+from grpo_harness.training.config import checkpointing, settings
 from grpo_harness.training.curves import Row, write_curves
+from grpo_harness.training.files import RecipeFile
+from grpo_harness.training.job import Job, job_of
 from grpo_harness.training.recipes import Recipe
 from grpo_harness.training.resources import Resources, peak_memory, resources, write_resources
 from grpo_harness.training.trainer import (
@@ -44,6 +43,7 @@ from grpo_harness.training.trainer import (
     Watch,
     check_finite,
     checked,
+    guarded,
     save_every,
     writing,
 )
@@ -67,15 +67,17 @@ class TrainingRun:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | RecipeFile,
     out: Path,
     *,
     device: str = "auto",
-    reward: RewardFunction = reward_func,
+    reward: RewardFunction | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> TrainingRun:
-    """Train ``recipe.policy`` by ``recipe`` on ``reward``, and write the result to ``out``.
+    """Train ``recipe.policy`` by ``recipe``, and write the result to ``out``.
+
+    With ``reward`` it is trained on that alone, whatever the recipe names.
 
     The folder holds the checkpoint in safetensors with its tokenizer, ``recipe.json`` (recipe,
     resolved config, versions, fingerprint), ``problems.txt`` (the ids of the training problems,
@@ -92,36 +94,29 @@ def train(
     ``TrainingError`` when the reward fails, a figure is not finite or a file cannot be written. If
     there is a checkpoint to continue from, the error has a note that names it.
     """
-    out, scored = Path(out), checked(reward)
+    out = Path(out)
+    if reward is not None:
+        checked(reward)
     check_new(out)
-    config = resolve(recipe, folder_of(out), device=device)
-    # Each of several processes has its own device, and the trainer moves the model there.
-    on = device if config.world_size == 1 else "cpu"
-    policy = load(recipe.policy)
-    model = load_weights(policy, device_of(on), torch.float32)
-    if recipe.beta and (policy.checkpoint.gguf_file or policy.checkpoint.base):
-        kind = "an adapter" if policy.checkpoint.base else "a GGUF file"
-        raise ValueError(
-            f"recipe {recipe.name!r}: beta above 0 needs a reference model, which TRL loads from "
-            f"safetensors, and {policy.name!r} is {kind}: save it with save_pretrained first"
-        )
-    problems = _problems(recipe, (config.generation_batch_size or 0) // recipe.num_generations)
-    prompts = _prompts(recipe, policy, problems)
+    job = job_of(recipe, folder_of(out), device=device, reward=reward)
+    config, policy = job.config, job.policy
     # What has to be the same for a run to continue from the checkpoints of another.
     identity = {
         "config": settings(config),
         "policy": dataclasses.asdict(policy.fingerprint),
-        "prompts": digest(json.dumps(prompts)),
-        "reward": f"{reward.__module__}.{reward_name(reward)}",
+        "prompts": job.rows_digest,
+        "reward": job.reward_names,
         "processes": config.world_size,
         "versions": _versions(),
     }
     # Only the first of several processes writes.
     unfinished = Unfinished(out, identity) if config.process_index == 0 else None
     try:
-        watch = Watch(save_every(config, recipe.save_steps), progress if unfinished else None)
-        before = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
-        trainer = _trainer(recipe, config, policy, model, prompts, scored, watch)
+        watch = Watch(save_every(config, job.save_steps), progress if unfinished else None)
+        trainer = _trainer(job, watch)
+        model = cast("PreTrainedModel", trainer.model)
+        trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        before = {n: p.detach().to("cpu", copy=True) for n, p in trained}
         trainer.unfinished = unfinished
         _go(trainer, model, notice)
         # All processes must call these two, because each has a part of the result.
@@ -129,11 +124,11 @@ def train(
         peak = max(gather_object([peak_memory(cuda=not config.use_cpu)]))
         told: list[Any] = [None]
         if unfinished is not None:
-            check_finite(weights.items(), recipe.steps)
+            check_finite(weights.items(), trainer.state.global_step)
             moved = min(float((weights[n].cpu() != p).float().mean()) for n, p in before.items())
             result = unfinished.folder / "result"
             with writing(result, "the result"):
-                fingerprint = _write(result, policy, model, weights, problems, watch.rows)
+                fingerprint = _write(result, job, model, weights, watch.rows)
                 took = resources(
                     watch.rows,
                     completions=config.generation_batch_size or 0,
@@ -143,7 +138,7 @@ def train(
                 )
                 write_resources(took, result)
                 record = {
-                    "recipe": dataclasses.asdict(recipe),
+                    "recipe": job.recipe,
                     "config": settings(config),
                     "base": {"name": policy.name, "fingerprint": str(policy.fingerprint)},
                     "fingerprint": fingerprint,
@@ -169,73 +164,42 @@ def train(
     return TrainingRun(out, tuple(watch.rows), moved, fingerprint, took, model)
 
 
-def _problems(recipe: Recipe, asked: int) -> list[Problem]:
-    """Return the problems of a recipe, of which ``asked`` are asked at once."""
-    problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
-    if len(problems) < asked:
-        raise ValueError(
-            f"recipe {recipe.name!r} has {len(problems)} problems and asks {asked} at once: raise "
-            "n_math or n_prog"
-        )
-    return problems
+def build(recipe: RecipeFile, out: Path, *, device: str = "auto") -> GRPOTrainer:
+    """Return the trainer of a recipe's file as TRL would make it, not yet trained.
+
+    It is of the file's own class, without the checks of `train`. Raises as `train` does.
+    """
+    return _made(job_of(recipe, Path(out), device=device))
 
 
-def _prompts(recipe: Recipe, policy: Policy, problems: Sequence[Problem]) -> list[str]:
-    prompts = [_once_special(policy.tokenizer, policy.render(p.prompt)) for p in problems]
-    for problem, ids in zip(problems, policy.tokenizer(prompts)["input_ids"], strict=True):
-        if len(ids) > recipe.max_prompt_length:
-            raise ValueError(
-                f"recipe {recipe.name!r}: the prompt of {problem.id} has {len(ids)} tokens, and "
-                f"max_prompt_length is {recipe.max_prompt_length}: raise it"
-            )
-    return prompts
+def _trainer(job: Job, watch: Watch) -> Trainer:
+    alone = len(job.rewards) == 1
+    rewards = [
+        reward if isinstance(reward, str) else checked(reward, alone=alone)
+        for reward in job.rewards
+    ]
+    trainer = _made(replace(job, trainer=guarded(job.trainer), rewards=tuple(rewards)), [watch])
+    trainer.remove_callback(PrinterCallback)
+    return cast("Trainer", trainer)
 
 
-def _once_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    # The chat template has written the special tokens, and TRL tokenizes a string prompt with
-    # those that the tokenizer adds itself: the begin token must not be there twice.
-    wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if tokenizer(text)["input_ids"] == wanted:
-        return text
-    shorter = text.removeprefix(tokenizer.bos_token or "")
-    if tokenizer(shorter)["input_ids"] == wanted:
-        return shorter
-    raise ValueError(
-        "the tokenizer adds special tokens to a prompt that the chat template has completed "
-        "already: switch that off in its tokenizer_config.json (add_bos_token, add_eos_token)"
-    )
-
-
-def _trainer(
-    recipe: Recipe,
-    config: GRPOConfig,
-    policy: Policy,
-    model: PreTrainedModel,
-    prompts: Sequence[str],
-    scored: RewardFunction,
-    watch: Watch,
-) -> Trainer:
-    model = model.requires_grad_(True)
-    # Only the end tokens of the checkpoint's generation config are used.
-    model.generation_config = GenerationConfig(
-        eos_token_id=list(policy.eos_token_ids), pad_token_id=policy.tokenizer.pad_token_id
-    )
+def _made(job: Job, callbacks: Sequence[TrainerCallback] = ()) -> GRPOTrainer:
     try:
-        trainer = Trainer(
-            model=model,
-            reward_funcs=cast("Callable[..., list[float | None]]", scored),
-            args=config,
-            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-            processing_class=policy.tokenizer,
-            callbacks=[watch],
-        )
+        with quiet(), _renamed():
+            return job.trainer(
+                model=job.model,
+                reward_funcs=list(job.rewards),
+                args=job.config,
+                train_dataset=job.rows,
+                processing_class=job.policy.tokenizer,
+                callbacks=list(callbacks),
+                peft_config=job.peft,
+            )
     except Exception as error:  # its own checks, and those of libraries that it needs
         raise TrainingError(
-            f"recipe {recipe.name!r}: the trainer of TRL {version('trl')} refuses it "
+            f"recipe {job.name!r}: the trainer of TRL {version('trl')} refuses it "
             f"({one_line(error)}): fix it, or install what it needs"
         ) from error
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _go(trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] | None) -> None:
@@ -255,9 +219,7 @@ def _go(trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] 
         if folder is not None:
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             trainer.epochs_done = int(state["epoch"])
-        with warnings.catch_warnings(), _guarded():
-            # TRL uses a name that is deprecated in transformers.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        with _renamed(), _guarded():
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)
     except Exception as error:  # torch, json and safetensors raise various errors
         if folder is None or trainer.begun:
@@ -267,6 +229,14 @@ def _go(trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] 
             "continues from the one before"
         ) from error
     model.config.use_cache = caches
+
+
+@contextmanager
+def _renamed() -> Iterator[None]:
+    """Ignore that TRL uses names that are deprecated in transformers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
+        yield
 
 
 @contextmanager
@@ -288,10 +258,9 @@ def _guarded() -> Iterator[None]:
 
 def _write(
     folder: Path,
-    policy: Policy,
+    job: Job,
     model: PreTrainedModel,
     weights: Mapping[str, torch.Tensor],
-    problems: Sequence[Problem],
     rows: Sequence[Row],
 ) -> str:
     """Write the trained policy, its problems and its curves; return its fingerprint."""
@@ -299,8 +268,8 @@ def _write(
     folder.mkdir()
     with quiet():
         model.save_pretrained(folder, state_dict=dict(weights))
-        policy.tokenizer.save_pretrained(folder)
-    ids = "".join(f"{problem.id}\n" for problem in problems)
+        job.policy.tokenizer.save_pretrained(folder)
+    ids = "".join(f"{name}\n" for name in job.ids)
     (folder / TRAINED_ON).write_text(ids, encoding="utf-8")
     write_curves(rows, folder)
     for path in folder.iterdir():

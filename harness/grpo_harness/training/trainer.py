@@ -21,7 +21,14 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from grpo_harness.errors import HarnessError
 from grpo_harness.gate.inputs import brief
 from grpo_harness.policy.policy import quiet
-from grpo_harness.rewards.functions import RewardError, RewardFunction, reward_name, score
+from grpo_harness.rewards.functions import (
+    RewardError,
+    RewardFunction,
+    reward_name,
+    score,
+    score_awaited,
+    waits,
+)
 from grpo_harness.text import one_line
 from grpo_harness.training.curves import Row
 from grpo_harness.training.unfinished import Unfinished
@@ -88,6 +95,13 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
             self.accelerator.wait_for_everyone()
             if self.unfinished is not None:
                 self.unfinished.seal(folder)
+
+
+def guarded(of: type[GRPOTrainer]) -> type[Trainer]:
+    """Return a trainer's class with the checks of `Trainer`, before the methods of its own."""
+    if issubclass(Trainer, of):
+        return Trainer
+    return type(of.__name__, (Trainer, of), {})
 
 
 @contextmanager
@@ -173,26 +187,43 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._progress(row)
 
 
-def checked(reward: RewardFunction) -> RewardFunction:
+def checked(reward: RewardFunction, *, alone: bool = True) -> RewardFunction:
     """Return ``reward`` such that an error in it ends the run and names the step.
 
-    Raises ``ValueError`` if it cannot be called.
+    If it is ``alone``, it must score something in every step. A coroutine function stays one, so
+    that TRL lets several wait together. Raises ``ValueError`` if it cannot be called.
     """
     if not callable(reward):
         raise ValueError(f"the reward is {brief(reward)}, not a function")
 
-    def scored(prompts: Any, completions: Any, **kwargs: Any) -> list[float | None]:
-        where = f"step {kwargs['trainer_state'].global_step + 1}"
+    @contextmanager
+    def named() -> Iterator[None]:
         try:
-            scores = score(reward, prompts, completions, kwargs, where=where)
+            yield
         except RewardError as error:
             raise TrainingError(str(error)) from error.__cause__
-        if all(value is None for value in scores):
+
+    def place(kwargs: Mapping[str, Any]) -> str:
+        return f"step {kwargs['trainer_state'].global_step + 1}"
+
+    def some(scores: list[float | None], kwargs: Mapping[str, Any]) -> list[float | None]:
+        if alone and all(value is None for value in scores):
             raise TrainingError(
-                f"{where}: the reward {reward_name(reward)} scored none of {len(scores)} "
+                f"{place(kwargs)}: the reward {reward_name(reward)} scored none of {len(scores)} "
                 "completions: fix it"
             )
         return scores
 
-    scored.__name__ = reward_name(reward)  # the name in TRL's logs
-    return scored
+    def scored(prompts: Any, completions: Any, **kwargs: Any) -> list[float | None]:
+        with named():
+            found = score(reward, prompts, completions, kwargs, where=place(kwargs))
+        return some(found, kwargs)
+
+    async def awaited(prompts: Any, completions: Any, **kwargs: Any) -> list[float | None]:
+        with named():
+            found = await score_awaited(reward, prompts, completions, kwargs, where=place(kwargs))
+        return some(found, kwargs)
+
+    found = awaited if waits(reward) else scored
+    found.__name__ = reward_name(reward)  # the name in TRL's logs
+    return found

@@ -1,0 +1,169 @@
+"""Judge a run by the recorded runs of its training: does it look like one more of them?
+
+The band of a figure is the prediction interval for one more run (Student's t, from the mean and
+spread of the recorded runs). A run leaves at least one band by chance with a probability of `RISK`
+at most, over all figures together. A spread that few runs show too small by chance is at least the
+standard error that the runs have within themselves.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, variance
+from typing import Literal
+
+from scipy.special import stdtrit
+
+from grpo_harness.logs.figures import FIGURES, Figure, Value, figures
+from grpo_harness.logs.read import Log
+from grpo_harness.logs.recorded import Recorded, RecordedRun, Window, difference, summed_up
+from grpo_harness.text import escape
+
+RISK = 0.05
+"""The probability that an unchanged run leaves a band, over all its figures together."""
+
+_GREATEST_LOG = 700.0
+
+
+@dataclass(frozen=True)
+class Band:
+    """Where the figure of one more run lies; ``mean`` is that of the recorded ones."""
+
+    lower: float
+    mean: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One judged figure. ``left`` is the first step at which its curve was outside, if it was."""
+
+    figure: Figure
+    value: float
+    band: Band
+    left: int | None = None
+
+    @property
+    def outside(self) -> bool:
+        """Tell whether the figure is outside its band; less time and memory is no fault."""
+        below = self.value < self.band.lower and not self.figure.of_the_machine
+        return below or self.value > self.band.upper
+
+    def __str__(self) -> str:
+        band = f"{self.band.lower:.4g} to {self.band.upper:.4g}"
+        line = f"{escape(self.figure.name, 60)}: {self.value:.4g}, recorded runs {band}"
+        if not self.outside:
+            return line
+        where = "" if self.left is None else f", outside from step {self.left} on"
+        return f"{line}: {'above' if self.value > self.band.upper else 'below'} the band{where}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict of a run. ``reason`` says why it cannot be judged, if so.
+
+    ``left_out`` has a sentence for each figure that was not judged.
+    """
+
+    training: str
+    runs: int
+    findings: tuple[Finding, ...] = ()
+    left_out: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def verdict(self) -> Literal["PASS", "FAIL", "ERROR"]:
+        """FAIL if a figure is outside its band, ERROR if the run cannot be compared."""
+        if self.reason:
+            return "ERROR"
+        return "FAIL" if any(finding.outside for finding in self.findings) else "PASS"
+
+    def message(self) -> str:
+        """Return the result in a line for each figure, those outside first."""
+        lines = [f"{self.verdict}: {self.training} against {self.runs} recorded runs"]
+        if self.reason:
+            return f"{lines[0]}\n  {self.reason}"
+        lines += [f"  {finding}" for finding in sorted(self.findings, key=lambda f: not f.outside)]
+        lines += [f"  not judged: {why}" for why in self.left_out]
+        if self.verdict == "FAIL":
+            lines.append("  if it is meant: train again with other seeds, and --record the runs")
+        return "\n".join(lines)
+
+
+def judge(log: Log, recorded: Recorded, risk: float = RISK) -> Judgement:
+    """Judge a run; ``risk`` is shared by its figures."""
+    now, runs = summed_up(log), recorded.runs
+    if why := _unlike(now, runs):
+        return Judgement(recorded.training, len(runs), reason=f"not comparable: {why}")
+    judged: list[tuple[Figure, float, list[Value]]] = []
+    left_out = []
+    for figure, value in figures(log):
+        then = [Value(*run.figures[figure.name]) for run in runs if figure.name in run.figures]
+        if len(then) < len(runs):
+            left_out.append(f"{figure.name}, which not all recorded runs have")
+        elif figure.of_the_machine and {run.hardware for run in runs} != {now.hardware or ""}:
+            left_out.append(f"{figure.name}, since not all runs were on hardware known as the same")
+        else:
+            judged.append((figure, value.number, then))
+    found = []
+    for figure, number, then in judged:
+        finding = Finding(figure, number, band(then, figure, risk / len(judged)))
+        if finding.outside:
+            finding = replace(finding, left=_left(now, runs, figure, risk))
+        found.append(finding)
+    return Judgement(recorded.training, len(runs), tuple(found), tuple(left_out))
+
+
+def band(then: Sequence[Value], figure: Figure, risk: float) -> Band:
+    """Return the prediction interval for one more run; it leaves it with the probability risk."""
+    log = figure.scale == "log" and all(value.number > 0 for value in then)
+    numbers = [math.log(value.number) if log else value.number for value in then]
+    errors = [value.error / value.number if log else value.error for value in then]
+    mean, m = fmean(numbers), len(numbers)
+    spread = math.sqrt(max(variance(numbers), fmean(error**2 for error in errors)))
+    quantile = float(stdtrit(m - 1, 1 - risk / 2))
+    half = max(quantile * spread * math.sqrt(1 + 1 / m), figure.least)
+    ends = mean - half, mean, mean + half
+    return Band(*(math.exp(min(end, _GREATEST_LOG)) for end in ends)) if log else Band(*ends)
+
+
+def bands(runs: Sequence[RecordedRun], key: str, figure: Figure, risk: float) -> list[Band]:
+    """Return a band for each window of a curve, which share the risk.
+
+    The spread is at least that of the whole curve: few runs agree in some window by chance.
+    """
+    curves = [[window.mean for window in run.curves[key]] for run in runs]
+    columns = [*zip(*curves, strict=True)]
+    common = math.sqrt(fmean(variance(column) for column in columns))
+    plain = replace(figure, scale="linear")
+    return [
+        band([Value(number, common) for number in column], plain, risk / len(columns))
+        for column in columns
+    ]
+
+
+def _left(now: RecordedRun, runs: Sequence[RecordedRun], figure: Figure, risk: float) -> int | None:
+    """Return the first step at which a curve is outside the band of the recorded curves."""
+    curve = now.curves.get(figure.key, [])
+    if any(_steps(run.curves.get(figure.key, [])) != _steps(curve) for run in runs) or not curve:
+        return None
+    pairs = zip(curve, bands(runs, figure.key, figure, risk), strict=True)
+    outside = (w.first for w, band in pairs if not band.lower <= w.mean <= band.upper)
+    return next(outside, None)
+
+
+def _steps(curve: Sequence[Window]) -> list[tuple[int, int]]:
+    return [(window.first, window.last) for window in curve]
+
+
+def _unlike(now: RecordedRun, runs: Sequence[RecordedRun]) -> str:
+    """Return why a run cannot be compared with recorded ones, or an empty text."""
+    if why := difference(now, runs[0]):
+        return f"recorded were {why} now. Train as recorded, or record this training anew"
+    measured = {figure.name for figure in FIGURES if figure.of_the_machine}
+    for name in runs[0].figures.keys() - now.figures.keys() - measured:
+        return (
+            f"the recorded runs logged {escape(name)}, and this one did not: log it, or record "
+            "this training anew"
+        )
+    return ""

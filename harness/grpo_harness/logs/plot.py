@@ -1,0 +1,40 @@
+"""Draw the curves of a run over those of the recorded runs, and their bands."""
+
+from pathlib import Path
+
+from grpo_harness.logs.figures import FIGURES
+from grpo_harness.logs.judge import RISK, bands
+from grpo_harness.logs.read import Log
+from grpo_harness.logs.recorded import Recorded, windows
+
+
+def plot(log: Log, recorded: Recorded, path: Path) -> None:
+    """Write a PNG with a picture for each curve that all runs have."""
+    # Figure instead of pyplot: it needs no display and leaves no global state.
+    from matplotlib.figure import Figure
+
+    curves = {
+        figure.key: figure
+        for figure in FIGURES
+        if windows(log, figure.key) and all(figure.key in run.curves for run in recorded.runs)
+    }
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    picture = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    places = picture.subplots(rows, columns, squeeze=False).flat
+    for axes, (key, figure) in zip(places, curves.items(), strict=False):
+        then = [run.curves[key] for run in recorded.runs]
+        steps = [(window.first + window.last) / 2 for window in then[0]]
+        limits = bands(recorded.runs, key, figure, RISK)
+        axes.fill_between(
+            steps, [b.lower for b in limits], [b.upper for b in limits], color="#c8d3e6", lw=0
+        )
+        for curve in then:
+            axes.plot(steps, [window.mean for window in curve], color="#8a99b5", lw=0.8)
+        own = windows(log, key)
+        axes.plot([(w.first + w.last) / 2 for w in own], [w.mean for w in own], color="#c0392b")
+        axes.set(title=key.replace("$", r"\$"), xlabel="step")
+    for axes in list(places):
+        axes.remove()
+    picture.suptitle("this run (red), recorded runs and their band (blue)", fontsize=10)
+    picture.savefig(path, dpi=110, metadata={"Software": None})

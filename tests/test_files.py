@@ -1,0 +1,349 @@
+"""A recipe in a file of TRL's format: what it names is what is trained, and nothing is dropped."""
+
+import json
+import random
+import sys
+import warnings
+
+import pytest
+import yaml
+from trl.scripts.grpo import make_parser
+
+from grpo_harness.cli import main
+from grpo_harness.errors import HarnessError
+from grpo_harness.policy import load as load_policy
+from grpo_harness.tasks import check_disjoint
+from grpo_harness.tasks.dataset import DatasetSource
+from grpo_harness.training import train
+from grpo_harness.training.files import assignment, load
+from grpo_harness.training.recorded import differences, record, recorded
+from grpo_harness.training.run import build
+
+REWARDS = """
+import asyncio
+from trl import GRPOTrainer
+
+CALLS = []
+WAITING = []
+
+def accuracy(completions, solution, **columns):
+    CALLS.append(sorted(columns))
+    return [float(s in c[0]["content"]) for c, s in zip(completions, solution)]
+
+async def short(completions, **_):
+    WAITING.append(len(WAITING))
+    await asyncio.sleep(0.05)
+    return [-len(c[0]["content"]) / 50 for c in completions]
+
+async def slow(completions, **_):
+    WAITING.append(-1)
+    await asyncio.sleep(0.05)
+    return [None] * len(completions)
+
+def odd(solution, **_):
+    return [0.5 if int(s) % 2 else None for s in solution]
+
+def raises(**_):
+    raise KeyError("oops")
+
+class Ours(GRPOTrainer):
+    SEEN = []
+
+    def compute_loss(self, *args, **kwargs):
+        self.SEEN.append(self.state.global_step)
+        return super().compute_loss(*args, **kwargs)
+"""
+
+
+RECIPE = {
+    "model_name_or_path": "nano-base",
+    "dataset_name": "train.jsonl",
+    "reward_funcs": ["team_rewards.accuracy", "team_rewards.short", "team_rewards.odd"],
+    "reward_weights": [1.0, 0.2, 0.1],
+    "max_steps": 2,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 12,
+    "logging_steps": 1,
+    "output_dir": "elsewhere",
+}
+
+
+def rows(n=24):
+    luck = random.Random(0)
+    for _ in range(n):
+        a, b = luck.randrange(90), luck.randrange(90)
+        prompt = [{"role": "user", "content": f"What is {a} + {b}?"}]
+        yield {"prompt": prompt, "solution": str(a + b), "category": "sum"}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """A function that writes the recipe with some changes in a project; None leaves a key out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "team_rewards", raising=False)
+    (tmp_path / "team_rewards.py").write_text(REWARDS)
+    (tmp_path / "pyproject.toml").write_text("[tool.grpo-harness]\n")
+    with (tmp_path / "train.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows())
+
+    def write(name="ours.yaml", **changes):
+        content = {k: v for k, v in {**RECIPE, **changes}.items() if v is not None}
+        (tmp_path / name).write_text(yaml.safe_dump(content))
+        return tmp_path / name
+
+    return write
+
+
+def own():
+    return sys.modules["team_rewards"]
+
+
+# ------------------------------------------------------------------ training
+
+
+def test_what_the_file_names_is_trained(write, tmp_path):
+    run = train(load(write()), tmp_path / "out", device="cpu")
+    assert own().CALLS[0] == [
+        "category", "completion_ids", "log_extra", "log_metric", "prompts", "trainer_state",
+    ]  # fmt: skip
+    row = run.log[-1]
+    parts = [row[f"rewards/{name}/mean"] for name in ("accuracy", "short", "odd")]
+    assert all(part == part for part in parts), "a mean of None alone is not logged as NaN"
+    assert len(run.log) == 2
+    assert run.weights_moved > 0.5
+    kept = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert kept["recipe"]["file"]["reward_weights"] == [1.0, 0.2, 0.1]
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_policy_knows_its_rows_by_what_they_are(write, tmp_path):
+    run = train(load(write()), tmp_path / "out", device="cpu")
+    trained_on = load_policy(str(run.path)).checkpoint.trained_on()
+    source = DatasetSource(name="other", path="train.jsonl", home=tmp_path)
+    with pytest.raises(ValueError, match="24 problems of the evaluation were trained on"):
+        check_disjoint(trained_on, (problem.id for problem in source.problems(99)))
+
+
+def test_coroutines_wait_together_and_one_may_score_nothing(write, tmp_path):
+    rewards = ["team_rewards.short", "team_rewards.slow"]
+    path = write(reward_funcs=rewards, reward_weights=None, max_steps=1)
+    run = train(load(path), tmp_path / "out", device="cpu")
+    assert own().WAITING == [0, -1], "both had begun before one of them was done"
+    assert len(run.log) == 1
+
+
+def test_an_adapter_is_trained_and_saved_as_one(write, tmp_path):
+    run = train(load(write(use_peft=True, lora_r=4, lora_alpha=8)), tmp_path / "out", device="cpu")
+    assert (run.path / "adapter_config.json").is_file()
+    assert not (run.path / "model.safetensors").exists()
+    policy = load_policy(str(run.path))
+    assert str(policy.fingerprint) == run.fingerprint
+    base = load_policy("nano-base").fingerprint
+    assert policy.fingerprint.weights != base.weights
+
+
+def test_a_trainer_of_ones_own_is_used(write, tmp_path):
+    train(load(write(grpo_harness={"trainer": "team_rewards:Ours"})), tmp_path / "out")
+    assert own().Ours.SEEN == [0, 1]
+
+
+def test_generated_problems_and_epochs(write, tmp_path):
+    block = {"n_math": 4, "n_prog": 4, "problem_seed": 3, "max_prompt_length": 200}
+    path = write(
+        dataset_name=None, reward_funcs=None, reward_weights=None, grpo_harness=block,
+        max_steps=None, num_train_epochs=1,
+    )  # fmt: skip
+    run = train(load(path), tmp_path / "out", device="cpu")
+    assert len(run.log) == 4  # 8 problems, 2 a step
+    assert "rewards/reward_func/mean" in run.log[0]
+    short = load(write(dataset_name=None, grpo_harness={**block, "max_prompt_length": 3}))
+    with pytest.raises(ValueError, match="max_prompt_length is 3"):
+        train(short, tmp_path / "other", device="cpu")
+
+
+def test_the_same_file_and_seed_give_the_same_weights(write, tmp_path):
+    prints = {
+        train(load(write()), tmp_path / name, device="cpu").fingerprint for name in ("a", "b")
+    }
+    assert len(prints) == 1
+    other = train(load(write(seed=1)), tmp_path / "c", device="cpu").fingerprint
+    assert other not in prints
+
+
+def test_the_config_is_the_one_that_trl_reads(write):
+    """An independent oracle: TRL's own parser on the file as it is."""
+    path = write(beta=0.04, loss_type="dr_grpo", temperature=0.7, bf16=False, use_cpu=True)
+    warnings.filterwarnings("ignore", "`gradient_checkpointing`", FutureWarning)
+    _, theirs, *_ = make_parser().parse_args_and_config(["--config", str(path)])
+    ours = load(path).config(path.parent / "out", device="cpu")
+    pinned = {"output_dir", "report_to", "logging_nan_inf_filter", "disable_tqdm", "save_strategy",
+              "dataloader_pin_memory", "logging_dir", "run_name"}  # fmt: skip
+    for name, value in theirs.to_dict().items():
+        if name not in pinned and "checkpointing" not in name:
+            assert ours.to_dict()[name] == value, name
+
+
+# ------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_generation": 8}, "has no 'num_generation'.*use num_generations"),
+        ({"clip_range": 0.2}, "use epsilon"),
+        ({"kl_coef": 0.1}, "use beta"),
+        ({"max_new_tokens": 9}, "use max_completion_length"),
+        ({"model": "x"}, "has no 'model'"),
+        ({"rewards": ["x"]}, "has no 'rewards'"),
+        ({"learning_rate": float("nan")}, "must be finite"),
+        ({"learning_rate": "fast"}, "refuses it"),
+        ({"loss_type": 7, "num_generations": 1}, "refuses it"),
+        ({"per_device_train_batch_size": 6}, "refuses it"),
+        ({"model_name_or_path": None}, "model_name_or_path must name"),
+        ({"dataset_name": None}, "must name its problems, once"),
+        ({"grpo_harness": {"n_math": 4}}, "must name its problems, once"),
+        ({"reward_funcs": None}, "reward_funcs must name"),
+        ({"grpo_harness": {"n_maths": 4}}, "no key 'n_maths': did you mean n_math"),
+        ({"grpo_harness": {"n_math": -1}}, "n_math is -1"),
+        ({"grpo_harness": 7}, "grpo_harness is 7: it must be a mapping"),
+        ({"push_to_hub": True}, "push_to_hub cannot be set here"),
+        ({"load_in_4bit": True}, "quantized weights"),
+        ({"trust_remote_code": True}, "never run"),
+        ({"eval_strategy": "steps"}, "evaluated by the suites"),
+        ({"env": 7}, "env is 7"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_clear_line(write, changes, said):
+    with pytest.raises((ValueError, HarnessError), match=said) as raised:
+        load(write(**changes))
+    assert "\n" not in str(raised.value)
+    assert "ours.yaml" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "must be a mapping"),
+        ("[1, 2]", "must be a mapping"),
+        ("a: [", "cannot be read as YAML"),
+        ("a: 1\na: 2", "'a' twice"),
+        ("beta: 0.1\nbeta: 0.2", "'beta' twice"),
+        ("x: !!python/object/apply:os.system ['true']", "cannot be read as YAML"),
+        ("\x00", "cannot be read as YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(text, said, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reward_funcs": ["team_rewards.none"], "reward_weights": None}, "reward_funcs: "),
+        ({"reward_funcs": ["nowhere.at.all"], "reward_weights": None}, "nowhere:|nowhere.at:all"),
+        ({"grpo_harness": {"trainer": "team_rewards:accuracy"}}, "is no subclass of GRPOTrainer"),
+        ({"grpo_harness": {"trainer": "team_rewards:Theirs"}}, "not the module:Class"),
+        ({"dataset_name": "other.jsonl"}, "other.jsonl"),
+        ({"model_name_or_path": "./nowhere"}, "nowhere"),
+        ({"per_device_train_batch_size": 400}, "24 problems and asks 100 at once"),
+    ],
+)
+def test_what_the_file_names_must_be_there(write, changes, said, tmp_path):
+    with pytest.raises((ValueError, HarnessError), match=said):
+        train(load(write(**changes)), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_raises_names_the_step(write, tmp_path):
+    from grpo_harness.training import TrainingError
+
+    path = write(reward_funcs=["team_rewards.raises"], reward_weights=None)
+    with pytest.raises(TrainingError, match=r"step 1: the reward raises.*oops"):
+        train(load(path), tmp_path / "out", device="cpu")
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_the_command_overrides_what_the_file_says(write, tmp_path, capsys):
+    write(max_steps=50)
+    command = ["train", "ours.yaml", "--out", "out", "--steps", "1", "--set", "beta=0.5",
+               "--set", "lr_scheduler_type=constant", "--device", "cpu"]  # fmt: skip
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "step    1/1" in said
+    config = json.loads((tmp_path / "out" / "recipe.json").read_text())["config"]
+    assert (config["beta"], config["lr_scheduler_type"], config["max_steps"]) == (
+        0.5, "constant", 1,
+    )  # fmt: skip
+    assert main(["train", "ours.yaml", "--out", "new", "--set", "kl_coef=1"]) == 2
+    assert "use beta" in capsys.readouterr().err
+    assert main(["train", "smoke", "--out", "x", "--set", "beta=1"]) == 2
+
+
+def test_assignments_are_yaml():
+    assert assignment("a=1e-3") == ("a", "1e-3")  # as in a file, where TRL makes a number of it
+    assert assignment("a=[1.0, 2]") == ("a", [1.0, 2])
+    assert assignment("a=true") == ("a", True)
+    assert assignment("a=b=c") == ("a", "b=c")
+    for wrong in ("a", "=1", "a=["):
+        with pytest.raises(ValueError, match="--set"):
+            assignment(wrong)
+
+
+def test_a_recorded_file_names_what_changed(write, tmp_path):
+    recipe = load(write())
+    record(recipe, tmp_path / "baselines")
+    was = recorded(recipe.name, tmp_path / "baselines")
+    assert differences(recipe, was, device="cpu") == []
+    for key, value in {
+        "learning_rate": 1e-4, "reward_weights": [1.0, 0.4, 0.1], "beta": 0.1, "use_peft": True,
+        "dataset_name": "test.jsonl", "per_device_train_batch_size": 16,
+        "reward_funcs": ["team_rewards.short"] * 3,
+    }.items():  # fmt: skip
+        changed = differences(load(write(**{key: value})), was, device="cpu")
+        assert any(line.startswith(f"{key} is ") for line in changed), key
+
+
+# ------------------------------------------------------------------ smoke runs
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "steps"),
+    [
+        ({}, 8, 3),
+        ({"per_device_train_batch_size": 256}, 4, 3),
+        ({"per_device_train_batch_size": 64, "gradient_accumulation_steps": 8}, 1, 3),
+        ({"per_device_train_batch_size": 64, "steps_per_generation": 2, "num_iterations": 2}, 2, 8),
+        ({"max_steps": 900, "max_completion_length": 4096}, 8, 3),
+    ],
+)
+def test_a_smoke_run_is_small_and_computes_the_same(write, changes, batch, steps):
+    recipe = load(write(**changes))
+    small = recipe.small("nano-trained")
+    ours, theirs = small.config(recipe.path.parent / "out", device="cpu"), recipe.parsed[1]
+    assert (small.policy, ours.max_steps) == ("nano-trained", steps)
+    assert ours.per_device_train_batch_size == batch
+    assert ours.max_completion_length <= 32
+    for name in ("num_generations", "gradient_accumulation_steps", "steps_per_generation", "beta",
+                 "num_iterations", "reward_weights", "loss_type", "learning_rate"):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of TRL
+def test_the_trainer_is_the_one_that_trl_would_make(write, tmp_path):
+    recipe = load(write(grpo_harness={"trainer": "team_rewards:Ours"}))
+    trainer = build(recipe.small("nano-base"), tmp_path / "out", device="cpu")
+    assert type(trainer) is own().Ours
+    assert [f.__name__ for f in trainer.reward_funcs] == ["accuracy", "short", "odd"]
+    assert trainer.state.global_step == 0
+    trainer.train()
+    assert trainer.state.global_step == 3
