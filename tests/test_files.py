@@ -2,8 +2,10 @@
 
 import json
 import random
+import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,6 +20,7 @@ from grpo_harness.training import train
 from grpo_harness.training.files import assignment, load
 from grpo_harness.training.recorded import differences, record, recorded
 from grpo_harness.training.run import build
+from tests.projects import run
 
 REWARDS = """
 import asyncio
@@ -347,3 +350,34 @@ def test_the_trainer_is_the_one_that_trl_would_make(write, tmp_path):
     assert trainer.state.global_step == 0
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+# ------------------------------------------------------------------ the suite
+
+
+def test_the_suite_guards_what_a_recipe_means(project, write, monkeypatch, capsys):
+    suite = Path(__file__).parents[1] / "suites" / "test_recipe.py"
+    data, rewards = (Path(name).resolve() for name in ("train.jsonl", "team_rewards.py"))
+    monkeypatch.chdir(project.path)
+    (project.path / "test_own.py").write_text(suite.read_text())
+    run(project, deselected=1)
+    for file in (data, rewards):
+        shutil.copy(file, project.path / file.name)
+    shutil.copy(write(), project.path / "ours.yaml")
+    table = project.path / "pyproject.toml"
+    table.write_text(table.read_text().replace("problems = 64", 'recipe = "ours.yaml"', 1))
+    run(project, failed=1).stdout.fnmatch_lines(["*no config is recorded of the recipe 'ours'*"])
+    capsys.readouterr()
+    assert main(["recipes", "--record"]) == 0
+    assert main(["recipes"]) == 0
+    assert "ours: as recorded" in capsys.readouterr().out
+    run(project, passed=1)
+    shutil.copy(write(beta=0.04), project.path / "ours.yaml")
+    run(project, failed=1).stdout.fnmatch_lines(["*beta is 0.04: it was 0.0*"])
+    shutil.copy(write(betta=0.04), project.path / "ours.yaml")
+    run(project, errors=1).stdout.fnmatch_lines(["*has no 'betta'*"])
+    result = run(project)
+    result.stdout.no_fnmatch_line("*files.py:*")  # one line, no traceback
+    table.write_text(table.read_text().replace("ours.yaml", "none.yaml"))
+    result = run(project)
+    result.stderr.fnmatch_lines(["*recipe: there is no file 'none.yaml'*"])

@@ -10,6 +10,7 @@ import pytest
 import grpo_harness
 from grpo_harness import rule_reward
 from grpo_harness.asked import Data
+from grpo_harness.cli import main
 from grpo_harness.gate.bounds import Sizes
 from grpo_harness.rules import RULES
 from grpo_harness.settings import Table, resolve
@@ -117,6 +118,49 @@ def keys(section):
     text = README.split(f"{section}\n")[1].split("\n#")[0]
     rows = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
     return [key for row in rows for key in re.findall(r"`(\w+)`", row)]
+
+
+TRAINING = {
+    "our/rewards.py": "def accuracy(completions, solution, **_):\n"
+    "    return [float(s in c) for c, s in zip(completions, solution)]\n"
+    "def form(completions, **_):\n    return [-len(c) / 50 for c in completions]\n",
+    "our/training.py": "from trl import GRPOTrainer\nclass Trainer(GRPOTrainer):\n    pass\n",
+    "data/train.jsonl": "".join(
+        json.dumps({"prompt": f"What is {n} + 1?", "solution": str(n + 1)}) + "\n"
+        for n in range(40)
+    ),
+    "pyproject.toml": "[tool.grpo-harness]\n",
+}
+"""The files that the README's recipe names."""
+
+
+def test_the_recipe_and_the_commands_train_record_and_judge(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, text in TRAINING.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    recipe, block = blocks("yaml")[-2:]
+    (tmp_path / "train.yaml").write_text(recipe)
+    (tmp_path / "own.yaml").write_text(
+        re.sub("^(dataset|reward)_.*\n", "", recipe, flags=re.MULTILINE) + block
+    )
+    train, warm = re.findall(r"^grpo-harness (train train\.yaml .*)$", README, re.MULTILINE)
+    record, judge = re.findall(r"^grpo-harness (log .*)$", README, re.MULTILINE)
+    few = ["--steps", "6", "--device", "cpu"]
+    assert main([*train.split(), *few]) == 0
+    assert main([*warm.split(), "--device", "cpu"]) == 0
+    assert main(["train", "own.yaml", "--out", "own", "--steps", "1", "--device", "cpu"]) == 0
+    for seed in range(1, 6):
+        out = ["--out", f"runs/seed{seed}", "--set", f"seed={seed}"]
+        assert main(["train", "train.yaml", *out, *few]) == 0
+    capsys.readouterr()
+    assert main(record.split()) == 0
+    assert main(judge.split()) in (0, 1)  # by chance
+    said = capsys.readouterr().out
+    assert ": train against 5 recorded runs" in said
+    assert "gain of reward: " in said
+    assert (tmp_path / "curves.png").is_file()
 
 
 def test_every_setting_is_documented_and_no_other():

@@ -26,6 +26,7 @@ from grpo_harness.training.resources import compare, read_resources
 from grpo_harness.training.unfinished import check_new, folder_of, leave
 
 if TYPE_CHECKING:
+    from grpo_harness.settings import Settings
     from grpo_harness.training.files import RecipeFile
 
 
@@ -86,7 +87,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--processes", type=int, default=1, help="number of processes")
     command.set_defaults(run=_train)
 
-    command = commands.add_parser("recipes", help="compare the recipes with their recorded configs")
+    command = commands.add_parser(
+        "recipes",
+        help="compare the project's recipes, or the built-in ones, with their recorded configs",
+    )
     command.add_argument("--record", action="store_true", help="record their current configs")
     command.set_defaults(run=_recipes)
 
@@ -180,7 +184,7 @@ def _train_here(arguments: argparse.Namespace) -> None:
     config = resolved(recipe, arguments.out, device=arguments.device)
     if config.process_index == 0:
         _say(f"recipe {recipe.name}:\n{described(config)}")
-        if path_of(recipe.name, baselines := _baselines()).exists():
+        if path_of(recipe.name, baselines := _project().baselines).exists():
             was = recorded(recipe.name, baselines)
             whole = named(recipe.name) if isinstance(recipe, Recipe) else recipe
             if changed := differences(whole, was, device=arguments.device):
@@ -225,17 +229,20 @@ class _Steps:
         )
 
 
-def _baselines() -> Path:
-    """Return the baselines folder of the project in the current directory."""
+def _project() -> "Settings":
+    """Return the settings of the project in the current directory."""
     # The configured candidates may not exist before the first training.
-    return resolve(Path.cwd(), Path.cwd(), {"trained": "nano-trained"}).baselines
+    return resolve(Path.cwd(), Path.cwd(), {"trained": "nano-trained"})
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
+    from grpo_harness.training.files import load
     from grpo_harness.training.recorded import differences, record, recorded
 
-    baselines = _baselines()
-    for recipe in RECIPES.values():
+    settings = _project()
+    baselines = settings.baselines
+    own = [load(path) for path in settings.recipes]
+    for recipe in own or RECIPES.values():
         if arguments.record:
             _say(f"recorded: {record(recipe, baselines)}")
             continue
@@ -256,7 +263,7 @@ def _log(arguments: argparse.Namespace) -> int:
     if len(names) > 1:
         raise ValueError(f"the runs are of {', '.join(sorted(names))}: say which with --name")
     (name,) = names
-    baselines = _baselines()
+    baselines = _project().baselines
     if arguments.record:
         _say(f"recorded: {record(name, logs, baselines)}")
     elif len(logs) > 1:

@@ -34,6 +34,7 @@ from grpo_harness.plugin.fixtures import (  # noqa: F401
     gate,
     grpo_candidate,
     grpo_log,
+    grpo_recipe,
     grpo_session,
     policy,
     recorded_runs,

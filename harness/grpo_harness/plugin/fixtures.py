@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from grpo_harness.policy import Policy
     from grpo_harness.session import Session
     from grpo_harness.tasks import Source
+    from grpo_harness.training.files import RecipeFile
 
 
 @pytest.fixture(scope="session")
@@ -292,6 +293,17 @@ def evaluations(
 def gate(request: pytest.FixtureRequest, grpo_session: Session) -> Gate:
     """Return the gate, which judges evaluations against baselines and each other."""
     return Gate(grpo_session, request.node, declared(request.node))
+
+
+@pytest.fixture(scope="session")
+def grpo_recipe(request: pytest.FixtureRequest) -> RecipeFile:
+    """Return each recipe that the setting ``recipe`` names."""
+    from grpo_harness.training.files import load
+
+    path = getattr(request, "param", None)
+    if path is None:
+        pytest.skip("no recipe: set recipe in [tool.grpo-harness]")
+    return clearly(lambda: load(path))
 
 
 @pytest.fixture(scope="session")

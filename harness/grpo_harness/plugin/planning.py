@@ -15,6 +15,7 @@ from grpo_harness.settings import ROLES
 
 _FIXTURES = "grpo_harness.plugin.fixtures"
 _CANDIDATE = "grpo_candidate"
+_RECIPE = "grpo_recipe"
 NONE = -1
 """The value of ``grpo_candidate`` that means the base policy."""
 
@@ -46,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     open_ones = {
         name
-        for name in ("role", _CANDIDATE, "task_type")
+        for name in ("role", _CANDIDATE, "task_type", _RECIPE)
         if uses(metafunc.definition, name)
         and not any(name in call.params for call in metafunc._calls)
     }
@@ -69,6 +70,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             run_for(_CANDIDATE, range(len(labels)), labels)
     if "task_type" in open_ones:
         run_for("task_type", settings.tasks, settings.tasks)
+    if _RECIPE in open_ones and settings.recipes:
+        run_for(_RECIPE, settings.recipes, [path.stem for path in settings.recipes])
 
 
 def declared(item: pytest.Item) -> list[str]:
@@ -135,6 +138,8 @@ def _idle(config: pytest.Config, item: pytest.Item) -> bool:
 
     if uses(item, "grpo_log"):
         return activated(config).settings.training is None
+    if uses(item, _RECIPE):
+        return not activated(config).settings.recipes
     names = set(declared(item))
     if not names:
         return False

@@ -62,6 +62,10 @@ _OF_TRL = {
 """Names of rewards that TRL's command knows."""
 
 
+class RecipeError(HarnessError, ValueError):
+    """A recipe's file cannot be used. One line: the file, the key and what it may be."""
+
+
 class Block(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The block ``grpo_harness`` of a recipe's file.
 
@@ -84,7 +88,7 @@ class Block(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class RecipeFile:
     """The recipe in a file; ``values`` are TRL's keys, overrides included.
 
-    Raises ``ValueError`` with the file, the key and the right name or what it may be.
+    Raises ``RecipeError``.
     """
 
     path: Path
@@ -175,7 +179,7 @@ class RecipeFile:
             try:
                 found.append(load_reward(source))
             except HarnessError as error:
-                raise ValueError(f"{self.path}: reward_funcs: {error}") from error
+                raise RecipeError(f"{self.path}: reward_funcs: {error}") from error
         return found
 
     def trainer(self, base: type) -> type:
@@ -184,14 +188,14 @@ class RecipeFile:
             return base
         module, _, name = self.block.trainer.partition(":")
         with user_code(
-            lambda error: ValueError(
+            lambda error: RecipeError(
                 f"{self.path}: {BLOCK}.trainer '{escape(self.block.trainer or '')}' is not the "
                 f"module:Class of a trainer that can be imported ({one_line(error)})"
             )
         ):
             found = getattr(importlib.import_module(module), name)
         if not (isinstance(found, type) and issubclass(found, base)):
-            raise ValueError(
+            raise RecipeError(
                 f"{self.path}: {BLOCK}.trainer '{escape(self.block.trainer)}' is no subclass of "
                 f"{base.__name__}"
             )
@@ -202,7 +206,7 @@ class RecipeFile:
         parser = make_parser()
 
         def refuse(message: str) -> None:
-            raise ValueError(message)
+            raise RecipeError(message)
 
         parser.error = refuse
         with tempfile.TemporaryDirectory() as folder:
@@ -214,7 +218,7 @@ class RecipeFile:
                     warnings.filterwarnings("ignore", "`gradient_checkpointing`", FutureWarning)
                     script, config, model, _ = parser.parse_args_and_config(["--config", str(file)])
             except Exception as error:  # its own checks, and those of libraries that it needs
-                raise ValueError(
+                raise RecipeError(
                     f"{self.path}: TRL {version('trl')} refuses it ({one_line(error)}): fix that "
                     "key"
                 ) from error
@@ -234,37 +238,37 @@ def load(path: Path, changes: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()
     """Read a recipe's file; ``changes`` are values that replace those of the file.
 
     As TRL does, it puts the working folder on Python's path and sets the variables of ``env``.
-    Raises ``ValueError`` and ``SettingsError``.
+    Raises ``RecipeError`` and ``SettingsError``.
     """
     content = {**_content(path), **dict(changes)}
     given = content.pop(BLOCK, {})
     if not isinstance(given, Mapping):
-        raise ValueError(f"{path}: {BLOCK} is {escape(repr(given), 60)}: it must be a mapping")
+        raise RecipeError(f"{path}: {BLOCK} is {escape(repr(given), 60)}: it must be a mapping")
     block = converted(dict(given), Block, lambda _: f"{path}: {BLOCK} ")
     env = content.pop("env", {})
     if not isinstance(env, Mapping):
-        raise ValueError(f"{path}: env is {escape(repr(env), 60)}: it must be a mapping")
+        raise RecipeError(f"{path}: env is {escape(repr(env), 60)}: it must be a mapping")
     os.environ.update({str(key): str(value) for key, value in env.items()})
     for key, value in content.items():
         if key not in _FIELDS:
-            raise ValueError(
+            raise RecipeError(
                 f"{path}: TRL {version('trl')} has no {escape(repr(key), 80)}, which it would drop "
                 f"without a word: use {right_name(str(key), sorted(_FIELDS))}"
             )
         if key in _REFUSED and value not in (None, False, "no", []):
-            raise ValueError(f"{path}: {key} cannot be set here: {_REFUSED[key]}")
+            raise RecipeError(f"{path}: {key} cannot be set here: {_REFUSED[key]}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path}: {key} is {value}: it must be finite")
+            raise RecipeError(f"{path}: {key} is {value}: it must be finite")
     if not isinstance(content.get("model_name_or_path"), str):
-        raise ValueError(f"{path}: model_name_or_path must name the policy to train")
+        raise RecipeError(f"{path}: model_name_or_path must name the policy to train")
     generated = block.n_math + block.n_prog > 0
     if generated == bool(content.get("dataset_name")):
-        raise ValueError(
+        raise RecipeError(
             f"{path} must name its problems, once: dataset_name, or n_math and n_prog of {BLOCK}"
         )
     names = content.get("reward_funcs") or content.get("reward_model_name_or_path")
     if not (names or generated):
-        raise ValueError(f"{path}: reward_funcs must name the rewards of the data set")
+        raise RecipeError(f"{path}: reward_funcs must name the rewards of the data set")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     found = RecipeFile(path, content, block)
@@ -273,25 +277,25 @@ def load(path: Path, changes: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """Read ``key=value`` of the command line; the value is YAML. Raises ``ValueError``."""
+    """Read ``key=value`` of the command line; the value is YAML. Raises ``RecipeError``."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"--set {escape(text, 80)}: write key=value")
+        raise RecipeError(f"--set {escape(text, 80)}: write key=value")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set {escape(text, 80)}: the value is not YAML") from error
+        raise RecipeError(f"--set {escape(text, 80)}: the value is not YAML") from error
 
 
 def _content(path: Path) -> dict[Any, Any]:
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise ValueError("larger than 1 MiB")
+            raise RecipeError("larger than 1 MiB")
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 — a SafeLoader
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as YAML ({one_line(error)}): fix it") from error
+        raise RecipeError(f"{path} cannot be read as YAML ({one_line(error)}): fix it") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a mapping from TRL's keys to values")
+        raise RecipeError(f"{path} must be a mapping from TRL's keys to values")
     return content
 
 
@@ -303,5 +307,5 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             line = node.start_mark.line + 1
-            raise ValueError(f"the mapping of line {line} has {escape(repr(twice), 60)} twice")
+            raise RecipeError(f"the mapping of line {line} has {escape(repr(twice), 60)} twice")
         return super().construct_mapping(node, deep)

@@ -1,0 +1,23 @@
+"""Does each recipe of the project mean what was recorded of it, and does it train by GRPO?
+
+The recipes are those that the setting ``recipe`` names: files in TRL's format.
+"""
+
+import pytest
+
+
+def test_resolved_config(grpo_recipe, grpo_session):
+    """The recipe resolves to its recorded config: nothing in it, and no default, has changed."""
+    from grpo_harness.errors import HarnessError
+    from grpo_harness.training.recorded import differences, recorded
+
+    try:
+        was = recorded(grpo_recipe.name, grpo_session.settings.baselines)
+    except HarnessError as error:
+        was, missing = None, str(error)
+    if was is None:
+        pytest.fail(missing, pytrace=False)
+    changed = differences(grpo_recipe, was, device="cpu")
+    if changed:
+        told = "; ".join(changed)
+        pytest.fail(f"{told}. If it is meant: grpo-harness recipes --record", pytrace=False)
