@@ -145,7 +145,7 @@ def _scores(
             raise returned
         scores: Any = returned.tolist() if hasattr(returned, "tolist") else returned
     for name, values in given.items():
-        if own[name] != _copied(values):
+        if own[name] != [list(v) if isinstance(v, tuple) else v for v in values]:
             raise RewardError(
                 f"{named} changes the {escape(name)} that it is given, which other rewards and the "
                 "training get too: let it work on a copy"
