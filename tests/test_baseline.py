@@ -112,7 +112,7 @@ class TestNotComparable:
 
     def test_another_reward(self, recorded, measure):
         def kinder(prompts, completions, **_):
-            return [score + 1e-12 for score in reward_func(prompts, completions)]
+            return [score + 1e-3 for score in reward_func(prompts, completions)]
 
         assert "reward" in self.refused(recorded[0], measure(reward=kinder))
 

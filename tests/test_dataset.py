@@ -60,6 +60,28 @@ def test_a_function_returns_a_table(tmp_path, monkeypatch):
     sys.modules.pop("own_rows")
 
 
+def test_a_transform_makes_the_rows(tmp_path, monkeypatch):
+    """As TRL's documentation has it for columns that are None in some rows."""
+    (tmp_path / "own_rows.py").write_text(
+        "from datasets import Dataset\n"
+        "def asked(rows):\n"
+        "    return {'prompt': [f'{q}?' for q in rows['question']]}\n"
+        "def without_none(rows):\n"
+        "    return {k: v for k, v in rows.items() if v[0] is not None}\n"
+        "def transformed():\n"
+        "    return Dataset.from_list([{'question': 'Why'}]).with_transform(asked)\n"
+        "def uneven():\n"
+        "    rows = [{'prompt': 'p', 'hint': 'x'}, {'prompt': 'q', 'hint': None}]\n"
+        "    return Dataset.from_list(rows).with_transform(without_none)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (problem,) = DatasetSource("own", "own_rows:transformed").problems(9)
+    assert problem.prompt == "Why?"
+    with pytest.raises(DataError, match="row 1 of own_rows:uneven: the column hint is in this row"):
+        DatasetSource("own", "own_rows:uneven").problems(9)
+    sys.modules.pop("own_rows")
+
+
 def test_the_order_is_that_of_the_ids_and_not_of_the_file(tmp_path):
     """A shorter list is a prefix of a longer one, and shuffled rows are the same problems."""
     one = DatasetSource("sums", **write(tmp_path, "jsonl")).problems(256)

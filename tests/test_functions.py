@@ -114,6 +114,39 @@ class TestCoroutines:
 
         assert scores(ping, ones, pong, seconds=5) == [[1.0, 1.0, 2.0]] * 3
 
+    def test_all_batches_have_one_loop(self):
+        """A client that a reward keeps, such as one of HTTP, belongs to the loop of its first call.
+
+        Also after a hang, which ends the loop that it was in.
+        """
+        loops = []
+
+        async def remembers(completions, **_):
+            loops.append(asyncio.get_running_loop())
+            while "hang" in completions:
+                pass
+            return [1.0] * len(completions)
+
+        for _ in range(3):
+            scores(remembers, seconds=5)
+        assert len(set(loops)) == 1
+        refused(remembers, of=batch(["hang"]), seconds=0.1)
+        loops.clear()
+        for _ in range(3):
+            scores(remembers, seconds=5)
+        assert len(set(loops)) == 1
+
+    def test_a_plain_function_may_run_a_loop_of_its_own(self):
+        async def waits(completions, **_):
+            await asyncio.sleep(0)
+            return [1.0] * len(completions)
+
+        def plain(**given):
+            return asyncio.run(waits(**given))
+
+        for _ in range(2):
+            assert scores(waits, plain) == [[1.0, 1.0]] * 3
+
     @pytest.mark.parametrize("loop", [False, True], ids=["", "in a running loop"])
     @pytest.mark.parametrize(
         ("what", "says"),

@@ -384,3 +384,8 @@ class TestRestorable:
 def test_that_accuracy_cannot_drop_is_noted(keep, skill, says):
     assert ("CAUTION" in keep(skill).notes) == (says is not None)
     assert (says or "the first recording") in keep(skill, reason="again").notes or says is None
+
+
+def test_that_there_are_too_few_problems_to_judge_is_noted(keep):
+    assert "CAUTION: 20 problems are too few to judge, the floor is 64" in keep(n=20).notes
+    assert "too few to judge" not in keep(n=64, reason="more").notes

@@ -154,6 +154,11 @@ def record(
                 old = parent.records[name]
                 fresh[name] = replace(fresh[name], anchor=old.anchor, anchor_k=old.anchor_k)
         records = {**{name: parent.records[name] for name in kept}, **fresh}
+    if len(records) < MINIMUM_PROBLEMS:
+        notes.append(
+            f"CAUTION: {len(records)} problems are too few to judge, the floor is "
+            f"{MINIMUM_PROBLEMS}"
+        )
     header = Header(
         **made,
         anchor=anchor,

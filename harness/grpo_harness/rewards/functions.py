@@ -4,6 +4,7 @@ Evaluation and training both use it: an error of a reward is one line that names
 """
 
 import asyncio
+import atexit
 import copy
 import importlib
 import inspect
@@ -12,11 +13,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from statistics import fmean
 from typing import Any, Self
 
@@ -171,7 +172,7 @@ def _scores(
             raise returned
         scores: Any = returned.tolist() if hasattr(returned, "tolist") else returned
     for name, values in given.items():
-        if own[name] != _copied(values):
+        if own[name] != [list(v) if isinstance(v, tuple) else v for v in values]:
             raise RewardError(
                 f"{named} changes the {escape(name)} that it is given, which other rewards and the "
                 "training get too: let it work on a copy"
@@ -550,9 +551,26 @@ def _awaited(coroutines: Sequence[Any], seconds: float | None) -> list[Any]:
     except RuntimeError:
         # Those that wait tell by themselves which of them is slow.
         with _limited(seconds, grace=1):
-            return asyncio.run(together())
+            return _run(together)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, together()).result()
+
+
+@cache
+def _runner() -> asyncio.Runner:
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)  # leaves the current loop alone
+    atexit.register(runner.close)
+    return runner
+
+
+def _run(function: Callable[[], Coroutine[Any, Any, list[Any]]]) -> list[Any]:
+    """Run a coroutine function in the loop of all rewards: clients that they keep belong to it."""
+    try:
+        return _runner().run(function())
+    except BaseException:  # what it left running ends with the loop
+        _runner().close()
+        _runner.cache_clear()
+        raise
 
 
 def _tried(call: Callable[[], Any]) -> Any:

@@ -176,7 +176,15 @@ class DatasetSource(Source):
                 raise ValueError(
                     "its first line has fewer fields than others: quote texts with commas"
                 )
-            rows: list[dict[str, Any]] = table.to_list()
+            # A transform makes the rows, as in TRL; any other format is a view of the same values.
+            made = table.format["type"] == "custom"
+            rows: list[dict[str, Any]] = list(table) if made else table.to_list()
+        for number, row in enumerate(rows):
+            if odd := row.keys() ^ rows[0].keys():
+                raise DataError(
+                    f"{self._where(number)}: the column {escape(min(odd))} is in this row or in "
+                    "the first, and not in both: give each row the same columns"
+                )
         yield from rows
 
     def _table(self, cache: str) -> Any:
