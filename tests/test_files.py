@@ -122,6 +122,15 @@ def test_what_the_file_names_is_trained(write, tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_function_may_return_the_data_set(write, tmp_path):
+    (tmp_path / "team_data.py").write_text(
+        "from datasets import load_dataset\n"
+        "def rows():\n    return load_dataset('json', data_files='train.jsonl', split='train')\n"
+    )
+    path = write(dataset_name="team_data:rows", max_steps=1)
+    assert len(train(load(path), tmp_path / "out", device="cpu").log) == 1
+
+
 def test_the_policy_knows_its_rows_by_what_they_are(write, tmp_path):
     run = train(load(write()), tmp_path / "out", device="cpu")
     trained_on = load_policy(str(run.path)).checkpoint.trained_on()

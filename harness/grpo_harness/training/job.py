@@ -130,7 +130,8 @@ def _of_file(recipe: RecipeFile, out: Path, device: str, reward: RewardFunction 
             name="dataset",
             path=script.dataset_name,
             home=Path.cwd(),
-            split=script.dataset_train_split,
+            # The default, which a table without splits has too.
+            split=None if script.dataset_train_split == "train" else script.dataset_train_split,
             config=script.dataset_config,
         )
         problems = source.in_order
