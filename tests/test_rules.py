@@ -578,3 +578,26 @@ def test_a_problem_without_a_score_hides_no_others():
     check = judge("reward", better, then, same_policy=True)
     assert (check.verdict, len(check.changed)) == ("FAIL", 3)
     assert all(line.partition(":")[0] != PROBLEMS[3].id for line in check.changed)
+
+
+def test_a_slice_is_the_problems_of_one_value():
+    whole = evaluation(lambda i, j: "correct" if i % 3 == 0 else "wrong")
+    problems = tuple(replace(p, task={**p.task, "kind": i % 3}) for i, p in enumerate(PROBLEMS))
+    prompts = tuple(f"p{i}" for i in range(len(problems)))
+    groups = tuple(replace(g, problem=p) for g, p in zip(whole.groups, problems, strict=True))
+    source = SimpleNamespace(slices=("kind",))
+    questions = replace(whole.questions, task_type=source, problems=problems, prompts=prompts)
+    parts = dict(replace(whole, questions=questions, groups=groups).slices())
+    assert list(parts) == ["kind=0", "kind=1", "kind=2"]
+    for kind, part in enumerate(parts.values()):
+        assert part.questions.problems == problems[kind::3]
+        assert part.questions.prompts == prompts[kind::3]
+        assert part.groups == groups[kind::3]
+        assert part.accuracy == float(kind == 0)
+
+
+def test_pooled_runs_that_stopped_at_different_problems_have_all_of_them():
+    whole = evaluation(share(3))
+    short = replace(whole, groups=whole.groups[:64])
+    for pooled in (whole.pooled([short]), short.pooled([whole])):
+        assert [group.tally.k for group in pooled.groups] == [2 * K] * 64 + [K] * 64
