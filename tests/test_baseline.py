@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 
 from grpo_harness.baselines.file import BaselineError, conditions, exists, load, path_of
 from grpo_harness.baselines.recording import record
+from grpo_harness.evaluation import rounded
 from grpo_harness.rewards.functions import Reward, Rewards, rewards_digest
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.rules import recorded_bounds
@@ -35,6 +37,8 @@ def test_what_was_recorded_is_loaded(recorded, tmp_path):
         assert kept.length == sum(c.tokens for g in groups for c in g.completions)
         logs = [g.tally.mean_log_length for g in groups]
         assert kept.tally.mean_log_length == pytest.approx(sum(logs) / 2)
+        rewards = sorted(rounded(c.reward) for g in groups for c in g.completions)
+        assert sorted(kept.tally.total) == rewards
     assert stored.same_policy(evaluations[0].fingerprint)
 
 
@@ -95,6 +99,15 @@ class TestNotComparable:
         now = measure()
         now = other(now, **{part: "0" * 64})
         assert part in self.refused(recorded[0], now)
+
+    def test_other_columns_of_a_row_of_the_same_id(self, tmp_path, measure, monkeypatch):
+        monkeypatch.setattr(type(GCD), "content", lambda self, problem: problem.id)
+        now = measure()
+        stored = load(record(tmp_path / "b", [now], root=tmp_path).path)
+        assert len(stored.select(now.questions)) == 8
+        last = now.questions.ids[-1]
+        monkeypatch.setattr(type(GCD), "content", lambda self, p: p.id.replace(last, "other"))
+        assert f"of problem {last} the columns are not" in self.refused(stored, now)
 
     def test_names_in_a_file_are_escaped(self, recorded, measure):
         stored = recorded[0]
@@ -278,6 +291,23 @@ class TestDamaged:
         edit(content, next(r for r in content["problems"].values() if not r["unparsable"]))
         path.write_text(json.dumps(content))
         assert "damaged" in self.refused(path)
+
+    @pytest.mark.parametrize(
+        ("rewards", "says"),
+        [
+            ({"total": [[1.0, 4], [0.5, 3]]}, "the rewards are more than 6"),
+            ({"rewards": {"a": [], "b": [[1.0, 7]]}}, "the rewards are more than 6"),
+            ({"total": [[math.nan, 1]]}, "a reward is not a finite number"),
+            ({"rewards": {"a": [[-math.inf, 1]]}}, "a reward is not a finite number"),
+        ],
+    )
+    def test_impossible_rewards(self, recorded, rewards, says):
+        """Also without a checksum, as in an older file."""
+        path = recorded[0].path
+        content = {**json.loads(path.read_text()), "schema": 3}
+        next(iter(content["problems"].values())).update(rewards)
+        path.write_text(json.dumps(content))
+        assert says in self.refused(path)
 
     def test_another_way_to_write_the_same_is_no_damage(self, recorded):
         path = recorded[0].path

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from grpo_harness.engines.engine import Sample
-from grpo_harness.evaluation import EvaluationError, ask, evaluate
+from grpo_harness.engines.engine import Sample, sample_seed
+from grpo_harness.evaluation import EvaluationError, ask, evaluate, rounded
 from grpo_harness.policy import load
 from grpo_harness.rewards.functions import Reward, RewardError, Rewards
 from grpo_harness.rewards.outcome import OUTCOMES
@@ -244,3 +244,31 @@ def test_asking_what_was_trained_on_is_an_error(copy, tmp_path, twice):
     policy = load(str(copy))
     with pytest.raises(EvaluationError, match=f"trained on, the first of them '{leaked}'"):
         run(policy, Scripted(right), tmp_path)
+
+
+def test_a_completion_has_its_number_within_its_problem(measure):
+    """Reports and reruns name a sample by it."""
+    now = measure(run_seed=3, n=4, k=3)
+    for group in now.groups:
+        seeds = [sample_seed(3, group.problem.id, number) for number in range(3)]
+        assert [c.tokens for c in group.completions] == [1 + seed % 7 for seed in seeds]
+
+
+def test_a_completion_to_which_no_reward_applies_is_in_no_mean(measure):
+    def some(completions, **_):
+        return [None if text == "0" else 2.0 for text in completions]
+
+    now = measure(n=8, k=4, reward=some)
+    rewards = [c.reward for c in now.completions]
+    assert any(map(math.isnan, rewards))
+    assert now.mean_reward == 2.0
+    for group in now.groups:
+        assert group.tally.total == tuple(2.0 for c in group.completions if c.text != "0")
+
+
+def test_rewards_are_compared_by_six_digits():
+    assert [rounded(x) for x in (1 / 3, -12345678.9, 1e-9 / 3)] == [
+        0.333333,
+        -12345700,
+        3.33333e-10,
+    ]

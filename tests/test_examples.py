@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 
 from grpo_harness.baselines import file as baseline
-from grpo_harness.baselines.examples import LONGEST, MOST, MOST_BYTES, examples_of, read
+from grpo_harness.baselines.examples import (
+    LONGEST,
+    MOST,
+    MOST_BYTES,
+    Example,
+    _chosen,
+    _line,
+    examples_of,
+    read,
+)
 from grpo_harness.baselines.file import BaselineError, load
 from grpo_harness.baselines.pruning import check_restorable, prune, stale
 from grpo_harness.baselines.recording import record
@@ -419,3 +428,15 @@ class TestStale:
         assert len(left.records) == 78
         assert read(left.path, left.header.examples) is not None
         assert len(left.select(asked(n=70))) == 70
+
+
+def test_where_few_fit_they_are_the_commonest_text_of_every_outcome():
+    def example(outcome, text, problem):
+        return Example(problem=problem, text=text, outcome=outcome, scores={"a": 0.0}, total=0.0)
+
+    outcomes = ("correct", "wrong", "unparsable", "truncated")
+    often = [example(o, f"often {o}", f"p{i}") for o in outcomes for i in range(3)]
+    rare = [example(o, f"a {i}", f"q{i}") for o in outcomes for i in range(20)]
+    line = max(len(_line(e)) + 1 for e in (*often, *rare))
+    kept = _chosen([*rare, *often], 5 * line)
+    assert {e.text for e in kept} >= {f"often {o}" for o in outcomes}

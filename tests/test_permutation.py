@@ -398,9 +398,22 @@ def test_bounds_are_in_standard_deviations_or_in_the_rewards_own_unit() -> None:
         )
     assert usual == judge_reward(1 * now, then, same_policy=False, scale=float(then.std()))
     assert judge_reward(now, then, same_policy=False, bounds=Bounds(3, 1)).verdict == "PASS"
-    hundred = judge_reward(100 * now, 100 * then, same_policy=False)
-    assert hundred.verdict == usual.verdict
-    assert hundred.delta == pytest.approx(100 * usual.delta)
+
+
+@pytest.mark.parametrize("factor", [100, 1e-3])
+@pytest.mark.parametrize(
+    ("drop", "n", "verdict"), [(0, 512, "PASS"), (0.05, 128, "UNPROVEN"), (0.4, 128, "FAIL")]
+)
+def test_the_unit_of_a_reward_does_not_matter(
+    factor: float, drop: float, n: int, verdict: str
+) -> None:
+    now, then = measured(drop, n=n)
+    usual = judge_reward(now, then, same_policy=False)
+    other = judge_reward(factor * now, factor * then, same_policy=False)
+    assert usual.verdict == other.verdict == verdict
+    numbers = (usual.delta, usual.lower, usual.upper, usual.mde90)
+    scaled = (other.delta, other.lower, other.upper, other.mde90)
+    assert scaled == pytest.approx([factor * x for x in numbers])
 
 
 @pytest.mark.parametrize("same_policy", [True, False])

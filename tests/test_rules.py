@@ -1,11 +1,14 @@
 import random
 from collections import Counter
 from dataclasses import asdict, replace
+from math import comb
+from statistics import pstdev
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from grpo_harness.checks import _by_chance, against_base, against_baseline, decided, plan
 from grpo_harness.evaluation import Completion, Evaluation, Group, Questions, Tally
@@ -17,7 +20,10 @@ from grpo_harness.rules import (
     RULES,
     UNDECLARED,
     Terms,
+    counts,
+    nothing_to_lose,
     of_function,
+    rates,
     recorded_bounds,
     shares,
 )
@@ -465,3 +471,133 @@ def test_a_margin_of_a_reward_is_in_its_own_unit_or_in_deviations():
         rule = replace(RULES["reward"], bounds=Sizes("0.1 sd", 0.01))
         assert against_baseline(rule, [earned(now)], "x", constant, terms).verdict == wanted
     assert verdict(0.1, 0.01) == verdict("0.1 sd", "0.02 sd") == verdict(0.1, "1%") == "FAIL"
+
+
+def bounded(rule, margin, minimum):
+    return replace(RULES[rule], bounds=Sizes(margin, minimum))
+
+
+@pytest.mark.parametrize(
+    ("rule", "percent", "number"),
+    [
+        ("accuracy", "10%", 0.075),
+        ("truncation", "40%", 0.025),
+        ("unparsable", "20%", 0.0375),
+        ("length", "10%", 0.1),
+    ],
+)
+def test_a_percentage_is_of_what_was_recorded(rule, percent, number):
+    """Not of what is measured now, and not of another outcome."""
+    now, then = evaluation(share(4)), records(12, truncated=1, unparsable=3)
+    checks = [
+        against_baseline(bounded(rule, margin, 0.001), [now], "x", then, Terms(ALPHA))
+        for margin in (percent, number)
+    ]
+    assert checks[0].evidence.needed == checks[1].evidence.needed
+    assert checks[0].verdict == checks[1].verdict
+
+
+def test_a_part_of_a_reward_is_of_what_was_recorded():
+    worse, then = earned(lambda i, j: usual(i, j) - 0.3), rewarded()
+    values = [value for tally in then for value in tally.total]
+    mean, sd = sum(values) / len(values), pstdev(values)
+
+    def judged(margin, minimum):
+        rule = bounded("reward", margin, minimum)
+        evidence = against_baseline(rule, [worse], "x", then, Terms(ALPHA)).evidence
+        return evidence.verdict, evidence.needed, pytest.approx(evidence.mde90)
+
+    assert judged("400%", "40%") == judged(4 * abs(mean), 0.4 * abs(mean))
+    assert judged("1 sd", "0.5 sd") == judged(sd, sd / 2)
+    assert judged("1 sd", 0.4) == judged(sd, 0.4)
+
+
+def test_the_bounds_of_one_rule_are_not_those_of_another():
+    stored = recorded_bounds()
+    other = recorded_bounds({"accuracy": Sizes(0.2, 0.1)}, 0.05)
+    assert other == {**stored, "alpha": 0.05, "accuracy": {"margin": 0.2, "minimum": 0.1}}
+    assert set(rates()) == {"accuracy", "total", "slices", "truncation", "unparsable", "no_loss"}
+
+
+def test_each_problem_has_its_own_number_of_completions():
+    """Runs that stopped early and are pooled have different ones."""
+    tallies = [Tally(4, 3, 0, 0, 1.0), Tally(8, 5, 0, 0, 1.0)]
+    assert counts(tallies) == ([3, 5], [4, 8])
+
+
+def test_one_missing_problem_is_missing():
+    whole = evaluation(share(3))
+    check = judge("accuracy", replace(whole, groups=whole.groups[:127]), records(12))
+    assert "127 of 128 planned" in check.reason
+    short = [whole, replace(whole, groups=whole.groups[:127])]
+    terms = Terms(ALPHA, same_policy=True, sequential=True)
+    check = against_baseline(RULES["total"], short, "x", records(12) * 2, terms)
+    assert "255 of 256 planned" in check.reason, "the tasks of a total cannot stop early"
+
+
+def test_what_equals_the_margin_can_be_lost():
+    assert nothing_to_lose(records(4), Sizes(0.25, 0.01)) == ""
+    assert "nothing to lose: 25.0%" in nothing_to_lose(records(4), Sizes(0.26, 0.01))
+    check = judge("accuracy", evaluation(share(0)), records(0), same_policy=False)
+    assert check.verdict == "ERROR", "for another policy too"
+
+
+def test_a_function_is_judged_by_its_own_rewards_on_both_sides():
+    terms = Terms(ALPHA, same_policy=True)
+    same = earned(usual, formats=lambda i, j: 1.0)
+    assert against_baseline(of_function("b"), [same], "x", rewarded(), terms).verdict == "PASS"
+    lost = earned(usual, formats=lambda i, j: float(j > 0))
+    check = against_baseline(of_function("b"), [lost], "x", rewarded(), terms)
+    assert all("+1 -> +0.75 mean reward" in line for line in check.changed)
+
+
+def test_half_of_the_records_without_rewards_are_no_old_recording():
+    then = [replace(t, total=()) if i % 2 else t for i, t in enumerate(rewarded())]
+    check = judge("reward", earned(usual), then, same_policy=True)
+    assert "applies to 64 problems where it did not" in check.reason
+
+
+def test_the_risk_of_where_a_reward_applies_is_below_one_in_a_million_and_not_far_below():
+    """Eight of 4 + 16 completions have a score: none of the 4 has, by a chance of a tenth."""
+    pairs = [(Tally(4, 0, 0, 0, 1.0), Tally(16, 0, 0, 0, 1.0, (1.0,) * 8))] * 256
+    chance = comb(16, 8) / comb(20, 8)
+    first = next(alone for alone in range(257) if not _by_chance(pairs, alone))
+    assert 1e-9 < binom.sf(first - 1, 256, chance) < 1e-6
+
+
+def test_a_reward_that_applies_nowhere_is_said_to():
+    nowhere = earned(lambda i, j: float("nan"))
+    then = [replace(t, total=()) for t in rewarded()]
+    check = judge("reward", nowhere, then, same_policy=True)
+    assert (check.verdict, check.reason) == ("ERROR", "the reward applies to no completion")
+
+
+def test_a_problem_without_a_score_hides_no_others():
+    then = [replace(t, total=t.total[:1]) for t in rewarded()]
+    better = earned(lambda i, j: usual(i, j) + 5 if i != 3 and j == 0 else float("nan"))
+    check = judge("reward", better, then, same_policy=True)
+    assert (check.verdict, len(check.changed)) == ("FAIL", 3)
+    assert all(line.partition(":")[0] != PROBLEMS[3].id for line in check.changed)
+
+
+def test_a_slice_is_the_problems_of_one_value():
+    whole = evaluation(lambda i, j: "correct" if i % 3 == 0 else "wrong")
+    problems = tuple(replace(p, task={**p.task, "kind": i % 3}) for i, p in enumerate(PROBLEMS))
+    prompts = tuple(f"p{i}" for i in range(len(problems)))
+    groups = tuple(replace(g, problem=p) for g, p in zip(whole.groups, problems, strict=True))
+    source = SimpleNamespace(slices=("kind",))
+    questions = replace(whole.questions, task_type=source, problems=problems, prompts=prompts)
+    parts = dict(replace(whole, questions=questions, groups=groups).slices())
+    assert list(parts) == ["kind=0", "kind=1", "kind=2"]
+    for kind, part in enumerate(parts.values()):
+        assert part.questions.problems == problems[kind::3]
+        assert part.questions.prompts == prompts[kind::3]
+        assert part.groups == groups[kind::3]
+        assert part.accuracy == float(kind == 0)
+
+
+def test_pooled_runs_that_stopped_at_different_problems_have_all_of_them():
+    whole = evaluation(share(3))
+    short = replace(whole, groups=whole.groups[:64])
+    for pooled in (whole.pooled([short]), short.pooled([whole])):
+        assert [group.tally.k for group in pooled.groups] == [2 * K] * 64 + [K] * 64

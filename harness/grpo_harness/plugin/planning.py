@@ -80,10 +80,10 @@ def declared(item: pytest.Item) -> list[str]:
     They are those of its ``grpo`` marks. Without one, a test that uses the gate judges by one rule.
     Raises ``UsageError`` for an unknown rule.
     """
-    from grpo_harness.rules import RULES, UNDECLARED
-
     if not uses(item, "gate"):
         return []
+    from grpo_harness.rules import RULES, UNDECLARED
+
     names = [name for mark in item.iter_markers(MARKER) for name in mark.args]
     for name in names:
         if name not in RULES:
