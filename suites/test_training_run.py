@@ -1,4 +1,4 @@
-"""Does a training run look like the recorded ones? Its log, judged figure by figure.
+"""Does a training run look like the recorded ones, and is what was saved what was trained?
 
 The run is the one that the setting ``training`` names, or ``--grpo-training DIR``: what TRL's
 trainer or `grpo-harness train` wrote. `grpo-harness log RUN RUN RUN --record` records the runs.
@@ -19,3 +19,14 @@ def test_curves(grpo_log, recorded_runs, pytestconfig):
         plot(grpo_log, recorded_runs, place / "training.png")
     if judgement.verdict != "PASS":
         pytest.fail(judgement.message(), pytrace=False)
+
+
+def test_checkpoint_earns_what_was_logged(grpo_log, grpo_recipe, grpo_session):
+    """The saved checkpoint, asked training prompts, earns the reward of the last steps."""
+    from grpo_harness.logs.reconcile import reconcile
+
+    if grpo_log.training not in (None, grpo_recipe.name):
+        pytest.skip(f"the training is of the recipe {grpo_log.training}, not {grpo_recipe.name}")
+    found = reconcile(grpo_log, grpo_recipe, device=grpo_session.settings.device)
+    if found.verdict != "PASS":
+        pytest.fail(found.message(), pytrace=False)

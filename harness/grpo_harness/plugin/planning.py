@@ -136,8 +136,8 @@ def _idle(config: pytest.Config, item: pytest.Item) -> bool:
     """Tell whether a test judges what there is not: a training, parts of a task, several tasks."""
     from grpo_harness.plugin import activated
 
-    if uses(item, "grpo_log"):
-        return activated(config).settings.training is None
+    if uses(item, "grpo_log") and activated(config).settings.training is None:
+        return True
     if uses(item, _RECIPE):
         return not activated(config).settings.recipes
     names = set(declared(item))

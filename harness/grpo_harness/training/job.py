@@ -143,13 +143,7 @@ def _of_file(recipe: RecipeFile, out: Path, device: str, reward: RewardFunction 
     at_once = (config.generation_batch_size or 0) // int(config.num_generations or 1)
     _check_enough(recipe.name, len(problems), at_once)
     if block.max_prompt_length is not None:
-        template = cast("dict[str, Any]", config.chat_template_kwargs or {})
-        prompts = [
-            row["prompt"]
-            if isinstance(row["prompt"], str)
-            else policy.render(row["prompt"], **template)
-            for row in rows
-        ]
+        prompts = [prompt_of(policy, config, row["prompt"]) for row in rows]
         _check_lengths(recipe.name, policy, problems, prompts, block.max_prompt_length)
     config.model_init_kwargs = {
         "dtype": model.dtype,
@@ -169,6 +163,12 @@ def _of_file(recipe: RecipeFile, out: Path, device: str, reward: RewardFunction 
         trainer=trainer,
         peft=get_peft_config(model),
     )
+
+
+def prompt_of(policy: Policy, config: GRPOConfig, prompt: Any) -> str:
+    """Return a row's prompt as the policy sees it: a text as it is, a conversation rendered."""
+    template = cast("dict[str, Any]", config.chat_template_kwargs or {})
+    return prompt if isinstance(prompt, str) else policy.render(prompt, **template)
 
 
 def _check_reference(name: str, policy: Policy, beta: float) -> None:
