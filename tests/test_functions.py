@@ -51,6 +51,13 @@ def ones(completions, **_):
     return [1.0] * len(completions)
 
 
+def test_a_reward_has_a_name_of_ours_or_of_trl():
+    assert load_reward("math:prod") is load_reward("math.prod") is math.prod
+    for wrong in ("prod", "math.", ".prod", "math:", "nowhere.at.all"):
+        with pytest.raises(RewardError, match="module:function"):
+            load_reward(wrong)
+
+
 def test_a_column_may_have_any_name():
     names = ("reward", "where", "of", "seconds", "self", "named", "a b", "é")
 

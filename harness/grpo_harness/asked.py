@@ -353,7 +353,7 @@ def _correct(table: Data, known: Sequence[str], place: str) -> Correct | None:
 
     if table.correct is None:
         return None
-    name = re.sub(r".*:", "", table.correct.reward)
+    name = re.sub(r".*[:.]", "", table.correct.reward)
     if name not in known:
         raise SettingsError(
             f"{place}.correct reward is '{escape(name)}': it must be one of {', '.join(known)}"

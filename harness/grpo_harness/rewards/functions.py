@@ -39,11 +39,11 @@ class RewardError(HarnessError):
 
 
 def load_reward(source: str) -> RewardFunction:
-    """Return the reward that ``module:function`` names. Raises ``RewardError``.
+    """Return the reward that ``module:function`` names, or ``module.function`` as in TRL.
 
-    A class is a reward by its instance, made without arguments.
+    Raises ``RewardError``. A class is a reward by its instance, made without arguments.
     """
-    module, _, function = source.partition(":")
+    module, _, function = source.partition(":") if ":" in source else source.rpartition(".")
     with user_code(
         lambda error: RewardError(
             f"'{escape(source)}' is not the module:function of a reward that can be imported "

@@ -173,11 +173,8 @@ class RecipeFile:
                 # The values that TRL's command uses.
                 found.append(get_soft_overlong_punishment(1280, 256))
                 continue
-            source = _OF_TRL.get(name, name)
-            if ":" not in source:
-                source = ":".join(source.rsplit(".", 1))
             try:
-                found.append(load_reward(source))
+                found.append(load_reward(_OF_TRL.get(name, name)))
             except HarnessError as error:
                 raise RecipeError(f"{self.path}: reward_funcs: {error}") from error
         return found
