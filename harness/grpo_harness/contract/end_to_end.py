@@ -2,8 +2,11 @@
 
 import math
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoTokenizer, GenerationConfig
 
 from grpo_harness.contract.invariant import (
     GRADIENT_TOLERANCE,
@@ -14,8 +17,9 @@ from grpo_harness.contract.invariant import (
     require,
 )
 from grpo_harness.contract.oracle import Oracle
-from grpo_harness.contract.rollouts import recipe_prompts
-from grpo_harness.contract.trace import Step, Tensors, Tokens, Trace
+from grpo_harness.contract.rollouts import asked_prompts, batches, prompts_of
+from grpo_harness.contract.trace import Step, Tensors, Trace, identity
+from grpo_harness.gate.inputs import brief
 from grpo_harness.policy import TRAINED_ON, load
 from grpo_harness.tasks import make_problems
 
@@ -64,8 +68,8 @@ def the_same_seed_gives_the_same_rows(run: Trace, other: Trace) -> None:
 @invariant("a seed that is set anew before every step, or that reaches only some of what is drawn")
 def another_seed_gives_another_run(run: Trace, other: Trace) -> None:
     """Another seed asks other problems first, and no two draws share their random numbers."""
-    seeds = f"with seed {run.recipe.seed} and with {other.recipe.seed}"
-    g = run.recipe.num_generations
+    seeds = f"with seed {run.config.seed} and with {other.config.seed}"
+    g = run.config.num_generations
     one, two = (seen.steps[0].batch.prompts[::g] for seen in (run, other))
     require(one != two, f"step 1 asks the same problems in the same order {seeds}")
     drawn = [(step, seen) for seen in (run, other) for step in seen.steps]
@@ -73,8 +77,8 @@ def another_seed_gives_another_run(run: Trace, other: Trace) -> None:
         for before, then in drawn[:i]:
             if step.batch is not before.batch and _same_state(step, before):
                 raise BrokenInvariantError(
-                    f"step {step.number} of run {seen.recipe.name!r} draws from the random numbers "
-                    f"of step {before.number} of run {then.recipe.name!r}"
+                    f"step {step.number} of run {seen.name!r} draws from the random numbers "
+                    f"of step {before.number} of run {then.name!r}"
                 )
     require(run.rows[0]["loss"] != other.rows[0]["loss"], f"step 1 has the same loss {seeds}")
 
@@ -82,27 +86,35 @@ def another_seed_gives_another_run(run: Trace, other: Trace) -> None:
 @invariant("a sampler that repeats or skips, or does not shuffle")
 def every_problem_has_its_turn(run: Trace, oracle: Oracle) -> None:
     """Every round asks each problem of the recipe once, in another order than before."""
-    recipe, g = run.recipe, run.recipe.num_generations
-    prompts = recipe_prompts(run, oracle)
-    batches = list(dict.fromkeys(step.batch for step in run.steps))
+    g = run.config.num_generations
+    problems: list[Any]
+    asked: list[list[Any]]
+    if run.recipe is None:
+        problems = [identity(prompt) for prompt in prompts_of(run)]
+        asked = [[identity(prompt) for prompt in batch.prompts[::g]] for batch in batches(run)]
+    else:
+        problems = list(asked_prompts(run, oracle))
+        asked = [list(batch.prompt_ids[::g]) for batch in batches(run)]
     # All steps ask the same number of problems, so the rest of a round is not asked.
-    a_round = len(prompts) // (len(batches[0].prompt_ids) // g)
-    rounds: list[list[Tokens]] = []
-    for n, batch in enumerate(batches):
-        asked = list(batch.prompt_ids[::g])
-        if n % a_round == 0:
+    a_round = len(problems) // len(asked[0])
+    known, rounds = Counter(problems), [list[Any]()]
+    for n, batch in enumerate(batches(run)):
+        if n and n % a_round == 0:
             rounds.append([])
-        rounds[-1] += asked
+        rounds[-1] += asked[n]
         for problem, times in Counter(rounds[-1]).items():
             place = f"step {batch.step + 1} asks"
-            require(problem in prompts, f"{place} a problem that the recipe does not have")
+            require(problem in known, f"{place} a problem that the recipe does not have")
             require(
-                times <= prompts.count(problem),
-                f"{place} problem {prompts.index(problem)} again, and others of the {len(prompts)} "
-                "have not had their turn",
+                times <= known[problem],
+                f"{place} problem {problems.index(problem)} again, and others of the "
+                f"{len(problems)} have not had their turn",
             )
-    orders = [prompts, *rounds] if recipe.config.get("shuffle_dataset", True) else []
+    orders = [problems, *rounds] if run.config.shuffle_dataset else []
     for n, order in enumerate(orders[1:], 1):
+        # A few problems have the same order twice by chance.
+        if math.perm(len(known), min(len(order), len(known))) < 10_000:
+            continue
         for m, earlier in enumerate(orders[:n]):
             other = f"round {m}" if m else "the recipe"
             same = order == earlier[: len(order)]
@@ -135,8 +147,13 @@ def resumed_equals_uninterrupted(run: Trace, other: Trace) -> None:
 @invariant("a tokenizer, template or generation config that is not saved, or another one")
 def the_checkpoint_is_whole(run: Trace, oracle: Oracle) -> None:
     """The saved tokenizer, template and end tokens are the base's; the problems are listed."""
-    require(run.run is not None, f"the run left no checkpoint: {run.error}")
+    require(run.saved is not None, f"the run left no checkpoint: {run.error}")
+    assert run.saved is not None
+    if run.recipe is None:
+        _is_whole(run.saved, oracle)
+        return
     assert run.run is not None
+    assert oracle.policy is not None
     saved, base = load(str(run.run.path)), oracle.policy
     for what, seen, right in (
         ("tokenizer", saved.fingerprint.tokenizer, base.fingerprint.tokenizer),
@@ -154,6 +171,25 @@ def the_checkpoint_is_whole(run: Trace, oracle: Oracle) -> None:
         listed == [problem.id for problem in problems],
         f"{TRAINED_ON} lists {len(listed)} problems, and not the {len(problems)} of the recipe",
     )
+
+
+def _is_whole(folder: Path, oracle: Oracle) -> None:
+    base, saved = oracle.tokenizer, AutoTokenizer.from_pretrained(folder)
+    for what, seen, right in (
+        ("vocabulary", saved.get_vocab(), base.get_vocab()),
+        ("chat template", saved.chat_template, base.chat_template),
+        ("end token", saved.eos_token, base.eos_token),
+        ("pad token", saved.pad_token, base.pad_token),
+    ):
+        require(
+            seen == right, f"its {what} is {brief(seen)}, and that of the trainer {brief(right)}"
+        )
+    if not (folder / "adapter_config.json").is_file():
+        for name in ("generation_config.json", "config.json"):
+            require((folder / name).is_file(), f"there is no {name} in what is saved")
+        declared = GenerationConfig.from_pretrained(folder).eos_token_id
+        ends = {saved.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
+        require(ends == oracle.ends, f"its set of end tokens is {ends}, and not {set(oracle.ends)}")
 
 
 @invariant("weights in half precision: steps of such rates are rounded away")
@@ -206,5 +242,5 @@ def _same_completions(run: Trace, other: Trace) -> None:
     one, two = run.steps[0].batch, other.steps[0].batch
     require(
         one.prompt_ids == two.prompt_ids and one.completion_ids == two.completion_ids,
-        f"the first completions are not those of run {other.recipe.name!r}, at the same seed",
+        f"the first completions are not those of run {other.name!r}, at the same seed",
     )

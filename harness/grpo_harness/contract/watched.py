@@ -1,0 +1,194 @@
+"""Any trainer under the contract: `watch` it, and ask what holds."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from grpo_harness.contract.exclusions import exclusions
+from grpo_harness.contract.invariant import INVARIANTS, BrokenInvariantError, NotLookedAtError
+from grpo_harness.contract.observer import Observer
+from grpo_harness.contract.oracle import Oracle
+from grpo_harness.contract.trace import Trace
+from grpo_harness.gate.inputs import brief
+from grpo_harness.text import one_line
+
+OF_ONE_RUN = (
+    "settings_are_the_recipes",
+    "rows_are_complete_and_finite",
+    "every_problem_has_its_turn",
+    "prompts_are_the_templates",
+    "what_is_drawn_is_scored_and_trained_on",
+    "rollouts_are_the_current_policys",
+    "rewards_are_the_completions",
+    "advantages_are_group_relative",
+    "counts_are_those_of_the_completions",
+    "the_mask_is_the_completions",
+    "log_probabilities_are_the_policys",
+    "loss_equals_the_oracles",
+    "gradient_equals_the_oracles",
+    "figures_of_the_policy_are_the_oracles",
+    "on_policy_the_ratio_is_one",
+    "gradients_are_clipped_as_asked",
+    "every_update_is_adamws",
+    "only_updates_move_the_weights",
+    "rates_logged_are_the_schedules",
+    "what_is_saved_is_what_was_trained",
+    "the_checkpoint_is_whole",
+)
+"""The invariants that a run of any trainer can be asked. The others need runs of their own."""
+
+
+def watch(trainer: GRPOTrainer) -> Watched:
+    """Return ``trainer`` under the contract: it trains once, when it is first asked what holds.
+
+    It must be a ``GRPOTrainer`` or of a subclass, and not yet trained: build it for a few steps,
+    and in full precision. Nothing of it is changed; while it trains, every step is logged, and
+    afterwards it is saved in the folder ``watched`` of its output.
+
+    Raises ``TypeError`` for anything else, and ``ValueError`` for a trainer that has trained, or
+    one of several processes.
+    """
+    if not isinstance(trainer, GRPOTrainer):
+        raise TypeError(f"watch takes a GRPOTrainer, or one of a subclass, not {brief(trainer)}")
+    if trainer.state.global_step:
+        raise ValueError(
+            f"the trainer has already trained {trainer.state.global_step} steps: build a new one, "
+            "and watch it before it trains"
+        )
+    if trainer.args.world_size > 1:
+        raise ValueError(
+            f"the trainer is one of {trainer.args.world_size} processes: watch it in one process"
+        )
+    return Watched(trainer)
+
+
+class Watched:
+    """A trainer under the contract: ``holds`` asks it, ``not_looked_at`` is what it cannot say.
+
+    ``not_looked_at`` has the reason for each invariant that is left out. It is complete when all
+    have been asked.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.not_looked_at: dict[str, str] = dict(exclusions(trainer))
+        self._seen: tuple[Trace, Oracle] | None = None
+        self._crash: Exception | None = None
+        self._said: dict[str, str] = {}
+
+    def holds(self, *names: str, but: Mapping[str, str] | None = None) -> None:
+        """Train, if that was not done yet, and require that the invariants of these ``names`` hold.
+
+        Without names, these are all that apply. Those in ``but``, each with the reason, must be
+        broken. Raises one ``AssertionError`` that lists all that differs and what was not looked
+        at, and ``ValueError`` for a name that no invariant has.
+        """
+        but = dict(but or {})
+        for name in (*names, *but):
+            _check(name)
+        asked = [name for name in OF_ONE_RUN if name in (names or OF_ONE_RUN) or name in but]
+        for name in asked:
+            self._ask(name)
+        left_out = self.not_looked_at
+        wrong = [self._said[name] for name in asked if name not in but and self._said.get(name)]
+        wrong += [
+            f"{name} is not looked at: {left_out[name]}"
+            for name in asked
+            if name in left_out and (name in names or name in but)
+        ]
+        wrong += [
+            f"{name} holds now: remove it from but ({reason})"
+            for name, reason in but.items()
+            if not self._said.get(name) and name not in left_out
+        ]
+        if wrong:
+            head = f"{type(self.trainer).__name__}: {len(wrong)} of {len(asked)} invariants differ"
+            raise AssertionError("\n\n".join([head, *wrong, self.report()]))
+
+    def report(self) -> str:
+        """Return what was not looked at: one line for each setting, with its invariants."""
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.not_looked_at.items():
+            by_reason.setdefault(why, []).append(name)
+        if not by_reason:
+            return "The contract looked at every invariant of one run."
+        lines = [f"- {why} ({', '.join(names)})" for why, names in by_reason.items()]
+        head = f"The contract does not look at {len(self.not_looked_at)} of {len(OF_ONE_RUN)}:"
+        return "\n".join([head, *lines])
+
+    def _ask(self, name: str) -> None:
+        """Ask the invariant of that name, once; keep what it says."""
+        run, oracle = self._trained()
+        if name in self._said or name in self.not_looked_at:
+            return
+        check = INVARIANTS[name]
+        takes_oracle = "oracle" in inspect.signature(check).parameters
+        try:
+            check(run, oracle) if takes_oracle else check(run)
+            self._said[name] = ""
+        except NotLookedAtError as excluded:
+            self.not_looked_at[name] = str(excluded)
+        except BrokenInvariantError as broken:
+            self._said[name] = str(broken)
+        except Exception as error:
+            self._said[name] = f"{name}: it cannot be checked: {type(error).__name__}: {error}"
+
+    def _trained(self) -> tuple[Trace, Oracle]:
+        if self._crash is not None:
+            raise AssertionError("the training crashed, as the first check says")
+        if self._seen is None:
+            try:
+                self._seen = self._train()
+            except Exception as error:
+                self._crash = error
+                step = self.trainer.state.global_step + 1
+                raise AssertionError(
+                    f"the training of {type(self.trainer).__name__} crashed in step {step}: "
+                    f"{one_line(error)}"
+                ) from error
+        return self._seen
+
+    def _train(self) -> tuple[Trace, Oracle]:
+        trainer = self.trainer
+        oracle = Oracle.of_trainer(trainer)
+        with _logging_every_step(trainer.args):
+            seen = Observer(copy.copy(trainer.args))
+            seen.attach(trainer)
+            try:
+                trainer.train()
+            finally:
+                seen.leave()
+        out = Path(trainer.args.output_dir)
+        run = seen.trace(type(trainer).__name__, out, None)
+        run.saved = out / "watched"
+        trainer.save_model(str(run.saved))
+        return run, oracle
+
+
+def _check(name: str) -> None:
+    """Raise ``ValueError`` unless an invariant of one run has that name."""
+    if name in OF_ONE_RUN:
+        return
+    if name in INVARIANTS:
+        raise ValueError(f"{name} compares runs that the contract makes: no trainer is asked it")
+    close = difflib.get_close_matches(name, OF_ONE_RUN, 1, cutoff=0.0)
+    raise ValueError(f"the contract has no invariant {name!r}: the nearest is {close[0]!r}")
+
+
+@contextlib.contextmanager
+def _logging_every_step(args: Any) -> Iterator[None]:
+    """Log every step; else what is logged of steps that share a row could not be told apart."""
+    was = args.logging_strategy, args.logging_steps
+    args.logging_strategy, args.logging_steps = type(was[0])("steps"), 1
+    try:
+        yield
+    finally:
+        args.logging_strategy, args.logging_steps = was
