@@ -51,6 +51,7 @@ CONTRACT = {
     "prompts_are_the_templates": EVERY,
     "what_is_drawn_is_scored_and_trained_on": EVERY,
     "rollouts_are_the_current_policys": EVERY,
+    "every_draw_has_its_own_random_numbers": EVERY,
     "rewards_are_the_completions": EVERY,
     "advantages_are_group_relative": EVERY,
     "counts_are_those_of_the_completions": EVERY,

@@ -30,6 +30,7 @@ ALONE = (
     "settings_are_the_recipes",
     "rows_are_complete_and_finite",
     "on_policy_the_ratio_is_one",
+    "every_draw_has_its_own_random_numbers",
     "gradients_are_clipped_as_asked",
     "every_update_is_adamws",
     "only_updates_move_the_weights",
@@ -199,8 +200,8 @@ CAUGHT = {
     "seed_ignored": ("plain", "the_same_seed_gives_the_same_rows", "step 1: "),
     "seed_constant": (
         "plain",
-        "another_seed_gives_another_run",
-        "step 2 of run 'plain' draws from the random numbers of step 1 of run 'plain'",
+        "every_draw_has_its_own_random_numbers",
+        "step 2 draws from the random numbers of step 1",
     ),
     "seed_does_not_reach_the_sampler": (
         "plain",

@@ -118,7 +118,7 @@ def test_all_that_broke_is_one_report(tmp_path):
     with pytest.raises(AssertionError) as broken:
         run.holds()
     text = str(broken.value)
-    assert text.startswith("LengthTerm: 2 of 21 invariants differ\n")
+    assert text.startswith("LengthTerm: 2 of 22 invariants differ\n")
     assert "\nloss_equals_the_oracles: " in text
     assert "times the right one" in text
     assert "\ngradient_equals_the_oracles: " in text
@@ -130,7 +130,7 @@ def test_but_is_strict(tmp_path):
     names = ("loss_equals_the_oracles", "gradient_equals_the_oracles")
     run.holds(but=dict.fromkeys(names, "we add a length term"))
     run.holds("the_mask_is_the_completions")
-    with pytest.raises(AssertionError, match="1 of 21 invariants differ\n\ngradient_equals_the_o"):
+    with pytest.raises(AssertionError, match="1 of 22 invariants differ\n\ngradient_equals_the_o"):
         run.holds(but={"loss_equals_the_oracles": "we add a length term"})
     more = dict.fromkeys((*names, "the_mask_is_the_completions"), "ours")
     with pytest.raises(
@@ -143,8 +143,12 @@ def test_names_are_checked(tmp_path):
     run = watch(made.build(tmp_path))
     with pytest.raises(ValueError, match="'loss_equals_the_oracle': the nearest is 'loss_equals_"):
         run.holds("loss_equals_the_oracle")
-    with pytest.raises(ValueError, match="accumulation_changes_nothing compares runs"):
+    with pytest.raises(ValueError, match="accumulation_changes_nothing compares two runs: give"):
         run.holds(but={"accumulation_changes_nothing": ""})
+    with pytest.raises(ValueError, match="a_nan_is_seen needs a NaN: plant it with watch"):
+        run.holds("a_nan_is_seen")
+    with pytest.raises(ValueError, match="clipping_acts_off_policy is of the recipes' runs"):
+        run.holds("clipping_acts_off_policy")
     assert run.trainer.state.global_step == 0
 
 
@@ -200,13 +204,11 @@ def test_completions_that_are_all_alike_are_rounding(tmp_path):
     def reward_place(completions, **kwargs):
         return [100 * float(i % 7) for i in range(len(completions))]
 
-    made_alike = made.build(
-        tmp_path, rewards=reward_place, learning_rate=3e-2, max_steps=4, scale_rewards="none"
-    )
-    run = watch(made_alike)
+    alike = {"top_k": 1, "scale_rewards": "none"}
+    run = watch(made.build(tmp_path, rewards=reward_place, **alike))
     run.holds()
-    trace, _ = run._seen
-    assert len(set(trace.steps[-1].batch.completion_ids)) == 1
+    step = run._seen[0].steps[0]
+    assert len(set(step.batch.completion_ids[:4])) == 1 < len(set(step.batch.rewards[:4]))
 
 
 @pytest.mark.parametrize("reward", [0.7, -12345.6])

@@ -8,7 +8,8 @@ from grpo_harness.policy import PolicyName, find
 
 BASE = find(PolicyName("nano-base")).path
 
-SUMS = [(a, b) for a in range(2, 8) for b in range(3, 9)]
+SUMS = [(a, b) for a in (2, 3, 14, 205) for b in (4, 5, 6, 7, 8, 9, 31, 52, 123)]
+"""Their prompts are of several lengths."""
 
 
 def reward_digits(completions, **kwargs):
@@ -26,6 +27,11 @@ def reward_answer(completions, answer, **kwargs):
 def reward_length(completion_ids, **kwargs):
     """Shorter is better, and None where it does not apply."""
     return [None if len(ids) % 3 == 0 else -len(ids) / 10 for ids in completion_ids]
+
+
+def reward_of_twenty(completions, **kwargs):
+    """Large: without division by σ, so are the advantages."""
+    return [20 * reward for reward in reward_digits(completions)]
 
 
 async def reward_later(completions, **kwargs):
@@ -62,7 +68,7 @@ def build(
     rewards=reward_digits,
     conversations=False,
     peft=None,
-    model=None,
+    second_end=False,
     **config,
 ):
     """A trainer as in TRL's documentation: a model, rewards, arguments and a data set."""
@@ -79,11 +85,16 @@ def build(
         "save_strategy": "no",
     }
     rows = {"prompt": prompts(conversations), "answer": [str(a + b) for a, b in SUMS]}
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    if second_end:  # a digit, which the policy writes often
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("1")]
+        model.generation_config.eos_token_id = ends
     return trainer(
-        model=AutoModelForCausalLM.from_pretrained(BASE),
+        model=model,
         reward_funcs=rewards,
         args=GRPOConfig(output_dir=str(folder), **{**arguments, **config}),
         train_dataset=Dataset.from_dict(rows),
-        processing_class=AutoTokenizer.from_pretrained(BASE),
+        processing_class=tokenizer,
         peft_config=peft,
     )

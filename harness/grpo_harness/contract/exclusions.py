@@ -119,6 +119,7 @@ SETTINGS: tuple[Setting, ...] = (
         lambda t: t.args.lr_scheduler_type not in SCHEDULES or t.args.lr_scheduler_kwargs,
         _SCHEDULE,
     ),
+    ("logging_nan_inf_filter", _of("logging_nan_inf_filter"), ("a_nan_is_seen",)),
     (
         "load_best_model_at_end",
         _of("load_best_model_at_end"),
