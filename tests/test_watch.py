@@ -223,3 +223,37 @@ def test_equal_rewards_are_no_alarm(tmp_path, reward):
 
 def test_the_invariants_of_one_run_are_known():
     assert set(OF_ONE_RUN) <= INVARIANTS.keys()
+
+
+SUITE = """
+import sys
+
+import pytest
+
+sys.path.append({tests!r})
+from trainers import build
+
+from grpo_harness.contract import watch
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_ours(tmp_path):
+    run = watch(build(tmp_path, max_steps=1, optim="sgd"))
+    run.holds()
+    run.holds("the_mask_is_the_completions")
+
+
+def test_another():
+    pass
+"""
+
+
+def test_a_green_test_says_what_was_not_looked_at(pytester):
+    pytester.makepyfile(SUITE.format(tests=str(Path(__file__).parent)))
+    result = pytester.runpytest_inprocess("--junitxml=out.xml", "-p", "no:benchmark")
+    result.assert_outcomes(passed=2)
+    line = "test_ours: optimizer sgd (every_update_is_adamws)"
+    assert sum(line in text for text in result.outlines) == 1
+    assert 'value="optimizer sgd (every_update_is_adamws)"' in (
+        pytester.path / "out.xml"
+    ).read_text("utf-8")

@@ -94,6 +94,16 @@ def watch(
     return Watched(trainer, resume, nan_at)
 
 
+_LEFT_OUT: dict[str, None] = {}
+
+
+def left_out() -> list[str]:
+    """Return what was not looked at since the last call: pytest's summary shows it."""
+    lines = list(_LEFT_OUT)
+    _LEFT_OUT.clear()
+    return lines
+
+
 class Watched:
     """A trainer under the contract: ``holds`` asks it, ``not_looked_at`` is what it cannot say.
 
@@ -135,6 +145,7 @@ class Watched:
         for name in asked:
             self._ask(name, beside)
         left_out = self.not_looked_at
+        _LEFT_OUT.update(dict.fromkeys(self._lines()))
         wrong = [
             self._said[name]
             for name in asked
@@ -156,14 +167,16 @@ class Watched:
 
     def report(self) -> str:
         """Return what was not looked at: one line for each setting, with its invariants."""
+        if not self.not_looked_at:
+            return "The contract looked at every invariant of one run."
+        head = f"The contract does not look at {len(self.not_looked_at)} of {len(OF_ONE_RUN)}:"
+        return "\n".join([head, *(f"- {line}" for line in self._lines())])
+
+    def _lines(self) -> list[str]:
         by_reason: dict[str, list[str]] = {}
         for name, why in self.not_looked_at.items():
             by_reason.setdefault(why, []).append(name)
-        if not by_reason:
-            return "The contract looked at every invariant of one run."
-        lines = [f"- {why} ({', '.join(names)})" for why, names in by_reason.items()]
-        head = f"The contract does not look at {len(self.not_looked_at)} of {len(OF_ONE_RUN)}:"
-        return "\n".join([head, *lines])
+        return [f"{why} ({', '.join(names)})" for why, names in by_reason.items()]
 
     def _check(self, name: str, beside: Watched | None) -> None:
         """Raise ``ValueError`` unless this run can be asked the invariant of that name."""
