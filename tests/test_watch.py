@@ -56,6 +56,22 @@ WHOLE = {
         "adam_beta2": 0.95,
     },
     "masked": {"mask_truncated_completions": True},
+    "dora": {"peft": lora(use_dora=True)},
+    "whole modules": {"peft": lora(modules_to_save=["norm"])},
+    "trained adapter": {"trainer": made.Adapted, "beta": 0.1, "learning_rate": 5e-3},
+    "padded by the end": {"trainer": made.PaddedByTheEnd, "conversations": True},
+    "padded to eight": {
+        "trainer": made.PaddedByTheEnd,
+        "pad_to_multiple_of": 8,
+        "conversations": True,
+        "gradient_accumulation_steps": 2,
+    },
+    "evaluated": {
+        "trainer": made.Evaluated,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "num_generations_eval": 4,
+    },
     "epochs": {"max_steps": -1, "num_train_epochs": 0.2, "num_generations": 2},
 }
 """Trainers of which everything is looked at."""
@@ -78,6 +94,9 @@ LEFT_OUT = {
     "entropy_coef": {"entropy_coef": 0.01},
     "top_entropy_quantile": {"top_entropy_quantile": 0.5},
     "repetition_penalty": {"repetition_penalty": 1.1},
+    "a data set that is streamed": {"trainer": made.Streamed},
+    "an optimizer or a schedule of your own": {"trainer": made.OwnOptimizer},
+    "reward models": {"trainer": made.Judged},
     "dropout": {"peft": lora(lora_dropout=0.2)},
     "half precision": {"bf16": True},
     "generation batches that do not divide into whole steps": {

@@ -1,7 +1,9 @@
 """Trainers as a team would build them, by TRL's documentation, on the embedded policy."""
 
+import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_harness.policy import PolicyName, find
@@ -45,6 +47,51 @@ class OwnTrainer(GRPOTrainer):
         loss = super()._compute_loss(model, inputs)
         self.last_loss = float(loss.detach())
         return loss
+
+
+class Adapted(GRPOTrainer):
+    """Goes on with an adapter that has been trained, whose copy is the reference."""
+
+    def __init__(self, model, **arguments):
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"])
+        model = get_peft_model(model, config)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.02)
+        super().__init__(model=model, **arguments)
+
+
+class PaddedByTheEnd(GRPOTrainer):
+    """Its pad token is its end token, as in many models."""
+
+    def __init__(self, processing_class, **arguments):
+        processing_class.pad_token = processing_class.eos_token
+        super().__init__(processing_class=processing_class, **arguments)
+
+
+class Streamed(GRPOTrainer):
+    def __init__(self, train_dataset, **arguments):
+        super().__init__(train_dataset=train_dataset.to_iterable_dataset(), **arguments)
+
+
+class Evaluated(GRPOTrainer):
+    def __init__(self, train_dataset, **arguments):
+        few = train_dataset.select(range(4))
+        super().__init__(train_dataset=train_dataset, eval_dataset=few, **arguments)
+
+
+class OwnOptimizer(GRPOTrainer):
+    def __init__(self, model, **arguments):
+        sgd = torch.optim.SGD(model.parameters(), 1e-3)
+        super().__init__(model=model, optimizers=(sgd, None), **arguments)
+
+
+class Judged(GRPOTrainer):
+    """Scored by a reward model."""
+
+    def __init__(self, reward_funcs, **arguments):
+        judge = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1)
+        super().__init__(reward_funcs=[judge], **arguments)
 
 
 class LengthTerm(GRPOTrainer):

@@ -95,7 +95,10 @@ SETTINGS: tuple[Setting, ...] = (
     (
         "generation batches that do not divide into whole steps",
         lambda t: t.args.steps_per_generation % t.args.gradient_accumulation_steps,
-        (*_TEXT, "advantages_are_group_relative", "every_problem_has_its_turn"),
+        (
+            *("rows_are_complete_and_finite", "advantages_are_group_relative", *_TEXT),
+            "every_problem_has_its_turn",
+        ),
     ),
     (
         "completions that several steps use",

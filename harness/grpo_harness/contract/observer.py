@@ -224,13 +224,13 @@ class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         scored = dict(sorted(self._scored.items()))
         drawn, self._drawn, self._scored = self._drawn, None, {}
         first = next(iter(scored.values()), Scored((), (), (), {}, ()))
+        # A reward model is no function that could be recorded.
         weights = self._config.reward_weights or [1.0] * len(self._rewards)
-        if len(scored) < len(weights):  # a reward model is no function to be recorded
-            weights = [weights[n] for n in scored]
+        returned = [one.rewards for one in scored.values()]
         return Batch(
             step=len(self.steps),
             scored=scored,
-            rewards=tuple(weighed([one.rewards for one in scored.values()], weights)),
+            rewards=tuple(weighed(returned, [weights[n] for n in scored])) if scored else (),
             prompt_ids=tuple(drawn[0]) if drawn else tuple(self._tokens(first.prompts)),
             completion_ids=tuple(drawn[1]) if drawn else first.ids,
             random_state=drawn[2] if drawn else None,

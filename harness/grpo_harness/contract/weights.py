@@ -84,7 +84,6 @@ def what_is_saved_is_what_was_trained(run: Trace) -> None:
     files = [adapted] if adapted.is_file() else sorted(run.saved.glob("model*.safetensors"))
     saved = {name: values for file in files for name, values in load_file(file).items()}
     if adapted.is_file():
-        # PEFT leaves the adapter's name out.
         saved = {name: saved[_short(name)] for name in run.after if _short(name) in saved}
     # A tensor that two layers share may be saved once or twice.
     missing = sorted(run.after.keys() - saved.keys())
@@ -98,6 +97,8 @@ def what_is_saved_is_what_was_trained(run: Trace) -> None:
 
 
 def _short(name: str) -> str:
+    """Return the name under which PEFT saves a weight of its default adapter."""
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
     return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
