@@ -21,7 +21,7 @@ eval: .venv/installed  ## evaluate the embedded pair of policies: the main job
 	$(BIN)/python -m pytest suites/ --grpo-report report
 
 contract: .venv/installed  ## break TRL in every known way, and see the suite name each (long)
-	$(BIN)/python -m pytest tests/contract_patches.py
+	$(BIN)/python -m pytest tests/contract_patches.py tests/watch_patches.py
 
 # One thread a worker: the policies of the tests are too small for more.
 test: .venv/installed  ## run the harness's own tests

@@ -18,7 +18,7 @@ CONTRACT = ("-k", "not learns and not control_fails and not collapse")
 
 @pytest.mark.parametrize("patch", tests["CAUGHT"])
 def test_patch_breaks_its_invariant(patch, tmp_path, monkeypatch):
-    tests["check_patch"](patch, Oracle("nano-base", device="cpu"), tmp_path, monkeypatch)
+    tests["check_patch"](patch, Oracle.of_policy("nano-base", device="cpu"), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("patch", tests["CAUGHT"])

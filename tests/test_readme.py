@@ -25,7 +25,7 @@ def blocks(language):
 
 
 GATE, TABLE, DATA = blocks("toml")
-SUITE, ROMAN, REWARDS, REWARDS_SUITE = blocks("python")
+SUITE, ROMAN, REWARDS, REWARDS_SUITE, WATCH = blocks("python")
 (ROW,) = blocks("json")
 
 
@@ -111,6 +111,31 @@ def test_the_rewards_score_as_a_reader_expects():
     assert scope["accuracy"](given, solution=["7"] * 4) == [1, 1, 0, 0]
     assert scope["form"](given) == [0, 1, 1, 0]
     assert scope["short"]([[0] * 192, [0] * 224, [0] * 256]) == [0, -0.5, -1]
+
+
+TRAINING = """
+import sys
+
+sys.path.append({tests!r})
+from trainers import LengthTerm, build
+
+
+def build_trainer(output_dir, max_steps, length_term=0.0):
+    kind = [LengthTerm] if length_term else []
+    return build(output_dir, *kind, max_steps=max_steps)
+"""
+
+
+def test_a_trainer_that_is_watched_goes_green(pytester):
+    (pytester.path / "our_package").mkdir()
+    (pytester.path / "our_package" / "training.py").write_text(
+        TRAINING.format(tests=str(ROOT / "tests"))
+    )
+    (pytester.path / "test_training.py").write_text(WATCH)
+    sys.modules.pop("our_package", None)
+    pytester.syspathinsert()
+    options = ("-p", "no:xdist", "-p", "no:benchmark", "-W", "ignore::FutureWarning")
+    pytester.runpytest_inprocess(*options).assert_outcomes(passed=2)
 
 
 def keys(section):

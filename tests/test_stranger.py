@@ -119,7 +119,7 @@ def test_nothing_is_imported_beyond_the_hooks(stranger):
         "grpo_harness.plugin",
         *(
             f"grpo_harness.plugin.{name}"
-            for name in ("options", "state", "planning", "assertions", "fixtures")
+            for name in ("options", "state", "planning", "assertions", "fixtures", "contract")
         ),
     }
 

@@ -142,12 +142,15 @@ def rollouts_from_the_base(monkeypatch):
 
 
 def rollouts_from_another_model(monkeypatch):
+    from grpo_harness.engines.weights import load_weights
     from grpo_harness.policy import load
+
+    other = load_weights(load("nano-base"), torch.device("cpu"), torch.float32)
 
     def around(original, self, *args, **kwargs):
         if self.state.global_step == 0:
             return original(self, *args, **kwargs)
-        wrapped, self.model_wrapped = self.model_wrapped, load("nano-base", device="cpu").model
+        wrapped, self.model_wrapped = self.model_wrapped, other
         try:
             return original(self, *args, **kwargs)
         finally:

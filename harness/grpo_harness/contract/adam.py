@@ -1,31 +1,19 @@
 """What an optimizer step should do to the weights: the schedule's rate, clipping and AdamW.
 
-The formulas are in plain torch and double precision. They use the recipe and the observed gradients
-and weights, never the trainer's own config.
+The formulas are in plain torch and double precision. They use the config that was asked for
+and the observed gradients and weights, never the trainer's own.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_harness.contract.invariant import distance, norm, scale
 from grpo_harness.contract.trace import Step, Tensors, Trace
-from grpo_harness.training.recipes import Recipe
-
-
-def settings(recipe: Recipe) -> dict[str, float]:
-    """Return the optimizer's settings by the recipe; else they are the product's defaults."""
-    defaults = {
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.999,
-        "adam_epsilon": 1e-8,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-    }
-    return {name: recipe.config.get(name, default) for name, default in defaults.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +43,19 @@ class Update:
         return "; it is the first update of an optimizer without state" if again else ""
 
 
-def rate(recipe: Recipe, step: int) -> float:
-    """Return the learning rate of the update in ``step`` (from 1), which its row must show.
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+"""The learning-rate schedules that `rate` has formulas of."""
+
+
+def rate(config: Any, steps: int, step: int) -> float:
+    """Return the learning rate of the update in ``step`` (from 1) of ``steps``.
 
     The scheduler advances after the update, and the trainer logs the rate before that: the first
     update has the full rate, and the last one of a linear schedule is not at 0.
     """
-    done, steps = step - 1, recipe.steps
-    warmup = recipe.config.get("warmup_steps", 0)
-    name = recipe.lr_scheduler_type
+    done = step - 1
+    warmup = config.get_warmup_steps(steps)
+    name = config.lr_scheduler_type
     if name == "constant":
         share = 1.0
     elif done < warmup:
@@ -76,10 +68,10 @@ def rate(recipe: Recipe, step: int) -> float:
         share = (1 + math.cos(math.pi * (done - warmup) / (steps - warmup))) / 2
     else:
         raise ValueError(
-            f"recipe {recipe.name!r}: the contract has no formula of the schedule {name!r}: "
-            "add it to grpo_harness.contract.adam.rate"
+            f"the contract has no formula of the schedule {getattr(name, 'value', name)!r}: add "
+            "it to grpo_harness.contract.adam.rate"
         )
-    return recipe.learning_rate * share
+    return float(config.learning_rate) * share
 
 
 def clipped(gradient: Tensors, most: float) -> Tensors:
@@ -91,12 +83,12 @@ def clipped(gradient: Tensors, most: float) -> Tensors:
 
 def updates(run: Trace) -> Iterator[Update]:
     """Recompute every update from the observed weights before it and all gradients so far."""
-    how = settings(run.recipe)
-    beta1, beta2, eps = how["adam_beta1"], how["adam_beta2"], how["adam_epsilon"]
+    how = run.config
+    beta1, beta2, eps = how.adam_beta1, how.adam_beta2, how.adam_epsilon
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}
     for n, step in enumerate(run.steps, 1):
-        now, right, anew = rate(run.recipe, step.number), {}, {}
+        now, right, anew = rate(how, run.planned, step.number), {}, {}
         for name, before in step.weights.items():
             g = step.taken[name].double()
             zero = torch.zeros_like(g)
@@ -105,7 +97,7 @@ def updates(run: Trace) -> Iterator[Update]:
             mean = first[name] / (1 - beta1**n)
             square = second[name] / (1 - beta2**n)
             # Biases and norms, which have one dimension, are not decayed.
-            kept = 1 - now * how["weight_decay"] if before.dim() > 1 else 1.0
+            kept = 1 - now * how.weight_decay if before.dim() > 1 else 1.0
             right[name] = kept * before.double() - now * mean / (square.sqrt() + eps)
             anew[name] = kept * before.double() - now * g / (g.abs() + eps)
         yield Update(step, now, right, anew)

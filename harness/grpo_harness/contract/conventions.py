@@ -1,4 +1,4 @@
-"""How TRL computes a step by the recipe, and known deviations.
+"""How TRL computes a step by its config, and known deviations.
 
 The deviations are mistakes seen in practice. The oracle uses them to name the cause of a wrong
 figure.
@@ -12,7 +12,6 @@ from typing import Any, Self
 
 from grpo_harness.contract.trace import Trace
 from grpo_harness.grpo import Estimator, LossType, Scale
-from grpo_harness.training.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,24 @@ class Conventions:
     rewards_of_the_first: int = 1
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Self:
-        """Read the conventions from ``recipe``, not from the trainer's config."""
+    def of(cls, config: Any) -> Self:
+        """Read the conventions from the config that was asked for, not from the trainer's."""
         return cls(
-            temperature=recipe.temperature,
-            scale=recipe.scale_rewards,  # type: ignore[arg-type]
-            loss_type=recipe.loss_type,  # type: ignore[arg-type]
-            epsilon=recipe.epsilon,
-            epsilon_high=recipe.config.get("epsilon_high") or recipe.epsilon,
-            delta=recipe.config.get("delta"),
-            beta=recipe.beta,
-            mask_truncated=recipe.config.get("mask_truncated_completions", False),
+            temperature=config.temperature,
+            scale=config.scale_rewards,
+            loss_type=config.loss_type,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
+            delta=config.delta,
+            beta=config.beta,
+            mask_truncated=config.mask_truncated_completions,
+            kl_times_ratio=config.use_bias_correction_kl,
         )
 
 
 def alternatives(run: Trace) -> Iterator[tuple[str, Conventions]]:
     """Yield known mistakes: a description, and the conventions that compute them."""
-    right, g = Conventions.of(run.recipe), run.recipe.num_generations
+    right, g = Conventions.of(run.config), run.config.num_generations
     changes: list[tuple[str, dict[str, Any]]] = [
         ("advantages with ddof = 0, the population's σ", {"ddof": 0}),
         ("advantages that are not divided by σ (scale_rewards none)", {"scale": "none"}),
@@ -59,13 +59,10 @@ def alternatives(run: Trace) -> Iterator[tuple[str, Conventions]]:
         ("advantages over the group's σ (scale_rewards group)", {"scale": "group"}),
         *(
             (f"advantages of the wrong group, {off} further on", {"groups_off": off})
-            for off in range(1, run.recipe.prompts_per_step)
+            for off in range(1, run.groups)
         ),
         ("rewards broadcast from each group's first completion", {"rewards_of_the_first": g}),
-        (
-            "rewards broadcast from the first completion",
-            {"rewards_of_the_first": g * run.recipe.prompts_per_step},
-        ),
+        ("rewards broadcast from the first completion", {"rewards_of_the_first": g * run.groups}),
         ("log-probabilities that ignore the temperature", {"temperature": 1.0}),
         ("loss_type bnpo", {"loss_type": "bnpo"}),
         ("loss_type grpo", {"loss_type": "grpo"}),
@@ -80,7 +77,7 @@ def alternatives(run: Trace) -> Iterator[tuple[str, Conventions]]:
         changes.insert(2, ("no clipping", {"epsilon": math.inf, "epsilon_high": math.inf}))
         changes.insert(3, ("epsilon_high = epsilon", {"epsilon_high": right.epsilon}))
         changes.insert(4, ("no delta: the ratio is not bounded", {"delta": None}))
-    if run.recipe.beta:
+    if run.config.beta:
         changes[1:1] = [
             ("KL estimator k1 times the ratio", {"estimator": "k1"}),
             ("KL estimator k1", {"estimator": "k1", "kl_times_ratio": False}),

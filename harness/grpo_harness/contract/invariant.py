@@ -25,6 +25,10 @@ class BrokenInvariantError(AssertionError):
     """An invariant does not hold: its name, the number, the place and the usual cause."""
 
 
+class NotLookedAtError(Exception):
+    """What an invariant cannot tell of this run, and why: it neither holds nor is broken."""
+
+
 def invariant(usually: str) -> Callable[[Check], Check]:
     """Register a check as an invariant; ``usually`` is the usual cause of its failure."""
 
@@ -36,7 +40,7 @@ def invariant(usually: str) -> Callable[[Check], Check]:
             except BrokenInvariantError as broken:
                 raise BrokenInvariantError(
                     f"{check.__name__}: {(check.__doc__ or '').splitlines()[0]}\n"
-                    f"  broken in run {run.recipe.name!r}: {broken}\n"
+                    f"  broken in run {run.name!r}: {broken}\n"
                     f"  usually: {usually}"
                 ) from None
 

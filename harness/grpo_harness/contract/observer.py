@@ -1,14 +1,16 @@
 """Watch a training run from outside: what was drawn, scored and trained on.
 
-`watch` runs `grpo_harness.training.train` without changing TRL's computation. It observes what
-every trainer must use: the reward function, the model's ``generate`` and forward, the inputs of the
-loss, the callbacks around the optimizer, and the logs.
+TRL's computation is not changed. The observer sees what every trainer must use: the reward
+functions, the model's ``generate`` and forward, the inputs of the loss, the callbacks around the
+optimizer, and the logs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,15 +22,24 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import is_async_callable
 
+from grpo_harness.contract.oracle import copied, end_tokens, prompt_tokens
 from grpo_harness.contract.runs import Run
-from grpo_harness.contract.trace import Batch, MicroBatch, Step, Tensors, Tokens, Trace
-from grpo_harness.rewards.functions import RewardFunction
-from grpo_harness.rewards.rule import reward_func
-from grpo_harness.training import Row, train
+from grpo_harness.contract.trace import (
+    Batch,
+    MicroBatch,
+    Scored,
+    Step,
+    Tensors,
+    Tokens,
+    Trace,
+    weighed,
+)
+from grpo_harness.training import Row, resolve, train
 
 
-def watch(run: Run, folder: Path, *, device: str = "auto") -> Trace:
+def observe(run: Run, folder: Path, *, device: str = "auto") -> Trace:
     """Train as ``run`` says, as the product does, in ``folder``; return everything observed.
 
     In the step ``run.nan_at`` the model's log-probabilities for the loss are replaced by NaN. An
@@ -40,22 +51,22 @@ def watch(run: Run, folder: Path, *, device: str = "auto") -> Trace:
         run = dataclasses.replace(run, recipe=recipe)
     if run.interrupted_in is not None:
         _interrupt(run, out, device)
-    seen = _Observer(run.reward, run.nan_at)
+    config = resolve(run.recipe, out, device=device)
+    seen = Observer(config, run.nan_at)
     made, error = None, None
     with _attached(seen):
         try:
-            made = train(run.recipe, out, device=device, reward=seen.reward)
+            made = train(run.recipe, out, device=device, reward=run.reward)
         except Exception as raised:
             if not seen.steps:
                 raise
             error = raised
-    rows = [row for row in seen.trainer.state.log_history if "loss" in row]
-    tables = {
-        int(path.stem.rpartition("_")[2]): pd.read_parquet(path)
-        for path in sorted((out / "completions").glob("completions_*.parquet"))
-    }
-    after = _copy(seen.trainer.model)
-    return Trace(run.recipe, seen.trainer, seen.steps, rows, tables, after, made, error, run.nan_at)
+    return dataclasses.replace(
+        seen.trace(run.recipe.name, out, error),
+        recipe=run.recipe,
+        run=made,
+        saved=None if made is None else made.path,
+    )
 
 
 def _interrupt(run: Run, out: Path, device: str) -> None:
@@ -63,13 +74,12 @@ def _interrupt(run: Run, out: Path, device: str) -> None:
         if row["step"] == run.interrupted_in:
             raise KeyboardInterrupt  # as Ctrl-C does
 
-    first = _Observer(run.reward, None)
-    with _attached(first), contextlib.suppress(KeyboardInterrupt):
-        train(run.recipe, out, device=device, reward=first.reward, progress=stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(run.recipe, out, device=device, reward=run.reward, progress=stop)
 
 
 @contextlib.contextmanager
-def _attached(observer: _Observer) -> Iterator[None]:
+def _attached(observer: Observer) -> Iterator[None]:
     # Every run of the product calls Trainer.train.
     inherited = GRPOTrainer.train
 
@@ -84,18 +94,24 @@ def _attached(observer: _Observer) -> Iterator[None]:
             observer.leave()
 
 
-class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Records a run, and changes nothing except for the planted NaN."""
+class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Records a run of the config that was asked for; changes nothing but for a planted NaN.
 
-    def __init__(self, reward: RewardFunction, nan_at: int | None) -> None:
+    Evaluations during the training are not recorded.
+    """
+
+    def __init__(self, config: Any, nan_at: int | None = None) -> None:
         # TRL allows several classes; here it is always a causal model and its tokenizer.
         self.trainer: Any = None
         self._model: Any = None
         self._tokenizer: Any = None
+        self._ends: set[int] = set()
+        self._config = config
         self.steps: list[Step] = []
-        self._score = reward
+        self._rewards: list[Any] = []
         self._nan_at = nan_at
         self._drawn: tuple[list[Tokens], list[Tokens], Tensor] | None = None
+        self._scored: dict[int, Scored] = {}
         self._window: Batch | None = None
         self._before: Tensors = {}
         self._output: Any = None
@@ -106,15 +122,19 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Attach to ``trainer``, which is about to train."""
         self.trainer = trainer
         self._model = model = self.trainer.model
-        self._tokenizer = self.trainer.processing_class
+        tokenizer = self.trainer.processing_class
+        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self._ends = end_tokens(model, self._tokenizer)
         generate, compute_loss = model.generate, trainer.compute_loss
         training_step = self.trainer.training_step
+        self._rewards = self.trainer.reward_funcs
 
         def drawing(*args: Any, **kwargs: Any) -> Any:
             cuda = model.device.type == "cuda"
             state = torch.cuda.get_rng_state(model.device) if cuda else torch.get_rng_state()
             drawn = generate(*args, **kwargs)
-            self._keep_drawn(kwargs["input_ids"], kwargs["attention_mask"], drawn, state)
+            if model.training:
+                self._keep_drawn(kwargs["input_ids"], kwargs["attention_mask"], drawn, state)
             return drawn
 
         def losing(model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +143,8 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 loss = compute_loss(model, inputs, *args, **kwargs)
             finally:
                 self._in_loss = False
-            self._keep_part(inputs, float(loss.detach()))
+            if self._model.training:
+                self._keep_part(inputs, float(loss.detach()))
             return loss
 
         def stepping(*args: Any, **kwargs: Any) -> Any:
@@ -133,65 +154,113 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
         model.generate, self.trainer.compute_loss = drawing, losing
         self.trainer.training_step = stepping
+        self.trainer.reward_funcs = [self._recorded(n, f) for n, f in enumerate(self._rewards)]
         hook = model.register_forward_hook(self._forwarded)
         trainer.add_callback(self)
 
         def leave() -> None:
             hook.remove()
             del model.generate, self.trainer.compute_loss, self.trainer.training_step
+            self.trainer.reward_funcs = self._rewards
+            self.trainer.remove_callback(self)
 
         self.leave = leave
 
-    def reward(
-        self, prompts: Sequence[str], completions: Sequence[str], **kwargs: Any
-    ) -> Sequence[float | None]:
-        """Score with the run's own reward function, and record the scores."""
-        rewards: Sequence[float | None] = self._score(
-            prompts=prompts, completions=completions, **kwargs
+    def trace(self, name: str, out: Path, error: Exception | None) -> Trace:
+        """Return what was observed of the run called ``name``, whose output is in ``out``."""
+        return Trace(
+            name=name,
+            config=self._config,
+            recipe=None,
+            trainer=self.trainer,
+            rewards=self._rewards,
+            steps=self.steps,
+            rows=[row for row in self.trainer.state.log_history if "loss" in row],
+            tables={
+                int(path.stem.rpartition("_")[2]): pd.read_parquet(path)
+                for path in sorted((out / "completions").glob("completions_*.parquet"))
+            },
+            after=copied(self._model),
+            saved=None,
+            run=None,
+            error=error,
+            nan_at=self._nan_at,
         )
-        scored = [tuple(ids) for ids in kwargs["completion_ids"]]
-        if self._drawn is None:
-            given = self._tokenizer(text=list(prompts))["input_ids"]
-            prompt_ids, completion_ids, state = [tuple(ids) for ids in given], scored, None
-        else:
-            prompt_ids, completion_ids, state = self._drawn
-        self._drawn = None
-        self._window = Batch(
-            step=len(self.steps),
-            prompts=tuple(prompts),
-            texts=tuple(completions),
-            scored=tuple(scored),
-            rewards=tuple(rewards),
-            prompt_ids=tuple(prompt_ids),
-            completion_ids=tuple(completion_ids),
-            random_state=state,
-        )
-        return rewards
 
-    # TRL logs a reward by the name of its function, so the name must not change.
-    reward.__name__ = reward_func.__name__
+    def _recorded(self, n: int, reward: Any) -> Any:
+        """Return a reward function that scores as ``reward`` does, and record what it does."""
+        if isinstance(reward, torch.nn.Module):
+            return reward
+
+        def keep(arguments: Mapping[str, Any], rewards: Any) -> Any:
+            if self._model.training:
+                self._keep_scored(n, arguments, rewards)
+            return rewards
+
+        if is_async_callable(reward):
+
+            async def scoring(**arguments: Any) -> Any:
+                return keep(arguments, await reward(**arguments))
+
+        else:
+
+            def scoring(**arguments: Any) -> Any:  # type: ignore[misc]
+                return keep(arguments, reward(**arguments))
+
+        return functools.update_wrapper(scoring, reward)
+
+    def _keep_scored(self, n: int, arguments: Mapping[str, Any], rewards: Any) -> None:
+        columns = dict(arguments)
+        prompts, completions = columns.pop("prompts"), columns.pop("completions")
+        ids = tuple(tuple(row) for row in columns.pop("completion_ids"))
+        if "trainer_state" in columns:
+            columns["trainer_state"] = copy.copy(columns["trainer_state"])
+        columns |= {name: _nothing for name in ("log_extra", "log_metric") if name in columns}
+        numbers = tuple(None if r is None or math.isnan(r) else float(r) for r in rewards)
+        self._scored[n] = Scored(tuple(prompts), tuple(completions), ids, columns, numbers)
+
+    def _batch(self) -> Batch:
+        """Return the batch that was drawn and scored since the last one."""
+        scored = dict(sorted(self._scored.items()))
+        drawn, self._drawn, self._scored = self._drawn, None, {}
+        first = next(iter(scored.values()), Scored((), (), (), {}, ()))
+        # A reward model is no function that could be recorded.
+        weights = self._config.reward_weights or [1.0] * len(self._rewards)
+        returned = [one.rewards for one in scored.values()]
+        return Batch(
+            step=len(self.steps),
+            scored=scored,
+            rewards=tuple(weighed(returned, [weights[n] for n in scored])) if scored else (),
+            prompt_ids=tuple(drawn[0]) if drawn else tuple(self._tokens(first.prompts)),
+            completion_ids=tuple(drawn[1]) if drawn else first.ids,
+            random_state=drawn[2] if drawn else None,
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._before = _copy(self._model)
+        """Keep the weights before a step."""
+        self._before = copied(self._model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the gradient that the optimizer is given."""
         self.steps[-1].taken = _gradient(self._model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps[-1].after = _copy(self._model)
+        """Keep the weights after a step."""
+        self.steps[-1].after = copied(self._model)
 
     def _keep_drawn(self, prompts: Tensor, mask: Tensor, drawn: Tensor, state: Tensor) -> None:
-        ends = set(torch.tensor(self._model.generation_config.eos_token_id).view(-1).tolist())
-        cut = [_until(row.tolist(), ends) for row in drawn[:, prompts.shape[1] :]]
+        cut = [_until(row.tolist(), self._ends) for row in drawn[:, prompts.shape[1] :]]
         given = [tuple(row[keep.bool()].tolist()) for row, keep in zip(prompts, mask, strict=True)]
         self._drawn = (given, cut, state)
 
     def _keep_part(self, inputs: Mapping[str, Any], loss: float) -> None:
+        if self._scored or self._drawn:
+            self._window = self._batch()
         assert self._window is not None
-        pad = self._tokenizer.pad_token_id
-        prompts = [tuple(reversed(_strip(row[::-1], pad))) for row in inputs["prompt_ids"].tolist()]
-        completions = [_strip(row, pad) for row in inputs["completion_ids"].tolist()]
+        masks = zip(inputs["prompt_ids"], inputs["prompt_mask"].bool(), strict=True)
+        prompts = [tuple(row[keep].tolist()) for row, keep in masks]
         width = inputs["completion_ids"].shape[1]
+        completions = [self._strip(row) for row in inputs["completion_ids"].tolist()]
         shown = getattr(self._output, "log_probs", None)
         old, mask = inputs.get("old_per_token_logps"), inputs.get("completion_mask")
         if not self.steps or self.steps[-1].taken:
@@ -207,6 +276,17 @@ class _Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 loss=loss,
             )
         )
+
+    def _tokens(self, prompts: Sequence[Any]) -> list[Tokens]:
+        return prompt_tokens(self._tokenizer, prompts, self._config.chat_template_kwargs)
+
+    def _strip(self, row: Sequence[int]) -> Tokens:
+        """Return a completion without its padding, whose token may be an end token too."""
+        pad, kept = self._tokenizer.pad_token_id, len(row)
+        while kept and row[kept - 1] == pad:
+            kept -= 1
+        most = min(len(row), self._config.max_completion_length)
+        return tuple(row[: kept + (pad in self._ends and kept < most)])
 
     def _forwarded(self, model: Any, args: Any, output: Any) -> Any:
         if not self._in_loss:
@@ -225,19 +305,13 @@ def _until(tokens: Sequence[int], ends: set[int]) -> Tokens:
     return tuple(tokens[:stop])
 
 
-def _strip(tokens: Sequence[int], pad: int) -> Tokens:
-    kept = len(tokens)
-    while kept and tokens[kept - 1] == pad:
-        kept -= 1
-    return tuple(tokens[:kept])
-
-
-def _copy(model: Any) -> Tensors:
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+def _nothing(*args: Any) -> None:
+    """Take the place of TRL's functions by which a reward logs."""
 
 
 def _gradient(model: Any) -> Tensors:
     return {
         name: (torch.zeros_like(p) if p.grad is None else p.grad).detach().cpu().clone()
         for name, p in model.named_parameters()
+        if p.requires_grad
     }

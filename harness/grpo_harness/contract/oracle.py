@@ -1,20 +1,24 @@
 """What an observed step should have computed: `grpo_harness.grpo.formulas` on raw completions.
 
-No TRL code is used. The model is a fresh copy of the base policy with the run's weights before the
-step, in double precision, and completions have no left padding. If the run differs,
-`Oracle.suspect` looks for the one convention (``conventions.py``) that explains it.
+No TRL code is used. The model is a copy of the one that training started from, with the run's
+weights before the step, in double precision, and completions have no left padding. If the run
+differs, `Oracle.suspect` looks for the one convention (``conventions.py``) that explains it.
 """
 
+import contextlib
+import copy
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from grpo_harness.contract.conventions import Conventions, alternatives
-from grpo_harness.contract.invariant import GRADIENT_TOLERANCE, average, distance, scale
-from grpo_harness.contract.trace import Batch, Step, Tensors, Trace
+from grpo_harness.contract.invariant import GRADIENT_TOLERANCE, average, distance, norm, scale
+from grpo_harness.contract.trace import Batch, Step, Tensors, Tokens, Trace
 from grpo_harness.engines.weights import device_of, load_weights
 from grpo_harness.grpo import advantages, entropy, grpo_loss, kl, log_probabilities, ratio
 from grpo_harness.policy import Policy, load
@@ -34,20 +38,67 @@ class Computed:
 
 
 class Oracle:
-    """Recomputes steps of runs that started from one policy."""
+    """Recomputes steps of runs that started from one model.
 
-    def __init__(self, policy: str, *, device: str = "auto") -> None:
-        self.policy: Policy = load(policy)
-        self.device = device_of(device)
-        model = load_weights(self.policy, self.device, torch.float32)
-        self.base = {name: p.cpu().clone() for name, p in model.named_parameters()}
-        self._model = model.double().requires_grad_(True)
+    ``base`` are the weights that it started from, and ``ends`` the end tokens. A completion's text
+    and a prompt's tokens are the tokenizer's, with the ``template`` arguments of the chat template.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        ends: Iterable[int],
+        *,
+        reference: Tensors | None = None,
+        template: Mapping[str, Any] | None = None,
+        policy: Policy | None = None,
+    ) -> None:
+        self.base = copied(model)
+        self.tokenizer, self.ends, self.policy = tokenizer, frozenset(ends), policy
+        self.device = next(model.parameters()).device
+        self._reference, self._template = reference, dict(template or {})
+        self._model = model.double()
         self._computed: dict[Step, Computed] = {}
         self._suspects: dict[Step, str] = {}
 
+    @classmethod
+    def of_policy(cls, name: str, *, device: str = "auto") -> Self:
+        """Return the oracle of runs that start from the policy of that name."""
+        policy = load(name)
+        model = load_weights(policy, device_of(device), torch.float32).requires_grad_(True)
+        return cls(model, policy.tokenizer, policy.eos_token_ids, policy=policy)
+
+    @classmethod
+    def of_trainer(cls, trainer: Any) -> Self:
+        """Return the oracle of a run of ``trainer``, which is about to train."""
+        model = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).eval()
+        for module in model.modules():
+            # TRL puts a forward of its own over the model's.
+            module.__dict__.pop("forward", None)
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        reference = getattr(trainer, "ref_model", None)
+        return cls(
+            model,
+            tokenizer,
+            end_tokens(model, tokenizer),
+            reference=None if reference is None else copied(reference, every=True),
+            template=trainer.args.chat_template_kwargs,
+        )
+
     def truncated(self, completion: Sequence[int]) -> bool:
         """Tell whether a completion was cut off before an end token."""
-        return completion[-1] not in self.policy.eos_token_ids
+        return completion[-1] not in self.ends
+
+    def texts(self, completions: Sequence[Tokens]) -> list[str]:
+        """Return completions as texts."""
+        rows = list(map(list, completions))
+        decoded: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return decoded
+
+    def prompt_tokens(self, prompts: Sequence[Any]) -> list[Tokens]:
+        """Return the tokens of prompts, as `prompt_tokens` does."""
+        return prompt_tokens(self.tokenizer, prompts, self._template)
 
     def log_probabilities(
         self, weights: Tensors, batch: Batch, temperature: float
@@ -63,12 +114,13 @@ class Oracle:
         return values * mask, entropy(logits, temperature) * mask
 
     def redraw(
-        self, weights: Tensors, batch: Batch, temperature: float, top_p: float = 1.0
+        self, weights: Tensors, batch: Batch, temperature: float, **limits: Any
     ) -> list[list[bool]]:
         """Draw each token again from the recorded random state, and tell which are the same.
 
         Sampling one token of each completion at a time uses the same random numbers whatever the
         probabilities are, so every token can be redrawn after the recorded ones before it.
+        ``limits`` are ``top_k``, ``top_p`` and ``min_p``, as in transformers.
         """
         assert batch.random_state is not None
         generator = torch.Generator(self.device)
@@ -76,7 +128,7 @@ class Oracle:
         self._set(weights)
         with torch.no_grad():
             logits, _, _ = self._read(batch)
-        probabilities = _nucleus(torch.softmax(logits.float() / temperature, -1), top_p)
+        probabilities = _limited(torch.softmax(logits.float() / temperature, -1), **limits)
         drawn = [
             torch.multinomial(p, 1, generator=generator)[:, 0] for p in probabilities.unbind(1)
         ]
@@ -102,25 +154,53 @@ class Oracle:
             skip_nan=True,
         )
 
-    def step(self, run: Trace, step: Step, how: Conventions | None = None) -> Computed:
-        """Recompute ``step`` by the recipe's conventions, or by ``how``."""
+    def rounding(self, rewards: Sequence[float | None], g: int, how: Conventions) -> Tensor:
+        """Return how far single precision may take the advantages of ``rewards`` from the right.
+
+        It matters in a group whose rewards are nearly equal, since it is divided by their σ too.
+        """
+        numbers = [0.0 if reward is None else reward for reward in rewards]
+        largest = torch.tensor(numbers).double().view(-1, g).abs().amax(1).repeat_interleave(g)
+        unscaled = dataclasses.replace(how, scale="none")
+        shown, divided = (self.advantages(rewards, g, one).double() for one in (unscaled, how))
+        # Where an advantage is 0, σ may be too.
+        factor = torch.where(shown != 0, divided / shown, 1 if how.scale == "none" else 1 / how.eps)
+        return 2**-22 * largest * factor
+
+    def uncancelled(self, run: Trace, step: Step) -> float:
+        """Return the norm of a step's gradient if no advantage cancelled another.
+
+        Single precision is relative to it: completions that are all alike leave almost nothing.
+        """
+        how = Conventions.of(run.config)
+        return norm(self.step(run, step, how, absolute=True).gradient)
+
+    def step(
+        self, run: Trace, step: Step, how: Conventions | None = None, *, absolute: bool = False
+    ) -> Computed:
+        """Recompute ``step`` by the config's conventions, or by ``how``.
+
+        With ``absolute`` every advantage is taken as positive.
+        """
         if how is None:
             if step not in self._computed:
-                self._computed[step] = self.step(run, step, Conventions.of(run.recipe))
+                self._computed[step] = self.step(run, step, Conventions.of(run.config))
             return self._computed[step]
-        batch, g = step.batch, run.recipe.num_generations
+        batch = step.batch
         old = reference = None
         with torch.no_grad():
             if step.number > batch.step + 1:
                 drew = run.steps[batch.step].weights
                 old, _ = self.log_probabilities(drew, batch, how.temperature)
             if how.beta:
-                reference, _ = self.log_probabilities(self.base, batch, how.temperature)
+                with self._as_reference() as weights:
+                    reference, _ = self.log_probabilities(weights, batch, how.temperature)
         # Last, because the gradient is taken at the model's current weights.
         new, entropies = self.log_probabilities(step.weights, batch, how.temperature)
         old = new.detach() if old is None else old
         reference = new.detach() if reference is None else reference
-        given = self.advantages(batch.rewards, g, how).to(new)
+        given = self._given(run, step, how).to(new)
+        given = given.abs() if absolute else given
         mask = self._mask(batch, how).to(new.device)
         micro_batches = rows_of(step)
         losses, figures = [], []
@@ -142,7 +222,7 @@ class Oracle:
                     estimator=how.estimator,
                     kl_times_ratio=how.kl_times_ratio,
                     window_tokens=float(mask.sum()) / run.steps_per_batch or None,
-                    max_completion_length=run.recipe.max_completion_length,
+                    max_completion_length=run.config.max_completion_length,
                 )
             losses.append(loss if how.loss_type == "dapo" else loss / len(micro_batches))
             with torch.no_grad():
@@ -153,8 +233,10 @@ class Oracle:
                 high = (rho > 1 + how.epsilon_high) & (given[rows] > 0)[:, None]
                 figures.append(_figures(entropies[rows], divergence, low, high, mask[rows]))
         total = torch.stack(losses).sum()
-        names, leaves = zip(*self._model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(total, leaves)
+        parameters = dict(self._model.named_parameters())
+        names = list(step.weights)
+        leaves = [parameters[name] for name in names]
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
         return Computed(
             float(total.detach()),
             {n: grad.float().cpu() for n, grad in zip(names, gradients, strict=True)},
@@ -164,6 +246,17 @@ class Oracle:
             },
             new.detach().cpu(),
         )
+
+    def _given(self, run: Trace, step: Step, how: Conventions) -> Tensor:
+        """Return the advantages, each as the loss was given it if rounding explains it."""
+        batch, g = step.batch, run.config.num_generations
+        right = self.advantages(batch.rewards, g, how).double()
+        room = self.rounding(batch.rewards, g, how)
+        for rows, micro_batch in zip(rows_of(step), step.micro_batches, strict=True):
+            for place, seen in zip(rows, micro_batch.advantages.tolist(), strict=False):
+                if abs(seen - float(right[place])) <= float(room[place]):
+                    right[place] = seen
+        return right
 
     def suspect(self, run: Trace, step: Step) -> str:
         """Describe the gradient of ``step`` if a known mistake explains it."""
@@ -190,7 +283,7 @@ class Oracle:
     def suspect_advantages(self, run: Trace, batch: Batch, seen: Mapping[int, float]) -> str:
         """Describe the advantages ``seen``, by place, if a known mistake explains them."""
         for what, how in alternatives(run):
-            others = self.advantages(batch.rewards, run.recipe.num_generations, how).tolist()
+            others = self.advantages(batch.rewards, run.config.num_generations, how).tolist()
             # Equal rows may have exchanged their places.
             rows = list(zip(batch.prompt_ids, batch.completion_ids, strict=True))
             one = sorted((rows[i], a) for i, a in seen.items())
@@ -201,9 +294,24 @@ class Oracle:
         return ""
 
     def _set(self, weights: Tensors) -> None:
+        parameters = dict(self._model.named_parameters())
         with torch.no_grad():
-            for name, p in self._model.named_parameters():
-                p.copy_(weights[name])
+            for name, values in weights.items():
+                parameters[name].copy_(values)
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[Tensors]:
+        """Make the model the reference policy; yield the weights to set in it."""
+        adapters = getattr(self._model, "peft_config", None)
+        if adapters is None:
+            yield self.base if self._reference is None else self._reference
+        elif "ref" in adapters:
+            self._model.set_adapter("ref")
+            yield {}
+            self._model.set_adapter("default")
+        else:
+            with self._model.disable_adapter():
+                yield {}
 
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (completions, tokens, vocabulary), tokens and mask of the completions.
@@ -234,11 +342,21 @@ class Oracle:
         return (torch.arange(longest) < torch.tensor(kept)[:, None]).long()
 
 
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens that reaches ``top_p``; at least one."""
+def _limited(
+    probabilities: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float | None = None
+) -> Tensor:
+    """Keep the ``top_k`` most likely tokens, the least of them that reach ``top_p``, and so on.
+
+    ``min_p`` is relative to the likeliest token. At least one token is kept.
+    """
     ordered, tokens = probabilities.sort(-1, descending=True)
+    if top_k:
+        ordered[..., top_k:] = 0.0
+    ordered = ordered / ordered.sum(-1, keepdim=True)
     likelier = ordered.cumsum(-1) - ordered
     kept = torch.where(likelier < top_p, ordered, 0.0)
+    if min_p:
+        kept = torch.where(ordered >= min_p * ordered[..., :1], kept, 0.0)
     # Normalised: a draw depends only on the ratios of probabilities to random numbers.
     return torch.zeros_like(kept).scatter(-1, tokens, kept / kept.sum(-1, keepdim=True))
 
@@ -279,3 +397,32 @@ def rows_of(step: Step) -> list[list[int]]:
         [free[row].pop(0) for row in micro_batch.rows if free.get(row)]
         for micro_batch in step.micro_batches
     ]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end a completion: those of the model, and the tokenizer's."""
+    declared = model.generation_config.eos_token_id
+    ends = [] if declared is None else torch.tensor(declared).view(-1).tolist()
+    return {*ends, tokenizer.eos_token_id}
+
+
+def copied(model: Any, *, every: bool = False) -> Tensors:
+    """Return a copy of the trainable weights, or of ``every`` weight."""
+    return {
+        name: p.detach().cpu().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad or every
+    }
+
+
+def prompt_tokens(
+    tokenizer: Any, prompts: Sequence[Any], template: Mapping[str, Any] | None = None
+) -> list[Tokens]:
+    """Return the tokens of prompts: a text is taken as it is, and a conversation is rendered."""
+    if all(isinstance(prompt, str) for prompt in prompts):
+        rows = tokenizer(text=list(prompts))["input_ids"]
+    else:
+        how = {"tokenize": False, "add_generation_prompt": True, **(template or {})}
+        texts = [tokenizer.apply_chat_template(prompt, **how) for prompt in prompts]
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [tuple(row) for row in rows]

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from grpo_harness.contract.adam import clipped, rate, settings, updates
+from grpo_harness.contract.adam import clipped, rate, updates
 from grpo_harness.contract.invariant import (
     BrokenInvariantError,
     distance,
@@ -21,7 +21,7 @@ def gradients_are_clipped_as_asked(run: Trace) -> None:
     The factor is the same for every element, so only the rounding of one product differs. The
     largest difference seen was 1e-6.
     """
-    most = settings(run.recipe)["max_grad_norm"]
+    most = run.config.max_grad_norm
     for step in run.steps:
         right = clipped(step.gradient, most)
         off = distance(step.taken, right)
@@ -43,8 +43,8 @@ def every_update_is_adamws(run: Trace) -> None:
     second.
     """
     require(
-        [step.number for step in run.steps] == list(range(1, run.recipe.steps + 1)),
-        f"updates were made in steps {[step.number for step in run.steps]}, of {run.recipe.steps}",
+        [step.number for step in run.steps] == list(range(1, run.planned + 1)),
+        f"updates were made in steps {[step.number for step in run.steps]}, of {run.planned}",
     )
     for update in updates(run):
         for name, before in update.step.weights.items():
@@ -71,16 +71,20 @@ def only_updates_move_the_weights(run: Trace) -> None:
 def rates_logged_are_the_schedules(run: Trace) -> None:
     """The logged learning rate is that of the schedule's formula for the row's step."""
     for row in run.rows:
-        right = rate(run.recipe, int(row["step"]))
+        right = rate(run.config, run.planned, int(row["step"]))
         equal(f"step {row['step']}: learning_rate", row["learning_rate"], right, 0.0, 1e-6)
 
 
 @invariant("weights that are saved in half precision, before the last update, or not all of them")
 def what_is_saved_is_what_was_trained(run: Trace) -> None:
     """The checkpoint has the final weights, in their own dtype, to the bit."""
-    require(run.run is not None, f"the run left no checkpoint: {run.error}")
-    assert run.run is not None
-    saved = load_file(run.run.path / "model.safetensors")
+    require(run.saved is not None, f"the run left no checkpoint: {run.error}")
+    assert run.saved is not None
+    adapted = run.saved / "adapter_model.safetensors"
+    files = [adapted] if adapted.is_file() else sorted(run.saved.glob("model*.safetensors"))
+    saved = {name: values for file in files for name, values in load_file(file).items()}
+    if adapted.is_file():
+        saved = {name: saved[_short(name)] for name in run.after if _short(name) in saved}
     # A tensor that two layers share may be saved once or twice.
     missing = sorted(run.after.keys() - saved.keys())
     require(not missing, f"not saved: {', '.join(missing)}")
@@ -90,6 +94,12 @@ def what_is_saved_is_what_was_trained(run: Trace) -> None:
             f"{name} is saved as {saved[name].dtype}, and was trained as {right.dtype}",
         )
     _same("on disk", saved, run.after)
+
+
+def _short(name: str) -> str:
+    """Return the name under which PEFT saves a weight of its default adapter."""
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
 def _same(place: str, seen: Tensors, right: Tensors) -> None:

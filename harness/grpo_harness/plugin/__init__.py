@@ -8,6 +8,7 @@ In reading order:
 ``planning.py``    which policies and task types each test runs for, and its rules
 ``assertions.py``  the gate's rules as a suite asserts them
 ``fixtures.py``    the fixtures for suites
+``contract.py``    what the contract does not look at in watched trainers
 ``summary.py``     the terminal output before and after a run, and the report
 =================  =================================================================
 
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 
 # pytest finds hooks and fixtures among the names of the plugin's module.
+from grpo_harness.plugin.contract import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 from grpo_harness.plugin.fixtures import (  # noqa: F401
     all_task_types,
     base_policy,
