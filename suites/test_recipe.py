@@ -21,3 +21,13 @@ def test_resolved_config(grpo_recipe, grpo_session):
     if changed:
         told = "; ".join(changed)
         pytest.fail(f"{told}. If it is meant: grpo-harness recipes --record", pytrace=False)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # TRL asks so
+def test_contract(grpo_recipe, small_policy, grpo_session, tmp_path):
+    """A few steps of the recipe, from a small policy, compute what GRPO says, by its own values."""
+    from grpo_harness.contract import watch
+    from grpo_harness.training.run import build
+
+    small = grpo_recipe.small(small_policy)
+    watch(build(small, tmp_path / "run", device=grpo_session.settings.device)).holds()

@@ -369,22 +369,24 @@ def test_the_suite_guards_what_a_recipe_means(project, write, monkeypatch, capsy
     data, rewards = (Path(name).resolve() for name in ("train.jsonl", "team_rewards.py"))
     monkeypatch.chdir(project.path)
     (project.path / "test_own.py").write_text(suite.read_text())
-    run(project, deselected=1)
+    run(project, deselected=2)
     for file in (data, rewards):
         shutil.copy(file, project.path / file.name)
     shutil.copy(write(), project.path / "ours.yaml")
     table = project.path / "pyproject.toml"
     table.write_text(table.read_text().replace("problems = 64", 'recipe = "ours.yaml"', 1))
-    run(project, failed=1).stdout.fnmatch_lines(["*no config is recorded of the recipe 'ours'*"])
+    run(project, passed=1, failed=1).stdout.fnmatch_lines(
+        ["*no config is recorded of the recipe 'ours'*"]
+    )
     capsys.readouterr()
     assert main(["recipes", "--record"]) == 0
     assert main(["recipes"]) == 0
     assert "ours: as recorded" in capsys.readouterr().out
-    run(project, passed=1)
+    run(project, passed=2)
     shutil.copy(write(beta=0.04), project.path / "ours.yaml")
-    run(project, failed=1).stdout.fnmatch_lines(["*beta is 0.04: it was 0.0*"])
+    run(project, passed=1, failed=1).stdout.fnmatch_lines(["*beta is 0.04: it was 0.0*"])
     shutil.copy(write(betta=0.04), project.path / "ours.yaml")
-    run(project, errors=1).stdout.fnmatch_lines(["*has no 'betta'*"])
+    run(project, errors=2).stdout.fnmatch_lines(["*has no 'betta'*"])
     result = run(project)
     result.stdout.no_fnmatch_line("*files.py:*")  # one line, no traceback
     table.write_text(table.read_text().replace("ours.yaml", "none.yaml"))

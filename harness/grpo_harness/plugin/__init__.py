@@ -42,6 +42,7 @@ from grpo_harness.plugin.fixtures import (  # noqa: F401
     recorded_runs,
     role,
     sample,
+    small_policy,
     task_type,
     trained_policy,
 )

@@ -39,11 +39,7 @@ def grpo_session(
     from grpo_harness.session import Session
     from grpo_harness.store import Store
 
-    if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
-        assert pytestconfig.cache is not None
-        cache = Path(pytestconfig.cache.mkdir("grpo-harness"))
-    else:  # switched off: earlier runs are not remembered
-        cache = tmp_path_factory.mktemp("grpo-harness")
+    cache = _cache(pytestconfig, tmp_path_factory)
     run = pytestconfig.stash[RUN]
     session = Session(
         settings=run.settings,
@@ -57,6 +53,14 @@ def grpo_session(
     )
     yield session
     session.close()
+
+
+def _cache(config: pytest.Config, temporary: pytest.TempPathFactory) -> Path:
+    if config.pluginmanager.hasplugin("cacheprovider"):
+        assert config.cache is not None
+        return Path(config.cache.mkdir("grpo-harness"))
+    # Switched off: earlier runs are not remembered.
+    return temporary.mktemp("grpo-harness")
 
 
 def _kept_in(config: pytest.Config) -> Callable[[Evaluation], None]:
@@ -304,6 +308,29 @@ def grpo_recipe(request: pytest.FixtureRequest) -> RecipeFile:
     if path is None:
         pytest.skip("no recipe: set recipe in [tool.grpo-harness]")
     return clearly(lambda: load(path))
+
+
+@pytest.fixture(scope="session")
+def small_policy(
+    grpo_recipe: RecipeFile,
+    grpo_session: Session,
+    pytestconfig: pytest.Config,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """Return the policy of a recipe's smoke run: ``recipe_policy``, or the recipe's own, small."""
+    named = grpo_session.settings.table.recipe_policy
+    if named is not None:
+        return named
+
+    def small() -> str:
+        from grpo_harness.policy import load
+        from grpo_harness.training.shrunk import shrink
+
+        policy = load(grpo_recipe.policy)
+        folder = _cache(pytestconfig, tmp_path_factory) / "small"
+        return str(shrink(policy, folder / str(policy.fingerprint)))
+
+    return clearly(small)
 
 
 @pytest.fixture(scope="session")
