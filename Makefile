@@ -47,7 +47,7 @@ nano: .venv/installed  ## train both embedded policies again (under an hour on 2
 record: .venv/installed  ## record the baselines of the configured policies
 	$(BIN)/python -m pytest suites/ --grpo-record
 
-calibrate: .venv/installed  ## the gate's own test: false alarms, power, mutants (a few minutes)
+calibrate: .venv/installed  ## the gate's own test: false alarms, power, mutants (half an hour)
 	$(BIN)/python -m tools.calibration --out report/calibration
 
 falsealarms: .venv/installed  ## run the accuracy suite fifty times on unchanged policies (an hour)
