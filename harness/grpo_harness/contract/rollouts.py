@@ -133,11 +133,11 @@ def rows_are_complete_and_finite(run: Trace) -> None:
             require(name in row, f"step {row['step']}: {name} is not logged")
             # Of completions that are all masked there is no least and no greatest share.
             masked = run.config.mask_truncated_completions and name.endswith(("_min", "_max"))
-            require(
-                (value is None and masked)
-                or (isinstance(value, int | float) and math.isfinite(value)),
-                f"step {row['step']}: {name} is {value}",
-            )
+            scores = [score for batch in run.drawn_in(row) for score in batch.rewards]
+            unscored = name in {"reward", "reward_std"} and None in scores
+            none = value is None and (masked or unscored)
+            finite = isinstance(value, int | float) and math.isfinite(value)
+            require(none or finite, f"step {row['step']}: {name} is {value}")
 
 
 @invariant("the policy was loaded in another precision, or from somewhere else")
