@@ -75,10 +75,10 @@ def settings_are_the_recipes(run: Trace) -> None:
     TRL 0.19, 0.22, 0.27 and 1.10 changed defaults (β, loss_type, top_k, the KL estimator).
     """
     config, trainer = run.config, run.trainer
-    own = {name: getattr(config, name) for name in OWN}
+    own = {name: getattr(config, name, None) for name in OWN}
     own["epsilon_low"] = config.epsilon
     own["epsilon_high"] = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    given = {name: getattr(config, name) for name in (*OWN, *OF_THE_UPDATE)}
+    given = {name: getattr(config, name, None) for name in (*OWN, *OF_THE_UPDATE)}
     if run.recipe is not None:
         # By the recipe itself, because the config is made by TRL, with its defaults.
         given |= _pinned(run.recipe)
