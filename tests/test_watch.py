@@ -1,5 +1,6 @@
 """Any trainer under the contract: what holds of a team's own, and what is said when it does not."""
 
+import functools
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ WHOLE = {
         "num_completions_to_print": 0,
     },
     "rewards of None": {"rewards": made.reward_length},
-    "async": {"rewards": [made.reward_later, made.reward_answer]},
+    "async": {"rewards": [functools.partial(made.reward_later), made.reward_answer]},
     "lora": {"peft": lora()},
     "lora and beta": {"peft": lora(), "beta": 0.1},
     "beta": {"beta": 0.2},

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import is_async_callable
 
 from grpo_harness.contract.oracle import copied, end_tokens, prompt_tokens
 from grpo_harness.contract.runs import Run
@@ -197,7 +197,7 @@ class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 self._keep_scored(n, arguments, rewards)
             return rewards
 
-        if is_async_callable(reward):
+        if _is_async(reward):
 
             async def scoring(**arguments: Any) -> Any:
                 return keep(arguments, await reward(**arguments))
@@ -303,6 +303,12 @@ class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
 def _until(tokens: Sequence[int], ends: set[int]) -> Tokens:
     stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tuple(tokens[:stop])
+
+
+def _is_async(reward: Any) -> bool:
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(reward.__call__)
 
 
 def _nothing(*args: Any) -> None:

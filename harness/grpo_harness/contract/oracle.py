@@ -168,9 +168,10 @@ class Oracle:
         return 2**-22 * largest * factor
 
     def uncancelled(self, run: Trace, step: Step) -> float:
-        """Return the norm of a step's gradient if no advantage cancelled another.
+        """Return the norm of a step's gradient if none of its parts cancelled another.
 
-        Single precision is relative to it: completions that are all alike leave almost nothing.
+        Single precision is relative to it: completions that are all alike leave almost nothing, and
+        so does the KL term of a policy that has hardly moved.
         """
         how = Conventions.of(run.config)
         return norm(self.step(run, step, how, absolute=True).gradient)
@@ -180,7 +181,7 @@ class Oracle:
     ) -> Computed:
         """Recompute ``step`` by the config's conventions, or by ``how``.
 
-        With ``absolute`` every advantage is taken as positive.
+        With ``absolute`` every advantage is taken as positive, and larger by β.
         """
         if how is None:
             if step not in self._computed:
@@ -200,7 +201,7 @@ class Oracle:
         old = new.detach() if old is None else old
         reference = new.detach() if reference is None else reference
         given = self._given(run, step, how).to(new)
-        given = given.abs() if absolute else given
+        given = given.abs() + how.beta if absolute else given
         mask = self._mask(batch, how).to(new.device)
         micro_batches = rows_of(step)
         losses, figures = [], []

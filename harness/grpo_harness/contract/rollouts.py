@@ -75,10 +75,10 @@ def settings_are_the_recipes(run: Trace) -> None:
     TRL 0.19, 0.22, 0.27 and 1.10 changed defaults (β, loss_type, top_k, the KL estimator).
     """
     config, trainer = run.config, run.trainer
-    own = {name: getattr(config, name) for name in OWN}
+    own = {name: getattr(config, name, None) for name in OWN}
     own["epsilon_low"] = config.epsilon
     own["epsilon_high"] = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    given = {name: getattr(config, name) for name in (*OWN, *OF_THE_UPDATE)}
+    given = {name: getattr(config, name, None) for name in (*OWN, *OF_THE_UPDATE)}
     if run.recipe is not None:
         # By the recipe itself, because the config is made by TRL, with its defaults.
         given |= _pinned(run.recipe)
@@ -133,11 +133,11 @@ def rows_are_complete_and_finite(run: Trace) -> None:
             require(name in row, f"step {row['step']}: {name} is not logged")
             # Of completions that are all masked there is no least and no greatest share.
             masked = run.config.mask_truncated_completions and name.endswith(("_min", "_max"))
-            require(
-                (value is None and masked)
-                or (isinstance(value, int | float) and math.isfinite(value)),
-                f"step {row['step']}: {name} is {value}",
-            )
+            scores = [score for batch in run.drawn_in(row) for score in batch.rewards]
+            unscored = name in {"reward", "reward_std"} and None in scores
+            none = value is None and (masked or unscored)
+            finite = isinstance(value, int | float) and math.isfinite(value)
+            require(none or finite, f"step {row['step']}: {name} is {value}")
 
 
 @invariant("the policy was loaded in another precision, or from somewhere else")

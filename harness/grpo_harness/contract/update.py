@@ -17,7 +17,7 @@ from grpo_harness.contract.invariant import (
 from grpo_harness.contract.oracle import Oracle, rows_of
 from grpo_harness.contract.trace import Step, Tensors, Trace
 
-ROUNDING = 3e-6
+ROUNDING = 2e-5
 """Largest error of single precision in a gradient, relative to its parts' without signs."""
 
 
