@@ -260,7 +260,7 @@ def test_a_file_that_is_no_recipe(text, said, tmp_path):
     ("changes", "said"),
     [
         ({"reward_funcs": ["team_rewards.none"], "reward_weights": None}, "reward_funcs: "),
-        ({"reward_funcs": ["nowhere.at.all"], "reward_weights": None}, "nowhere:|nowhere.at:all"),
+        ({"reward_funcs": ["nowhere.at.all"], "reward_weights": None}, "'nowhere.at.all' is not"),
         ({"grpo_harness": {"trainer": "team_rewards:accuracy"}}, "is no subclass of GRPOTrainer"),
         ({"grpo_harness": {"trainer": "team_rewards:Theirs"}}, "not the module:Class"),
         ({"dataset_name": "other.jsonl"}, "other.jsonl"),

@@ -141,7 +141,7 @@ def test_a_damaged_cache_is_said_once_and_mended(project):
         ("return type('A', (), {'tolist': lambda a: {}['x']})()", "raised KeyError"),
         ("return 1.0", "returned float: it must return a list"),
         ("return 'abc'", "returned str"),
-        ("return (1.0 for _ in completions)", "returned generator"),
+        ("return {1.0 for _ in completions}", "returned set"),
         ("return [1.0]", "returned 1 numbers for "),
         ("return ['x'] * len(completions)", "returned 'x' for the completion"),
         ("return [float('nan')] * len(completions)", "returned nan"),

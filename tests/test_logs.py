@@ -353,7 +353,7 @@ def test_every_figure_has_a_name_of_its_own():
 def test_the_suite_judges_the_training_that_is_named(project):
     suite = Path(__file__).parents[1] / "suites" / "test_training_run.py"
     (project.path / "test_own.py").write_text(suite.read_text())
-    run(project, deselected=1)
+    run(project, deselected=2)
     for seed in range(4):
         write(project.path / f"run{seed}", {"log_history": rows(seed)})
     run(project, "--grpo-training", "run3", errors=1).stdout.fnmatch_lines(["*no recorded runs*"])
