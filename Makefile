@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check test heavy contract eval smollm2 real nano calibrate falsealarms learning record lock
+.PHONY: help check test heavy contract eval smollm2 real nano calibrate falsealarms trl learning record lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*##/\1\t/' | expand -t 12
@@ -52,6 +52,9 @@ calibrate: .venv/installed  ## the gate's own test: false alarms, power, mutants
 
 falsealarms: .venv/installed  ## run the accuracy suite fifty times on unchanged policies (an hour)
 	$(BIN)/python -m tools.calibration.false_alarms --runs 50
+
+trl: .venv/installed  ## ask the contract beside older releases of TRL (half an hour)
+	$(BIN)/python -m tools.releases
 
 learning: .venv/installed  ## run the learning test and its controls twenty times each (hours)
 	$(BIN)/python -W ignore -m tools.nano.learning_table --tests 20 --out report/learning

@@ -18,7 +18,7 @@ BASELINES = Path(__file__).parent.parent / "baselines"
 FLIPPED = {
     "0.29.0": {"vllm_mode", "vllm_importance_sampling_cap"},
     "1.0.0": {"vllm_importance_sampling_cap"},
-    "1.10.0": {"router_aux_loss_coef"},
+    "1.10.0": set(),
 }
 """What each release defaults otherwise than the locked one, among the keys that both have."""
 

@@ -34,6 +34,9 @@ _OF_THE_MACHINE = {
 }
 """Keys that depend on the folder, the device or the number of processes, not on the recipe."""
 
+_OF_EXPERTS = {"router_aux_loss_coef"}
+"""Keys that mean nothing for a dense model, which all built-in recipes train."""
+
 
 def path_of(name: str, baselines: Path) -> Path:
     """Return the path of a recipe's recorded config below a project's ``baselines``."""
@@ -65,7 +68,7 @@ def differences(
     Keys that depend on the folder, the device or the number of processes are left out. Raises as
     ``resolve``.
     """
-    left_out = _of_the_machine(recipe)
+    left_out = _left_out(recipe)
     was = {key: of for key, of in against["config"].items() if key not in left_out}
     now = _portable(recipe, device)
     return sorted(
@@ -95,10 +98,11 @@ def _portable(recipe: Recipe | RecipeFile, device: str) -> dict[str, Any]:
     values = settings(resolved(recipe, device=device))
     if isinstance(recipe, RecipeFile):
         values |= recipe.beside()
-    return {key: value for key, value in values.items() if key not in _of_the_machine(recipe)}
+    return {key: value for key, value in values.items() if key not in _left_out(recipe)}
 
 
-def _of_the_machine(recipe: Recipe | RecipeFile) -> Collection[str]:
-    # The batch of a file is that of one process, as TRL reads it.
-    own = {"per_device_train_batch_size"} if isinstance(recipe, RecipeFile) else set()
-    return _OF_THE_MACHINE - own
+def _left_out(recipe: Recipe | RecipeFile) -> Collection[str]:
+    if isinstance(recipe, RecipeFile):
+        # The batch of a file is that of one process, as TRL reads it.
+        return _OF_THE_MACHINE - {"per_device_train_batch_size"}
+    return _OF_THE_MACHINE | _OF_EXPERTS
