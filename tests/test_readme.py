@@ -145,7 +145,7 @@ def keys(section):
     return [key for row in rows for key in re.findall(r"`(\w+)`", row)]
 
 
-TRAINING = {
+FILES = {
     "our/rewards.py": "def accuracy(completions, solution, **_):\n"
     "    return [float(s in c) for c, s in zip(completions, solution)]\n"
     "def form(completions, **_):\n    return [-len(c) / 50 for c in completions]\n",
@@ -162,7 +162,7 @@ TRAINING = {
 def test_the_recipe_and_the_commands_train_record_and_judge(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for name, text in TRAINING.items():
+    for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     recipe, block = blocks("yaml")[-2:]
