@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import grpo_harness
+import grpo_harness.training.run
 from grpo_harness import rule_reward
 from grpo_harness.asked import Data
 from grpo_harness.cli import main
@@ -162,6 +163,8 @@ FILES = {
 def test_the_recipe_and_the_commands_train_record_and_judge(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.split(".")[0] == "our"]:
+        monkeypatch.delitem(sys.modules, name)
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
