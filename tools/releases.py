@@ -39,7 +39,32 @@ class Difference:
         return re.search(self.tests, test) is not None
 
 
-DIFFERENCES: Sequence[Difference] = ()
+DIFFERENCES: Sequence[Difference] = (
+    Difference(
+        r"-unscored$", "a completion that every reward scores None counts as 0 (trl#5902)", "1.6"
+    ),
+    Difference(
+        r"(loss|gradient)_equals_the_oracles-halves$",
+        "with a generation batch of two steps the dapo loss is half of what is right (trl#6024)",
+        "1.9.2",
+    ),
+    Difference(
+        r"-masked$",
+        "tokens of masked completions count in the denominator of the loss (trl#6369)",
+        "1.9",
+    ),
+    Difference(
+        r"figures_of_the_policy_are_the_oracles-(halves|clipped)$",
+        "clip_ratio/low_min and high_max are of micro-batches, and of single completions since",
+        "1.9",
+    ),
+    Difference(
+        r"-two-ended$",
+        "only the tokenizer's end token ends a completion, not the others of the generation config",
+        "1.15",
+    ),
+)
+"""The known differences, by the release that mended each; seen in its source."""
 
 
 def releases() -> list[str]:
