@@ -90,6 +90,7 @@ _RIGHT_NAMES = {
         "scale_rewards": "scale_advantages",
         "prompts_per_step of the recipe": "batch_size train_batch_size per_device_batch_size",
         "steps of the recipe": "total_steps num_steps",
+        "warmup_steps (below 1 it is a share)": "warmup_ratio",
         "adam_beta1": "beta1",
         "adam_beta2": "beta2",
         "fp16 or bf16": "half_precision_backend fp16_backend",
