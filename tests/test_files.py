@@ -388,7 +388,7 @@ def test_a_recorded_file_names_what_changed(write, tmp_path):
     for key, value in {
         "learning_rate": 1e-4, "reward_weights": [1.0, 0.4, 0.1], "beta": 0.1, "use_peft": True,
         "dataset_name": "test.jsonl", "per_device_train_batch_size": 16,
-        "reward_funcs": ["team_rewards.short"] * 3,
+        "reward_funcs": ["team_rewards.short"] * 3, "bf16": True, "gradient_checkpointing": True,
     }.items():  # fmt: skip
         changed = differences(load(write(**{key: value})), was, device="cpu")
         assert any(line.startswith(f"{key} is ") for line in changed), key

@@ -35,6 +35,10 @@ _OF_THE_MACHINE = {
 """Keys that depend on the folder, the device or the number of processes, not on the recipe."""
 
 
+_AS_WRITTEN = ("bf16", "fp16", "activation_checkpointing", "gradient_checkpointing")
+"""Keys that the device may overrule: of a file, what it says is recorded."""
+
+
 def path_of(name: str, baselines: Path) -> Path:
     """Return the path of a recipe's recorded config below a project's ``baselines``."""
     return baselines / FOLDER / f"{name}.json"
@@ -94,11 +98,11 @@ def _portable(recipe: Recipe | RecipeFile, device: str) -> dict[str, Any]:
     """Return what a recipe means on every machine: its config, and what a file names beside it."""
     values = settings(resolved(recipe, device=device))
     if isinstance(recipe, RecipeFile):
-        values |= recipe.beside()
+        values |= recipe.beside() | {key: recipe.values.get(key) for key in _AS_WRITTEN}
     return {key: value for key, value in values.items() if key not in _of_the_machine(recipe)}
 
 
 def _of_the_machine(recipe: Recipe | RecipeFile) -> Collection[str]:
     # The batch of a file is that of one process, as TRL reads it.
-    own = {"per_device_train_batch_size"} if isinstance(recipe, RecipeFile) else set()
-    return _OF_THE_MACHINE - own
+    own = {"per_device_train_batch_size", *_AS_WRITTEN}
+    return _OF_THE_MACHINE - (own if isinstance(recipe, RecipeFile) else set())
