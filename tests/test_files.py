@@ -368,6 +368,8 @@ def test_the_command_overrides_what_the_file_says(write, tmp_path, capsys):
     assert main(["train", "ours.yaml", "--out", "new", "--set", "kl_coef=1"]) == 2
     assert "use beta" in capsys.readouterr().err
     assert main(["train", "smoke", "--out", "x", "--set", "beta=1"]) == 2
+    assert main(["train", "ours.yaml", "--out", "x", "--steps", "0"]) == 2
+    assert "--steps 0: there must be at least one" in capsys.readouterr().err
 
 
 def test_assignments_are_yaml():

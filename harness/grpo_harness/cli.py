@@ -173,6 +173,8 @@ def _chosen(arguments: argparse.Namespace) -> "Recipe | RecipeFile":
         return dataclasses.replace(named(arguments.recipe), **changes)
     from grpo_harness.training.files import assignment
 
+    if arguments.steps is not None and arguments.steps < 1:  # TRL would train by epochs
+        raise ValueError(f"--steps {arguments.steps}: there must be at least one")
     own = {"policy": "model_name_or_path", "steps": "max_steps"}
     said = dict(assignment(text) for text in arguments.set)
     return _recipe(arguments.recipe, {**said, **{own[key]: v for key, v in changes.items()}})
