@@ -454,6 +454,11 @@ def test_the_suite_guards_what_a_recipe_means(project, write, monkeypatch, capsy
     assert main(["recipes"]) == 0
     assert "ours: as recorded" in capsys.readouterr().out
     run(project, passed=2)
+    (project.path / "train.jsonl").rename(project.path / "moved.jsonl")
+    result = run(project, passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*data 'dataset': train.jsonl *"])
+    result.stdout.no_fnmatch_line("*dataset.py:*")  # one line, no traceback
+    (project.path / "moved.jsonl").rename(project.path / "train.jsonl")
     shutil.copy(write(beta=0.04), project.path / "ours.yaml")
     run(project, passed=1, failed=1).stdout.fnmatch_lines(["*beta is 0.04: it was 0.0*"])
     shutil.copy(write(betta=0.04), project.path / "ours.yaml")

@@ -102,7 +102,7 @@ _KINDS = _kinds()
 
 
 class RecipeError(HarnessError, ValueError):
-    """A recipe's file cannot be used. One line: the file, the key and what it may be."""
+    """A recipe cannot be used. One line: the recipe or its file, the key and what it may be."""
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
