@@ -326,6 +326,7 @@ def test_what_the_file_names_must_be_there(write, changes, said, tmp_path):
         ({"optim": "adamw_bnb_8bit"}, "recipe 'ours': the trainer of TRL .* refuses it"),
         ({"lr_scheduler_kwargs": {"foo": 1}}, "recipe 'ours': the trainer of TRL .* refuses it"),
         ({"grpo_harness": {"trainer": "team_rewards:Mute"}}, "step 2: .* has logged no loss"),
+        ({"max_steps": -1, "num_train_epochs": 1, "logging_steps": 99}, "of 12 steps none"),
     ],
 )
 def test_what_the_trainer_refuses_is_one_clear_line(write, changes, said, tmp_path):

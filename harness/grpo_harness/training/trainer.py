@@ -153,7 +153,12 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._progress = progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over the log of a resumed run."""
+        """Take over the log of a resumed run. Raises ``TrainingError`` if it would log nothing."""
+        if state.max_steps < state.logging_steps:
+            raise TrainingError(
+                f"logging_steps is {state.logging_steps}, and of {state.max_steps} steps none "
+                "would be logged: lower it"
+            )
         self.rows = [{"step": row["step"], **row} for row in state.log_history if "loss" in row]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
