@@ -224,6 +224,8 @@ def test_values_are_taken_as_trl_takes_them(write, tmp_path):
         ({"num_generation": 8}, "has no 'num_generation'.*use num_generations"),
         ({"clip_range": 0.2}, "use epsilon"),
         ({"kl_coef": 0.1}, "use beta"),
+        ({"max_prompt_length": 9}, "use max_prompt_length in the block grpo_harness"),
+        ({"batch_size": 8}, "use per_device_train_batch_size"),
         ({"max_new_tokens": 9}, "use max_completion_length"),
         ({"model": "x"}, "has no 'model'"),
         ({"rewards": ["x"]}, "has no 'rewards'"),

@@ -214,6 +214,10 @@ def _check_names(recipe: Recipe, own: Mapping[str, Any]) -> None:
 def right_name(key: str, fields: Collection[str]) -> str:
     """Return the name that a wrong key should have, or else what it should be one of."""
     known = _RIGHT_NAMES.get(key)
+    if key == "max_prompt_length":
+        return "max_prompt_length in the block grpo_harness"
+    if known == "prompts_per_step of the recipe":
+        return "per_device_train_batch_size"
     if known is not None and not known.endswith("of the recipe"):
         return known
     close = difflib.get_close_matches(key, fields, 1, cutoff=0.75)
