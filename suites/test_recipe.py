@@ -27,7 +27,8 @@ def test_resolved_config(grpo_recipe, grpo_session):
 def test_contract(grpo_recipe, small_policy, grpo_session, tmp_path):
     """A few steps of the recipe, from a small policy, compute what GRPO says, by its own values."""
     from grpo_harness.contract import watch
+    from grpo_harness.plugin.state import clearly
     from grpo_harness.training.run import build
 
-    small = grpo_recipe.small(small_policy)
-    watch(build(small, tmp_path / "run", device=grpo_session.settings.device)).holds()
+    small, device = grpo_recipe.small(small_policy), grpo_session.settings.device
+    watch(clearly(lambda: build(small, tmp_path / "run", device=device))).holds()

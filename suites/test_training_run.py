@@ -11,12 +11,13 @@ def test_curves(grpo_log, recorded_runs, pytestconfig):
     """No figure is outside the band of one more run."""
     from grpo_harness.logs.judge import judge
     from grpo_harness.logs.plot import plot
+    from grpo_harness.plugin.state import clearly
 
     judgement = judge(grpo_log, recorded_runs)
     if folder := pytestconfig.getoption("grpo_report"):
         place = pytestconfig.invocation_params.dir / folder
         place.mkdir(parents=True, exist_ok=True)
-        plot(grpo_log, recorded_runs, place / "training.png")
+        clearly(lambda: plot(grpo_log, recorded_runs, place / "training.png"))
     if judgement.verdict != "PASS":
         pytest.fail(judgement.message(), pytrace=False)
 
@@ -24,9 +25,11 @@ def test_curves(grpo_log, recorded_runs, pytestconfig):
 def test_checkpoint_earns_what_was_logged(grpo_log, grpo_recipe, grpo_session):
     """The saved checkpoint, asked training prompts, earns the reward of the last steps."""
     from grpo_harness.logs.reconcile import reconcile
+    from grpo_harness.plugin.state import clearly
 
     if grpo_log.training not in (None, grpo_recipe.name):
         pytest.skip(f"the training is of the recipe {grpo_log.training}, not {grpo_recipe.name}")
-    found = reconcile(grpo_log, grpo_recipe, device=grpo_session.settings.device)
+    device = grpo_session.settings.device
+    found = clearly(lambda: reconcile(grpo_log, grpo_recipe, device=device))
     if found.verdict != "PASS":
         pytest.fail(found.message(), pytrace=False)

@@ -55,6 +55,10 @@ class Ours(GRPOTrainer):
     def compute_loss(self, *args, **kwargs):
         self.SEEN.append(self.state.global_step)
         return super().compute_loss(*args, **kwargs)
+
+class Mute(GRPOTrainer):
+    def log(self, logs, *args, **kwargs):
+        pass
 """
 
 
@@ -198,6 +202,19 @@ def test_the_config_is_the_one_that_trl_reads(write):
             assert ours.to_dict()[name] == value, name
 
 
+def test_values_are_taken_as_trl_takes_them(write, tmp_path):
+    path = write(
+        learning_rate="1e-6", num_iterations="2", scale_rewards=False, bf16="no", use_peft=True,
+        lora_target_modules="all-linear", max_completion_length=12, lr_scheduler_type="cosine",
+        gradient_checkpointing_kwargs='{"use_reentrant": false}', report_to="none",
+    )  # fmt: skip
+    path.write_text(path.read_text() + "<<: {seed: 3}\ngradient_checkpointing:  # none\n  false\n")
+    _, config, model = load(path).parsed
+    assert (config.learning_rate, config.num_iterations, config.seed) == (1e-6, 2, 3)
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert model.lora_target_modules == "all-linear"
+
+
 # ------------------------------------------------------------------ errors
 
 
@@ -207,12 +224,43 @@ def test_the_config_is_the_one_that_trl_reads(write):
         ({"num_generation": 8}, "has no 'num_generation'.*use num_generations"),
         ({"clip_range": 0.2}, "use epsilon"),
         ({"kl_coef": 0.1}, "use beta"),
+        ({"max_prompt_length": 9}, "use max_prompt_length in the block grpo_harness"),
+        ({"batch_size": 8}, "use per_device_train_batch_size"),
         ({"max_new_tokens": 9}, "use max_completion_length"),
         ({"model": "x"}, "has no 'model'"),
         ({"rewards": ["x"]}, "has no 'rewards'"),
         ({"learning_rate": float("nan")}, "must be finite"),
-        ({"learning_rate": "fast"}, "refuses it"),
-        ({"loss_type": 7, "num_generations": 1}, "refuses it"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast': it must be a finite number"),
+        ({"learning_rate": "1e400"}, "must be a finite number from 0 on"),
+        ({"lr_scheduler_kwargs": {"min_lr": float("inf")}}, "must be finite"),
+        ({"beta": "nan"}, "beta is 'nan'"),
+        ({"loss_type": 7}, "loss_type is 7: it must be of the type str"),
+        ({"num_generations": 1}, "num_generations is 1: it must be a whole number from 2 on"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": True}, "seed is True"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"steps_per_generation": 0}, "steps_per_generation is 0: it must be a whole number"),
+        ({"num_iterations": 0}, "num_iterations is 0"),
+        ({"max_completion_length": 0}, "max_completion_length is 0"),
+        ({"temperature": 0}, "temperature is 0: it must be a finite number above 0"),
+        ({"top_p": 2}, "top_p is 2"),
+        ({"save_steps": 0.5}, "save_steps is 0.5: it must be a whole number"),
+        ({"save_strategy": "epoch"}, "save_strategy must be steps"),
+        ({"logging_strategy": "no"}, "logging_strategy must be steps"),
+        ({"logging_steps": 10}, "logging_steps is 10, and of 2 steps none"),
+        ({"lr_scheduler_type": "cosin"}, "must be one of linear, cosine,"),
+        ({"eval_strategy": False}, "eval_strategy is False: it must be one of no,"),
+        ({"reward_funcs": "team_rewards.short"}, r"must be of the type list\[str\] \| None"),
+        ({"reward_funcs": [3]}, r"reward_funcs is \[3\]"),
+        ({"reward_weights": 1.0}, "reward_weights is 1.0"),
+        ({"lr_scheduler_kwargs": "foo"}, "lr_scheduler_kwargs is 'foo': it must be a mapping"),
+        ({"model_init_kwargs": {"trust_remote_code": True}}, "never run"),
+        ({"ignore_data_skip": True}, "the same as an uninterrupted one"),
+        ({"warmup_ratio": 0.1}, "use warmup_steps"),
+        ({"grpo_harnes": {}}, "use grpo_harness"),
+        ({"grpo_harness": {3: 4}}, "a key of grpo_harness is no text"),
+        ({"env": {"": "x"}}, "env has no possible variables"),
+        ({"env": {"A": "\0"}}, "env has no possible variables"),
         ({"per_device_train_batch_size": 6}, "refuses it"),
         ({"model_name_or_path": None}, "model_name_or_path must name"),
         ({"dataset_name": None}, "must name its problems, once"),
@@ -274,6 +322,30 @@ def test_what_the_file_names_must_be_there(write, changes, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, "recipe 'ours': the trainer of TRL .* refuses it"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "recipe 'ours': the trainer of TRL .* refuses it"),
+        ({"grpo_harness": {"trainer": "team_rewards:Mute"}}, "step 2: .* has logged no loss"),
+        ({"max_steps": -1, "num_train_epochs": 1, "logging_steps": 99}, "of 12 steps none"),
+    ],
+)
+def test_what_the_trainer_refuses_is_one_clear_line(write, changes, said, tmp_path):
+    from grpo_harness.training import TrainingError
+
+    with pytest.raises(TrainingError, match=said) as raised:
+        train(load(write(**changes)), tmp_path / "out", device="cpu")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_large_file_is_read_at_once(tmp_path):
+    path = tmp_path / "large.yaml"
+    path.write_text("".join(f"a{i}: 1\n" for i in range(20_000)))
+    with pytest.raises(ValueError, match="has no 'a0'"):
+        load(path)
+
+
 def test_a_reward_that_raises_names_the_step(write, tmp_path):
     from grpo_harness.training import TrainingError
 
@@ -299,6 +371,8 @@ def test_the_command_overrides_what_the_file_says(write, tmp_path, capsys):
     assert main(["train", "ours.yaml", "--out", "new", "--set", "kl_coef=1"]) == 2
     assert "use beta" in capsys.readouterr().err
     assert main(["train", "smoke", "--out", "x", "--set", "beta=1"]) == 2
+    assert main(["train", "ours.yaml", "--out", "x", "--steps", "0"]) == 2
+    assert "--steps 0: there must be at least one" in capsys.readouterr().err
 
 
 def test_assignments_are_yaml():
@@ -319,7 +393,7 @@ def test_a_recorded_file_names_what_changed(write, tmp_path):
     for key, value in {
         "learning_rate": 1e-4, "reward_weights": [1.0, 0.4, 0.1], "beta": 0.1, "use_peft": True,
         "dataset_name": "test.jsonl", "per_device_train_batch_size": 16,
-        "reward_funcs": ["team_rewards.short"] * 3,
+        "reward_funcs": ["team_rewards.short"] * 3, "bf16": True, "gradient_checkpointing": True,
     }.items():  # fmt: skip
         changed = differences(load(write(**{key: value})), was, device="cpu")
         assert any(line.startswith(f"{key} is ") for line in changed), key
@@ -383,6 +457,11 @@ def test_the_suite_guards_what_a_recipe_means(project, write, monkeypatch, capsy
     assert main(["recipes"]) == 0
     assert "ours: as recorded" in capsys.readouterr().out
     run(project, passed=2)
+    (project.path / "train.jsonl").rename(project.path / "moved.jsonl")
+    result = run(project, passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*data 'dataset': train.jsonl *"])
+    result.stdout.no_fnmatch_line("*dataset.py:*")  # one line, no traceback
+    (project.path / "moved.jsonl").rename(project.path / "train.jsonl")
     shutil.copy(write(beta=0.04), project.path / "ours.yaml")
     run(project, passed=1, failed=1).stdout.fnmatch_lines(["*beta is 0.04: it was 0.0*"])
     shutil.copy(write(betta=0.04), project.path / "ours.yaml")

@@ -6,6 +6,7 @@ import random
 import statistics
 from pathlib import Path
 
+import msgspec
 import pytest
 import scipy.stats
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from grpo_harness.cli import main
 from grpo_harness.logs.figures import FIGURES, Figure, Value, figures
 from grpo_harness.logs.judge import RISK, band, judge
+from grpo_harness.logs.plot import plot
 from grpo_harness.logs.read import Log, LogError, read
 from grpo_harness.logs.recorded import LEAST_RUNS, Recorded, load, path_of, record, summed_up
 from tests.projects import run
@@ -109,6 +111,12 @@ def test_steps_logged_twice_and_figures_that_a_step_lacks(tmp_path):
         ('{"log_history": [{"loss": Infinity, "step": 1}]}', "loss = inf"),
         ('{"log_history": [{"reward": [1], "step": 1}]}', "from which no training recovers"),
         ('{"log_history": [{"reward": true, "step": 1}]}', "from which no training recovers"),
+        ('{"log_history": [{"reward": 1%s, "step": 1}]}' % ("0" * 400), "reward = 10"),
+        ('{"log_history": [{"reward": 1, "step": 1%s}]}' % ("0" * 400), "step = 10"),
+        ('{"log_history": [{"reward": "NaN", "step": 1}]}', "reward = 'NaN'"),
+        ('{"log_history": [{"reward": 1, "kl": "0.1", "step": 1}]}', "kl = '0.1'"),
+        ('{"log_history": [{"reward": 1, "grad_norm": null, "step": 1}]}', "grad_norm = None"),
+        ('{"log_history": [{"loss": null, "step": 1}]}', "loss = None"),
         ('{"log_history": [{"reward": 1, "\\u001b[31m": NaN, "step": 1}]}', r"\\x1b"),
     ],
 )
@@ -267,6 +275,27 @@ def test_a_figure_that_is_no_longer_logged_is_named(tmp_path):
     assert any(why.startswith("kl, which not all") for why in found.left_out)
 
 
+def test_a_run_of_which_nothing_can_be_judged_does_not_pass(tmp_path):
+    runs = [msgspec.structs.replace(run, figures={}) for run in recorded(tmp_path).runs]
+    found = judge(log(99, tmp_path), Recorded(1, "ours", runs))
+    assert (found.verdict, "no figure of this run" in found.reason) == ("ERROR", True)
+
+
+def test_only_curves_that_all_runs_have_are_drawn(tmp_path):
+    def run(seed, of):
+        made = rows(seed)
+        return Log(tmp_path, tuple({**r, "kl": 0.1} if r["step"] <= of else r for r in made))
+
+    then = Recorded(1, "ours", [summed_up(run(seed, 3 + seed)) for seed in range(3)])
+    plot(run(9, 4), then, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    bare = [msgspec.structs.replace(of, curves={}) for of in then.runs]
+    with pytest.raises(LogError, match="nothing can be drawn"):
+        plot(run(9, 4), Recorded(1, "ours", bare), tmp_path / "none.png")
+    with pytest.raises(LogError, match="cannot be drawn to"):
+        plot(run(9, 4), then, tmp_path / "nowhere" / "curves.png")
+
+
 # ------------------------------------------------------------------ recording
 
 
@@ -302,6 +331,8 @@ def test_runs_that_show_no_spread_are_not_recorded(tmp_path):
         lambda text: text.replace('"steps": 50', '"steps": -1', 1),
         lambda text: text.replace('"steps": 50', '"steps": 49', 1),
         lambda text: text.replace('"training"', '"trainings"'),
+        lambda text: text.replace('"ours"', '"theirs"'),
+        lambda text: text.replace('"curves": {', '"curves": {"kl": [],', 1),
         lambda text: json.dumps({**json.loads(text), "runs": json.loads(text)["runs"][:2]}),
         lambda text: text.replace('"figures": {', '"figures": {"x": [1e99, 0],', 1),
     ],
@@ -339,6 +370,13 @@ def test_the_command_records_and_judges(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.startswith("FAIL: gsm")
     assert "entropy: " in said
+    assert main(["log", "run4", "--name", "gsm", "--plot", "run0"]) == 2
+    assert "ends in .png" in capsys.readouterr().err
+    assert main(["log", "run4", "--name", "gsm", "--recipe", "none.yaml"]) == 2
+    assert capsys.readouterr().out == "", "the recipe is read first"
+    three = ["run1", "run2", "run3"]
+    assert main(["log", *three, "--name", "gsm", "--record", "--recipe", "ours.yaml"]) == 2
+    assert "leave it out with --record" in capsys.readouterr().err
     assert main(["log", "run0", "run1", "--name", "gsm"]) == 2
     assert "one run is judged" in capsys.readouterr().err
 

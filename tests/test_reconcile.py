@@ -90,6 +90,13 @@ def test_changed_rewards_and_another_recipe_are_named(home, recipe, tmp_path, mo
     funcs = ["lenient_rewards.short", "lenient_rewards.digits"]
     changed = load(home / "ours.yaml", {"reward_funcs": funcs})
     assert reconcile(read(home / "run"), changed, device="cpu").verdict == "FAIL"
+    (home / "new_rewards.py").write_text(REWARDS.replace("def digits", "def numbers"))
+    funcs = ["new_rewards.short", "new_rewards.numbers"]
+    renamed = reconcile(
+        read(home / "run"), load(home / "ours.yaml", {"reward_funcs": funcs}), device="cpu"
+    )
+    assert renamed.left_out == ("digits", "numbers")
+    assert "not compared: digits, which the log" in renamed.message()
     (home / "other_rewards.py").write_text("def other(completions, **_):\n    return [0.0]\n")
     other = load(home / "ours.yaml", {"reward_funcs": ["other_rewards.other"]})
     with pytest.raises(LogError, match="logs none of the rewards of ours"):

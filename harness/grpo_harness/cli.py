@@ -173,6 +173,8 @@ def _chosen(arguments: argparse.Namespace) -> "Recipe | RecipeFile":
         return dataclasses.replace(named(arguments.recipe), **changes)
     from grpo_harness.training.files import assignment
 
+    if arguments.steps is not None and arguments.steps < 1:  # TRL would train by epochs
+        raise ValueError(f"--steps {arguments.steps}: there must be at least one")
     own = {"policy": "model_name_or_path", "steps": "max_steps"}
     said = dict(assignment(text) for text in arguments.set)
     return _recipe(arguments.recipe, {**said, **{own[key]: v for key, v in changes.items()}})
@@ -275,6 +277,11 @@ def _log(arguments: argparse.Namespace) -> int:
     from grpo_harness.logs.read import read
     from grpo_harness.logs.recorded import load, path_of, record
 
+    if arguments.record and arguments.recipe:
+        raise ValueError("--recipe asks a run that is judged: leave it out with --record")
+    if arguments.plot and arguments.plot.suffix != ".png":
+        raise ValueError(f"--plot {arguments.plot}: name a file that ends in .png")
+    recipe = _recipe(arguments.recipe) if arguments.recipe else None
     logs = [read(path) for path in arguments.runs]
     names = {arguments.name or log.training or TRAINING for log in logs}
     if len(names) > 1:
@@ -294,10 +301,10 @@ def _log(arguments: argparse.Namespace) -> int:
     judgement = judge(logs[0], recorded)
     _say(judgement.message())
     verdicts = {judgement.verdict}
-    if arguments.recipe:
+    if recipe is not None:
         from grpo_harness.logs.reconcile import reconcile
 
-        found = reconcile(logs[0], _recipe(arguments.recipe), device=arguments.device)
+        found = reconcile(logs[0], recipe, device=arguments.device)
         _say(found.message())
         verdicts.add(found.verdict)
     return 0 if verdicts == {"PASS"} else 1

@@ -80,7 +80,7 @@ class Judgement:
 
     def message(self) -> str:
         """Return the result in a line for each figure, those outside first."""
-        lines = [f"{self.verdict}: {self.training} against {self.runs} recorded runs"]
+        lines = [f"{self.verdict}: {escape(self.training)} against {self.runs} recorded runs"]
         if self.reason:
             return f"{lines[0]}\n  {self.reason}"
         lines += [f"  {finding}" for finding in sorted(self.findings, key=lambda f: not f.outside)]
@@ -105,6 +105,9 @@ def judge(log: Log, recorded: Recorded, risk: float = RISK) -> Judgement:
             left_out.append(f"{figure.name}, since not all runs were on hardware known as the same")
         else:
             judged.append((figure, value.number, then))
+    if not judged:
+        why = "no figure of this run is in all recorded ones: record this training anew"
+        return Judgement(recorded.training, len(runs), reason=f"not comparable: {why}")
     found = []
     for figure, number, then in judged:
         finding = Finding(figure, number, band(then, figure, risk / len(judged)))

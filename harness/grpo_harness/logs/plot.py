@@ -4,20 +4,29 @@ from pathlib import Path
 
 from grpo_harness.logs.figures import FIGURES
 from grpo_harness.logs.judge import RISK, bands
-from grpo_harness.logs.read import Log
+from grpo_harness.logs.read import Log, LogError
 from grpo_harness.logs.recorded import Recorded, windows
+from grpo_harness.text import one_line
 
 
 def plot(log: Log, recorded: Recorded, path: Path) -> None:
-    """Write a PNG with a picture for each curve that all runs have."""
+    """Write a PNG with a picture for each curve that all runs have.
+
+    Raises ``LogError`` if there is none, or if the file cannot be written.
+    """
     # Figure instead of pyplot: it needs no display and leaves no global state.
     from matplotlib.figure import Figure
 
     curves = {
         figure.key: figure
         for figure in FIGURES
-        if windows(log, figure.key) and all(figure.key in run.curves for run in recorded.runs)
+        # A figure that some steps lack may have fewer windows in one run than in another.
+        if windows(log, figure.key)
+        and all(figure.key in run.curves for run in recorded.runs)
+        and len({len(run.curves[figure.key]) for run in recorded.runs}) == 1
     }
+    if not curves:
+        raise LogError(f"nothing can be drawn: no curve of {log.path} is in all recorded runs")
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     picture = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
@@ -37,4 +46,7 @@ def plot(log: Log, recorded: Recorded, path: Path) -> None:
     for axes in list(places):
         axes.remove()
     picture.suptitle("this run (red), recorded runs and their band (blue)", fontsize=10)
-    picture.savefig(path, dpi=110, metadata={"Software": None})
+    try:
+        picture.savefig(path, dpi=110, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise LogError(f"the curves cannot be drawn to {path} ({one_line(error)})") from error

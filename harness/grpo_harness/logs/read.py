@@ -6,7 +6,6 @@ downloaded checkpoint.
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from grpo_harness.training.resources import FILE, ResourcesError, read_resources
 
 _STATE, _LOG, _RECIPE = "trainer_state.json", "log.json", "recipe.json"
 _MOST_BYTES = 1 << 30
+_GREATEST = 1e30
+_FINITE = ("loss", "grad_norm", "reward")
 _NAME = re.compile(r"[\w.+-]{1,64}", re.ASCII)
 
 
@@ -126,9 +127,11 @@ def _rows(content: Sequence[Mapping[str, Any]], file: Path) -> tuple[Mapping[str
     for number, row in enumerate(content):
         if "loss" not in row and "reward" not in row:  # the summary at the end, an evaluation
             continue
-        figures = {key: value for key, value in row.items() if not isinstance(value, str)}
+        figures = {key: value for key, value in row.items() if not _is_note(value)}
         for key, value in figures.items():
-            if value is not None and not (_is_number(value) and math.isfinite(value)):
+            # The trainer logs None for a number that JSON does not have.
+            lost = value is None and key in _FINITE
+            if lost or (value is not None and not _is_figure(value)):
                 raise LogError(
                     f"{file}: row {number} has {escape(key, 60)} = {escape(repr(value), 40)}, from "
                     "which no training recovers: see what that step did"
@@ -136,13 +139,24 @@ def _rows(content: Sequence[Mapping[str, Any]], file: Path) -> tuple[Mapping[str
         step = figures.get("step")
         if step is None or step != int(step) or not 0 <= step < 1e9:
             raise LogError(f"{file}: row {number} has no step: it is no log of a trainer")
-        # TRL logs None for a figure that a step does not have.
         rows[int(step)] = {key: float(v) for key, v in figures.items() if v is not None}
     return tuple(rows[step] for step in sorted(rows))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_note(value: Any) -> bool:
+    """Tell whether it is a text that is no number."""
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False
+
+
+def _is_figure(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -_GREATEST < value < _GREATEST
 
 
 def _training(file: Path) -> str | None:

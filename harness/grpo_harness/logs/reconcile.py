@@ -56,10 +56,11 @@ class Reconciled:
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """The verdict on a checkpoint."""
+    """The verdict on a checkpoint. ``left_out`` has the rewards of the log or the recipe alone."""
 
     policy: str
     rewards: tuple[Reconciled, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Literal["PASS", "FAIL"]:
@@ -70,6 +71,10 @@ class Reconciliation:
         """Return the result in a line for each reward."""
         lines = [f"{self.verdict}: {escape(self.policy)} against the last steps of its log"]
         lines += [f"  {reward}" for reward in sorted(self.rewards, key=lambda r: not r.differs)]
+        lines += [
+            f"  not compared: {escape(name, 60)}, which the log and the recipe do not both have"
+            for name in self.left_out
+        ]
         if self.verdict == "FAIL":
             lines.append(
                 "  it is not the policy whose curve was logged: see what was saved (the base, an "
@@ -114,7 +119,8 @@ def reconcile(
         least = LEAST * (max(series) - min(series))
         most = max(quantile * error + abs(_trend(series)), least)
         found.append(Reconciled(name, then.number, fmean(means), most))
-    return Reconciliation(str(folder), tuple(found))
+    both = {*log.rewards, *(reward.name for reward in functions)}
+    return Reconciliation(str(folder), tuple(found), tuple(sorted(both - logged.keys())))
 
 
 def _key(name: str) -> str:

@@ -53,7 +53,7 @@ class RecordedRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rewards: list[str]
     hardware: str | None
     figures: dict[str, tuple[_Number, _Error]]
-    curves: dict[str, list[Window]]
+    curves: dict[str, Annotated[list[Window], Meta(min_length=1)]]
 
 
 class Recorded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,6 +112,10 @@ def load(path: Path) -> Recorded:
         raise LogError(
             f"{path} has the schema {found.schema}, and this version reads {_SCHEMA}: install the "
             "version that wrote it, or record it anew"
+        )
+    if found.training != path.stem:
+        raise LogError(
+            f"{path} has the runs of '{escape(found.training)}': give it that name, or record anew"
         )
     _check_alike([(str(number), run) for number, run in enumerate(found.runs)], path)
     return found

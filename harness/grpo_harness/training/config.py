@@ -90,6 +90,7 @@ _RIGHT_NAMES = {
         "scale_rewards": "scale_advantages",
         "prompts_per_step of the recipe": "batch_size train_batch_size per_device_batch_size",
         "steps of the recipe": "total_steps num_steps",
+        "warmup_steps (below 1 it is a share)": "warmup_ratio",
         "adam_beta1": "beta1",
         "adam_beta2": "beta2",
         "fp16 or bf16": "half_precision_backend fp16_backend",
@@ -213,6 +214,10 @@ def _check_names(recipe: Recipe, own: Mapping[str, Any]) -> None:
 def right_name(key: str, fields: Collection[str]) -> str:
     """Return the name that a wrong key should have, or else what it should be one of."""
     known = _RIGHT_NAMES.get(key)
+    if key == "max_prompt_length":
+        return "max_prompt_length in the block grpo_harness"
+    if known == "prompts_per_step of the recipe":
+        return "per_device_train_batch_size"
     if known is not None and not known.endswith("of the recipe"):
         return known
     close = difflib.get_close_matches(key, fields, 1, cutoff=0.75)

@@ -11,12 +11,14 @@ import os
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
 import torch
@@ -28,6 +30,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.model_config import ModelConfig
 
 from grpo_harness.errors import HarnessError, user_code
+from grpo_harness.gate.inputs import brief
 from grpo_harness.rewards.functions import RewardFunction, load_reward
 from grpo_harness.tables import converted
 from grpo_harness.text import escape, one_line
@@ -51,6 +54,9 @@ _REFUSED = {
     "load_in_8bit": "quantized weights are not supported",
     "load_in_4bit": "quantized weights are not supported",
     "eval_strategy": "the trained policy is evaluated by the suites",
+    **dict.fromkeys(
+        ("save_only_model", "ignore_data_skip"), "a resumed run is the same as an uninterrupted one"
+    ),
 }
 """Keys of TRL's that a run here cannot have, and why."""
 
@@ -62,8 +68,41 @@ _OF_TRL = {
 """Names of rewards that TRL's command knows."""
 
 
+def _kinds() -> Mapping[str, Any]:
+    """Return what each key may be: as TRL declares it, or the narrower range that can be trained.
+
+    TRL itself checks only what is a text in the file.
+    """
+    found: dict[str, Any] = {}
+    for of in _CLASSES:
+        for name, hint in get_type_hints(of).items():
+            enums = (k for k in get_args(hint) if isinstance(k, type) and issubclass(k, Enum))
+            found[name] = next(enums, hint)
+    ranges = get_type_hints(Recipe, include_extras=True)
+    found |= {name: ranges[name] for name in found.keys() & ranges.keys() & _RANGED}
+    from_1, from_0 = ranges["gradient_accumulation_steps"], ranges["epsilon"]
+    found |= dict.fromkeys(
+        ("num_iterations", "steps_per_generation", "per_device_train_batch_size"), from_1
+    )
+    found |= dict.fromkeys(("epsilon_high", "max_grad_norm", "weight_decay"), from_0)
+    optional = ("steps_per_generation", "epsilon_high", "max_completion_length")
+    found |= {name: found[name] | None for name in optional}
+    # Declared as less than what TRL takes.
+    found |= {"lora_target_modules": list[str] | str | None, "scale_rewards": str | bool}
+    return found
+
+
+_RANGED = {
+    "num_generations", "max_completion_length", "gradient_accumulation_steps", "learning_rate",
+    "epsilon", "beta", "temperature", "top_p", "seed", "save_steps",
+}  # fmt: skip
+"""Keys that a built-in recipe has too, whose ranges are the same."""
+
+_KINDS = _kinds()
+
+
 class RecipeError(HarnessError, ValueError):
-    """A recipe's file cannot be used. One line: the file, the key and what it may be."""
+    """A recipe cannot be used. One line: the recipe or its file, the key and what it may be."""
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -212,7 +251,7 @@ class RecipeFile:
             try:
                 with warnings.catch_warnings():
                     # TRL's own default has a name that is deprecated in transformers.
-                    warnings.filterwarnings("ignore", "`gradient_checkpointing`", FutureWarning)
+                    warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
                     script, config, model, _ = parser.parse_args_and_config(["--config", str(file)])
             except Exception as error:  # its own checks, and those of libraries that it needs
                 raise RecipeError(
@@ -241,21 +280,28 @@ def load(path: Path, changes: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()
     given = content.pop(BLOCK, {})
     if not isinstance(given, Mapping):
         raise RecipeError(f"{path}: {BLOCK} is {escape(repr(given), 60)}: it must be a mapping")
+    if not all(isinstance(key, str) for key in given):
+        raise RecipeError(f"{path}: a key of {BLOCK} is no text: quote it")
     block = converted(dict(given), Block, lambda _: f"{path}: {BLOCK} ")
     env = content.pop("env", {})
     if not isinstance(env, Mapping):
         raise RecipeError(f"{path}: env is {escape(repr(env), 60)}: it must be a mapping")
-    os.environ.update({str(key): str(value) for key, value in env.items()})
+    try:
+        os.environ.update({str(key): str(value) for key, value in env.items()})
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: env has no possible variables ({one_line(error)})") from error
     for key, value in content.items():
         if key not in _FIELDS:
             raise RecipeError(
                 f"{path}: TRL {version('trl')} has no {escape(repr(key), 80)}, which it would drop "
-                f"without a word: use {right_name(str(key), sorted(_FIELDS))}"
+                f"without a word: use {right_name(str(key), sorted(_FIELDS | {BLOCK, 'env'}))}"
             )
         if key in _REFUSED and value not in (None, False, "no", []):
             raise RecipeError(f"{path}: {key} cannot be set here: {_REFUSED[key]}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"{path}: {key} is {value}: it must be finite")
+        if not _is_finite(value):
+            raise RecipeError(f"{path}: {key} is {escape(brief(value), 80)}: it must be finite")
+        if why := _unlike(key, value):
+            raise RecipeError(f"{path}: {key} is {escape(brief(value), 80)}: it must be {why}")
     if not isinstance(content.get("model_name_or_path"), str):
         raise RecipeError(f"{path}: model_name_or_path must name the policy to train")
     generated = block.n_math + block.n_prog > 0
@@ -269,8 +315,57 @@ def load(path: Path, changes: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     found = RecipeFile(path, content, block)
-    found.parsed  # noqa: B018 — refused at once, not when training begins
+    _check_config(path, found.parsed[1])
     return found
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _unlike(key: str, value: Any) -> str:
+    """Return what the value of a key must be, if it is something else, or an empty text."""
+    kind = _KINDS[key]
+    if isinstance(value, str) and bool in (kind, *get_args(kind)):  # such as yes, which TRL reads
+        return ""
+    try:
+        msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError:
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return f"one of {', '.join(str(member.value) for member in kind)}"
+        for each in (kind, *get_args(kind)):
+            for meta in getattr(each, "__metadata__", ()):
+                return str(meta.description)
+        return f"of the type {kind.__name__ if isinstance(kind, type) else kind}"
+    except TypeError:  # a declaration that msgspec does not know
+        pass
+    return ""
+
+
+def _check_config(path: Path, config: GRPOConfig) -> None:
+    """Raise ``RecipeError`` for what TRL accepts, and no run here can have."""
+    for name, value in vars(config).items():
+        if name.endswith("_kwargs") and not isinstance(value, Mapping | None):
+            raise RecipeError(f"{path}: {name} is {escape(brief(value), 80)}: it must be a mapping")
+    init = config.model_init_kwargs
+    if isinstance(init, Mapping) and init.get("trust_remote_code"):
+        raise RecipeError(
+            f"{path}: model_init_kwargs has trust_remote_code, which cannot be set here: "
+            f"{_REFUSED['trust_remote_code']}"
+        )
+    if config.logging_strategy != "steps":
+        raise RecipeError(f"{path}: logging_strategy must be steps, by which a run is judged")
+    if config.save_strategy not in ("steps", "no"):
+        raise RecipeError(f"{path}: save_strategy must be steps, with their number in save_steps")
+    if 0 < config.max_steps < config.logging_steps:
+        raise RecipeError(
+            f"{path}: logging_steps is {config.logging_steps:g}, and of {config.max_steps} steps "
+            "none would be logged: lower it"
+        )
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -300,9 +395,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
     """A safe loader that refuses a key that is there twice, of which one would be lost."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            line = node.start_mark.line + 1
-            raise RecipeError(f"the mapping of line {line} has {escape(repr(twice), 60)} twice")
+        # Keys that are no scalars are refused by the base class, and << is no key.
+        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        merge = "tag:yaml.org,2002:merge"
+        keys = Counter(self.construct_object(key) for key in scalars if key.tag != merge)
+        for key, times in keys.items():
+            if times > 1:
+                line = node.start_mark.line + 1
+                raise RecipeError(f"the mapping of line {line} has {escape(repr(key), 60)} twice")
         return super().construct_mapping(node, deep)

@@ -27,7 +27,7 @@ from grpo_harness.tasks import Problem, make_problems
 from grpo_harness.tasks.dataset import DatasetSource
 from grpo_harness.text import digest
 from grpo_harness.training.config import resolve
-from grpo_harness.training.files import RecipeFile
+from grpo_harness.training.files import RecipeError, RecipeFile
 from grpo_harness.training.recipes import Recipe
 
 
@@ -120,7 +120,7 @@ def _of_file(recipe: RecipeFile, out: Path, device: str, reward: RewardFunction 
     checkpoint = policy.checkpoint
     if checkpoint.gguf_file or checkpoint.base:
         kind = "an adapter" if checkpoint.base else "a GGUF file"
-        raise ValueError(
+        raise RecipeError(
             f"{recipe.path}: TRL trains what it loads from safetensors, and {policy.name!r} is "
             f"{kind}: save it whole, with save_pretrained, first"
         )
@@ -174,7 +174,7 @@ def prompt_of(policy: Policy, config: GRPOConfig, prompt: Any) -> str:
 def _check_reference(name: str, policy: Policy, beta: float) -> None:
     if beta and (policy.checkpoint.gguf_file or policy.checkpoint.base):
         kind = "an adapter" if policy.checkpoint.base else "a GGUF file"
-        raise ValueError(
+        raise RecipeError(
             f"recipe {name!r}: beta above 0 needs a reference model, which TRL loads from "
             f"safetensors, and {policy.name!r} is {kind}: save it with save_pretrained first"
         )
@@ -182,7 +182,7 @@ def _check_reference(name: str, policy: Policy, beta: float) -> None:
 
 def _check_enough(name: str, problems: int, at_once: int) -> None:
     if problems < at_once:
-        raise ValueError(
+        raise RecipeError(
             f"recipe {name!r} has {problems} problems and asks {at_once} at once: give it more "
             "(n_math, n_prog, rows of the data set), or lower the batch"
         )
@@ -197,7 +197,7 @@ def _check_lengths(
 ) -> None:
     for problem, ids in zip(problems, policy.tokenizer(list(prompts))["input_ids"], strict=True):
         if len(ids) > most:
-            raise ValueError(
+            raise RecipeError(
                 f"recipe {name!r}: the prompt of {problem.id} has {len(ids)} tokens, and "
                 f"max_prompt_length is {most}: raise it"
             )
@@ -212,7 +212,7 @@ def _once_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     shorter = text.removeprefix(tokenizer.bos_token or "")
     if tokenizer(shorter)["input_ids"] == wanted:
         return shorter
-    raise ValueError(
+    raise RecipeError(
         "the tokenizer adds special tokens to a prompt that the chat template has completed "
         "already: switch that off in its tokenizer_config.json (add_bos_token, add_eos_token)"
     )

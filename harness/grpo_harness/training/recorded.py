@@ -38,6 +38,10 @@ _OF_EXPERTS = {"router_aux_loss_coef"}
 """Keys that mean nothing for a dense model, which all built-in recipes train."""
 
 
+_AS_WRITTEN = ("bf16", "fp16", "activation_checkpointing", "gradient_checkpointing")
+"""Keys that the device may overrule: of a file, what it says is recorded."""
+
+
 def path_of(name: str, baselines: Path) -> Path:
     """Return the path of a recipe's recorded config below a project's ``baselines``."""
     return baselines / FOLDER / f"{name}.json"
@@ -97,12 +101,12 @@ def _portable(recipe: Recipe | RecipeFile, device: str) -> dict[str, Any]:
     """Return what a recipe means on every machine: its config, and what a file names beside it."""
     values = settings(resolved(recipe, device=device))
     if isinstance(recipe, RecipeFile):
-        values |= recipe.beside()
+        values |= recipe.beside() | {key: recipe.values.get(key) for key in _AS_WRITTEN}
     return {key: value for key, value in values.items() if key not in _left_out(recipe)}
 
 
 def _left_out(recipe: Recipe | RecipeFile) -> Collection[str]:
     if isinstance(recipe, RecipeFile):
         # The batch of a file is that of one process, as TRL reads it.
-        return _OF_THE_MACHINE - {"per_device_train_batch_size"}
+        return _OF_THE_MACHINE - {"per_device_train_batch_size", *_AS_WRITTEN}
     return _OF_THE_MACHINE | _OF_EXPERTS

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from grpo_harness.errors import HarnessError
 from grpo_harness.policy import TRAINED_ON, load
 from grpo_harness.policy.policy import quiet
 from grpo_harness.rewards.functions import RewardFunction
@@ -118,7 +119,7 @@ def train(
         trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
         before = {n: p.detach().to("cpu", copy=True) for n, p in trained}
         trainer.unfinished = unfinished
-        _go(trainer, model, notice)
+        _go(job.name, trainer, model, notice)
         # All processes must call these two, because each has a part of the result.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         peak = max(gather_object([peak_memory(cuda=not config.use_cpu)]))
@@ -196,13 +197,19 @@ def _made(job: Job, callbacks: Sequence[TrainerCallback] = ()) -> GRPOTrainer:
                 peft_config=job.peft,
             )
     except Exception as error:  # its own checks, and those of libraries that it needs
-        raise TrainingError(
-            f"recipe {job.name!r}: the trainer of TRL {version('trl')} refuses it "
-            f"({one_line(error)}): fix it, or install what it needs"
-        ) from error
+        raise TrainingError(_refused(job.name, error)) from error
 
 
-def _go(trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] | None) -> None:
+def _refused(name: str, error: Exception) -> str:
+    return (
+        f"recipe {name!r}: the trainer of TRL {version('trl')} refuses it ({one_line(error)}): fix "
+        "it, or install what it needs"
+    )
+
+
+def _go(
+    name: str, trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] | None
+) -> None:
     start: list[Any] = [None]
     if trainer.unfinished is not None:
         start = [trainer.unfinished.last()]
@@ -222,8 +229,10 @@ def _go(trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] 
         with _renamed(), _guarded():
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)
     except Exception as error:  # torch, json and safetensors raise various errors
-        if folder is None or trainer.begun:
+        if trainer.begun or isinstance(error, HarnessError):
             raise
+        if folder is None:
+            raise TrainingError(_refused(name, error)) from error
         raise TrainingError(
             f"{folder} cannot be read ({one_line(error)}): remove it, and the same command "
             "continues from the one before"

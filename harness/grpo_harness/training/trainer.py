@@ -153,11 +153,21 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._progress = progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over the log of a resumed run."""
+        """Take over the log of a resumed run. Raises ``TrainingError`` if it would log nothing."""
+        if state.max_steps < state.logging_steps:
+            raise TrainingError(
+                f"logging_steps is {state.logging_steps}, and of {state.max_steps} steps none "
+                "would be logged: lower it"
+            )
         self.rows = [{"step": row["step"], **row} for row in state.log_history if "loss" in row]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Request a checkpoint when one is due; the last step is followed by the result instead."""
+        if not self.rows and state.global_step > state.logging_steps:
+            raise TrainingError(
+                f"step {state.global_step}: the trainer has logged no loss of an earlier step, by "
+                "which a run is judged: let its log() pass TRL's figures on by their names"
+            )
         due = self._save_every > 0 and state.global_step % self._save_every == 0
         control.should_save = due and state.global_step < state.max_steps
 
