@@ -438,6 +438,7 @@ def test_the_trainer_is_the_one_that_trl_would_make(write, tmp_path):
 # ------------------------------------------------------------------ the suite
 
 
+@pytest.mark.heavy  # six runs of pytest, four of which train
 def test_the_suite_guards_what_a_recipe_means(project, write, monkeypatch, capsys):
     suite = Path(__file__).parents[1] / "suites" / "test_recipe.py"
     data, rewards = (Path(name).resolve() for name in ("train.jsonl", "team_rewards.py"))
@@ -464,6 +465,10 @@ def test_the_suite_guards_what_a_recipe_means(project, write, monkeypatch, capsy
     (project.path / "moved.jsonl").rename(project.path / "train.jsonl")
     shutil.copy(write(beta=0.04), project.path / "ours.yaml")
     run(project, passed=1, failed=1).stdout.fnmatch_lines(["*beta is 0.04: it was 0.0*"])
+    shutil.copy(write(use_vllm=True), project.path / "ours.yaml")
+    without = run(project, passed=1, failed=1).stdout
+    without.fnmatch_lines(["use_vllm is True: it was False*"])
+    without.fnmatch_lines(["*the smoke run samples without vLLM (use_vllm)"])
     shutil.copy(write(betta=0.04), project.path / "ours.yaml")
     run(project, errors=2).stdout.fnmatch_lines(["*has no 'betta'*"])
     result = run(project)
