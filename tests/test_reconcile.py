@@ -15,6 +15,8 @@ from grpo_harness.policy import PolicyName, find
 from grpo_harness.training import train
 from grpo_harness.training.files import load
 
+pytestmark = pytest.mark.heavy  # four trainings
+
 REWARDS = """
 def short(completions, **_):
     return [max(0.0, 1 - len(text) / 40) for text in completions]
