@@ -8,15 +8,10 @@ import pytest
 
 def test_resolved_config(grpo_recipe, grpo_session):
     """The recipe resolves to its recorded config: nothing in it, and no default, has changed."""
-    from grpo_harness.errors import HarnessError
+    from grpo_harness.plugin.state import clearly
     from grpo_harness.training.recorded import differences, recorded
 
-    try:
-        was = recorded(grpo_recipe.name, grpo_session.settings.baselines)
-    except HarnessError as error:
-        was, missing = None, str(error)
-    if was is None:
-        pytest.fail(missing, pytrace=False)
+    was = clearly(lambda: recorded(grpo_recipe.name, grpo_session.settings.baselines))
     changed = differences(grpo_recipe, was, device="cpu")
     if changed:
         told = "; ".join(changed)

@@ -110,15 +110,10 @@ def watched(contract, tmp_path_factory):
 @pytest.mark.parametrize("name", RECIPES)
 def test_resolved_config(name, grpo_session):
     """Every recipe resolves to its recorded config: no default has changed."""
-    from grpo_harness.errors import HarnessError
+    from grpo_harness.plugin.state import clearly
     from grpo_harness.training.recorded import differences, recorded
 
-    try:
-        was = recorded(name, grpo_session.settings.baselines)
-    except HarnessError as error:
-        was, missing = None, str(error)
-    if was is None:
-        pytest.fail(missing, pytrace=False)
+    was = clearly(lambda: recorded(name, grpo_session.settings.baselines))
     changed = differences(RECIPES[name], was, device="cpu")
     assert not changed, f"{'; '.join(changed)}. If it is meant: grpo-harness recipes --record"
 

@@ -287,7 +287,7 @@ class Session:
     def _bounds(self, evaluations: Sequence[Evaluation]) -> Mapping[str, Sizes]:
         """Return the bounds of a task, or those of the project if several are judged together."""
         if len(evaluations) == 1:
-            return self.settings.task(evaluations[0].questions.task_type).bounds
+            return self._task(evaluations[0]).bounds
         return self.settings.bounds
 
     def record(

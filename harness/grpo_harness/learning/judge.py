@@ -19,11 +19,8 @@ from grpo_harness.evaluation import Tally
 from grpo_harness.gate.bounds import ALPHA
 from grpo_harness.gate.stats import Estimate
 from grpo_harness.gate.verdicts import Evidence
+from grpo_harness.logs.figures import FIFTH
 from grpo_harness.rules import RULES, Terms
-
-FIFTH = 5
-"""A run is divided into this many equal parts; the first and the last are compared."""
-
 
 Answers = tuple[Tally, ...]
 """The results of one policy on held-out problems, in their order."""

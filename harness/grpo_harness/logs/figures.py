@@ -8,10 +8,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median_high
 from typing import Literal
 
-from grpo_harness.logs.read import Log
+from grpo_harness.logs.read import Log, reward_key
 
 FIFTH = 5
 """A run is divided into this many equal parts; the first and the last are compared."""
@@ -49,7 +49,7 @@ class Figure:
         if len(values) < 2:
             return None
         if self.part == "median":
-            return Value(sorted(values)[len(values) // 2])
+            return Value(median_high(values))
         n = max(len(values) // FIFTH, 1)
         last = _mean(values[-n:], values)
         if self.part == "end":
@@ -82,8 +82,7 @@ def figures(log: Log) -> Iterator[tuple[Figure, Value]]:
         own = [figure]
         if figure.name == "reward" and len(log.rewards) > 1:
             own += [
-                replace(figure, name=f"reward {name}", key=f"rewards/{name}/mean")
-                for name in log.rewards
+                replace(figure, name=f"reward {name}", key=reward_key(name)) for name in log.rewards
             ]
         for each in own:
             value = each.of(log)

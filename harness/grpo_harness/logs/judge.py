@@ -14,6 +14,7 @@ from typing import Literal
 
 from scipy.special import stdtrit
 
+from grpo_harness.gate.inputs import GREATEST_LOG
 from grpo_harness.logs.figures import FIGURES, Figure, Value, figures
 from grpo_harness.logs.read import Log
 from grpo_harness.logs.recorded import Recorded, RecordedRun, Window, difference, summed_up
@@ -21,8 +22,6 @@ from grpo_harness.text import escape
 
 RISK = 0.05
 """The probability that an unchanged run leaves a band, over all its figures together."""
-
-_GREATEST_LOG = 700.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def band(then: Sequence[Value], figure: Figure, risk: float) -> Band:
     quantile = float(stdtrit(m - 1, 1 - risk / 2))
     half = max(quantile * spread * math.sqrt(1 + 1 / m), figure.least)
     ends = mean - half, mean, mean + half
-    return Band(*(math.exp(min(end, _GREATEST_LOG)) for end in ends)) if log else Band(*ends)
+    return Band(*(math.exp(min(end, GREATEST_LOG)) for end in ends)) if log else Band(*ends)
 
 
 def bands(runs: Sequence[RecordedRun], key: str, figure: Figure, risk: float) -> list[Band]:

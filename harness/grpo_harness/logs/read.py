@@ -57,6 +57,11 @@ class Log:
         return [key[8:-5] for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
 
 
+def reward_key(name: str) -> str:
+    """Return the key by which TRL logs the mean of a reward function."""
+    return f"rewards/{name}/mean"
+
+
 def read(path: Path) -> Log:
     """Read the log of the run in a folder, or one of the two kinds of file itself.
 

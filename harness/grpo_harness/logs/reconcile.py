@@ -20,9 +20,9 @@ from grpo_harness.engines.engine import Request, Sampling, sample_seed
 from grpo_harness.engines.transformers import TransformersEngine
 from grpo_harness.logs.figures import FIFTH, Figure
 from grpo_harness.logs.judge import RISK
-from grpo_harness.logs.read import Log, LogError
+from grpo_harness.logs.read import Log, LogError, reward_key
 from grpo_harness.policy import load
-from grpo_harness.rewards.functions import Batch, Reward, Rewards, Scores
+from grpo_harness.rewards.functions import Batch, Reward, Rewards, Scores, completion_of
 from grpo_harness.text import escape
 from grpo_harness.training.files import RecipeFile
 from grpo_harness.training.job import Job, job_of, prompt_of
@@ -97,7 +97,7 @@ def reconcile(
     logged = {
         reward.name: value
         for reward in functions
-        if (value := Figure("", _key(reward.name)).of(log)) is not None
+        if (value := Figure("", reward_key(reward.name)).of(log)) is not None
     }
     if not logged:
         names = ", ".join(escape(reward.name, 60) for reward in functions)
@@ -115,16 +115,12 @@ def reconcile(
         if len(means) < 2:
             raise LogError(f"the reward {escape(name)} applies to no completion of {folder}")
         error = math.hypot(then.error, math.sqrt(variance(means) / len(means)))
-        series = [value for _, value in log.series(_key(name))]
+        series = [value for _, value in log.series(reward_key(name))]
         least = LEAST * (max(series) - min(series))
         most = max(quantile * error + abs(_trend(series)), least)
         found.append(Reconciled(name, then.number, fmean(means), most))
     both = {*log.rewards, *(reward.name for reward in functions)}
     return Reconciliation(str(folder), tuple(found), tuple(sorted(both - logged.keys())))
-
-
-def _key(name: str) -> str:
-    return f"rewards/{name}/mean"
 
 
 def _earned(job: Job, rewards: Rewards, folder: Path, device: str, seed: int) -> list[list[Scores]]:
@@ -154,9 +150,7 @@ def _earned(job: Job, rewards: Rewards, folder: Path, device: str, seed: int) ->
         names=[job.ids[i] for i, _ in asked],
         prompts=[row["prompt"] for _, row in asked],
         completions=[
-            sample.text
-            if isinstance(row["prompt"], str)
-            else [{"role": "assistant", "content": sample.text}]
+            completion_of(row["prompt"], sample.text)
             for (_, row), sample in zip(asked, drawn, strict=True)
         ],
         completion_ids=[list(sample.ids) for sample in drawn],

@@ -256,8 +256,7 @@ class Batch:
             names=[problem.id for problem in problems],
             prompts=[problem.prompt for problem in problems],
             completions=[
-                text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}]
-                for p, text in zip(problems, texts, strict=True)
+                completion_of(p.prompt, text) for p, text in zip(problems, texts, strict=True)
             ],
             completion_ids=completion_ids or [list(text.encode()) for text in texts],
             columns={
@@ -453,6 +452,11 @@ def alike(one: float | None, other: float | None) -> bool:
     if one is None or other is None:
         return one is other
     return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-8)
+
+
+def completion_of(prompt: Any, text: str) -> Any:
+    """Return a completion as rewards get it: a text, or a message where the prompt has some."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def text_of(completion: Any) -> str:

@@ -117,9 +117,7 @@ def _of_file(recipe: RecipeFile, out: Path, device: str, reward: RewardFunction 
     rewards = (reward,) if reward is not None else (*recipe.rewards(),)
     trainer = recipe.trainer(GRPOTrainer)
     policy = load(recipe.policy)
-    checkpoint = policy.checkpoint
-    if checkpoint.gguf_file or checkpoint.base:
-        kind = "an adapter" if checkpoint.base else "a GGUF file"
+    if kind := _no_model(policy):
         raise RecipeError(
             f"{recipe.path}: TRL trains what it loads from safetensors, and {policy.name!r} is "
             f"{kind}: save it whole, with save_pretrained, first"
@@ -155,7 +153,7 @@ def _of_file(recipe: RecipeFile, out: Path, device: str, reward: RewardFunction 
         recipe={"name": recipe.name, "file": recipe.values, "block": msgspec.structs.asdict(block)},
         config=config,
         policy=policy,
-        model=str(checkpoint.path),
+        model=str(policy.checkpoint.path),
         ids=tuple(problem.id for problem in problems),
         rows=Dataset.from_list(rows),
         rewards=rewards,
@@ -171,9 +169,15 @@ def prompt_of(policy: Policy, config: GRPOConfig, prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else policy.render(prompt, **template)
 
 
+def _no_model(policy: Policy) -> str:
+    """Return what a policy is that TRL cannot load as a model, or an empty text."""
+    if policy.checkpoint.base:
+        return "an adapter"
+    return "a GGUF file" if policy.checkpoint.gguf_file else ""
+
+
 def _check_reference(name: str, policy: Policy, beta: float) -> None:
-    if beta and (policy.checkpoint.gguf_file or policy.checkpoint.base):
-        kind = "an adapter" if policy.checkpoint.base else "a GGUF file"
+    if beta and (kind := _no_model(policy)):
         raise RecipeError(
             f"recipe {name!r}: beta above 0 needs a reference model, which TRL loads from "
             f"safetensors, and {policy.name!r} is {kind}: save it with save_pretrained first"
