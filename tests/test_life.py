@@ -115,9 +115,9 @@ def test_a_damaged_cache_is_said_once_and_mended(project):
     run(project, "--grpo-seed=3", passed=2)
     cache = project.path / ".pytest_cache" / "d" / "grpo-harness"
     with closing(sqlite3.connect(cache / "samples.db")) as database, database:
-        base = "SELECT samples.rowid FROM samples JOIN draws USING (draw) WHERE policy = ? AND number = 0"
+        of_base = "draw IN (SELECT draw FROM draws WHERE policy = ?)"
         database.execute(
-            f"UPDATE samples SET text = ? WHERE rowid = ({base} LIMIT 1)",  # noqa: S608
+            f"UPDATE samples SET text = ? WHERE number = 0 AND {of_base}",  # noqa: S608
             (b"\xff", b"base-policy"),
         )
     attempts = cache / "attempts.jsonl"

@@ -398,9 +398,8 @@ def _not_stored(
 ) -> StoreError:
     return StoreError(
         f"{escape(questions.policy.name)} on {questions.task_type.name}: {missing} of {asked} "
-        f"completions of seed {run_seed} are not in the store {store.file}: draw them by the same "
-        f"command without --grpo-rescore and with --grpo-seed={run_seed}, or name the seed of "
-        "another run"
+        f"completions of seed {run_seed} are not in the store {store.file}: run without "
+        "--grpo-rescore to draw them, or name the seed of another run by --grpo-seed"
     )
 
 

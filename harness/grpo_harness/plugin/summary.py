@@ -150,7 +150,7 @@ class Summary:
 
     def _keep(self, carried: list[dict[str, Any]]) -> None:
         self._rows += carried
-        cache = self._config.cache
+        cache = getattr(self._config, "cache", None)
         if cache and any(row["kind"] == "evaluation" for row in carried):
             cache.set(SEED, self._run.seed)
 
