@@ -1,6 +1,7 @@
 """Trainers as a team would build them, by TRL's documentation, on the embedded policy."""
 
 import torch
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -100,6 +101,62 @@ class LengthTerm(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
         return loss * (1 + 0.01 * inputs["completion_mask"].shape[1])
+
+
+class OfItsOwnBatch(GRPOTrainer):
+    """Of several processes: each divides by the σ of its own rewards."""
+
+    def _calculate_rewards(self, inputs, *arguments):
+        rewards = super()._calculate_rewards(inputs, *arguments)
+        self.all, first = rewards.sum(1), self.accelerator.process_index * len(inputs)
+        self.own = self.all[first : first + len(inputs)]
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        drawn = super()._generate_and_score_completions(inputs)
+        drawn["advantages"] *= (self.all.std() + 1e-4) / (self.own.std() + 1e-4)
+        return drawn
+
+
+class OfItsOwnTokens(GRPOTrainer):
+    """Each process divides by the tokens of its own completions."""
+
+    def _compute_loss(self, model, inputs):
+        tokens = inputs["completion_mask"].sum() * self.accelerator.num_processes
+        return super()._compute_loss(model, inputs | {"num_items_in_batch": tokens})
+
+
+class OfItsOwnFigures(GRPOTrainer):
+    """Each process logs the mean reward of its own completions."""
+
+    def _generate_and_score_completions(self, inputs):
+        drawn = super()._generate_and_score_completions(inputs)
+        rewards = next(iter(self._logs["rewards"].values()))
+        self._metrics["train"]["reward"] = [sum(list(rewards)[: len(inputs)]) / len(inputs)]
+        return drawn
+
+
+class SamePrompts(GRPOTrainer):
+    """Every process asks what the first one asks."""
+
+    def _generate_and_score_completions(self, inputs):
+        return super()._generate_and_score_completions(broadcast_object_list([inputs])[0])
+
+
+class SameSeed(GRPOTrainer):
+    """Every process draws with the same random numbers."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        set_seed(self.args.seed)
+
+
+class NotAveraged(GRPOTrainer):
+    """Every process trains with its own gradients."""
+
+    def training_step(self, model, *arguments):
+        with model.no_sync():
+            return super().training_step(model, *arguments)
 
 
 def prompts(conversations):

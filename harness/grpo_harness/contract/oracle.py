@@ -226,6 +226,8 @@ class Oracle:
                     max_completion_length=run.config.max_completion_length,
                 )
             losses.append(loss if how.loss_type == "dapo" else loss / len(micro_batches))
+        for first in range(0, len(micro_batches), run.processes):
+            rows = [i for made in micro_batches[first : first + run.processes] for i in made]
             with torch.no_grad():
                 rho = ratio(new[rows], old[rows])
                 divergence = kl(new[rows], reference[rows], how.estimator)

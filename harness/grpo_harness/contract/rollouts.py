@@ -209,7 +209,7 @@ def prompts_are_the_templates(run: Trace, oracle: Oracle) -> None:
 @invariant("a stale or second copy of the model draws: rollouts from the base (unsloth#8701)")
 def rollouts_are_the_current_policys(run: Trace, oracle: Oracle) -> None:
     """Every completion is what the current weights draw from the recorded random state."""
-    for batch in batches(run):
+    for batch in [draw for joined in batches(run) for draw in joined.draws]:
         number = batch.step + 1
         require(
             batch.random_state is not None,
@@ -235,11 +235,11 @@ def rewards_are_the_completions(run: Trace, oracle: Oracle) -> None:
     """Scoring the raw completions again gives the rewards that were returned and logged."""
     g, names = run.config.num_generations, run.trainer.reward_func_names
     for batch in batches(run):
-        texts, table = oracle.texts(batch.completion_ids), _table(run, batch)
+        table = _table(run, batch)
         for n, scored in batch.scored.items():
-            again = _again(run.rewards[n], scored, texts)
+            again = _rescored(run, oracle, batch, n)
             if not all(map(_same, scored.rewards, again)):
-                once_more = _again(run.rewards[n], scored, texts)
+                once_more = _rescored(run, oracle, batch, n)
                 if not all(map(_same, once_more, again)):
                     raise NotLookedAtError(f"{names[n]}, which scores the same text differently")
             for i, right in enumerate(again):
@@ -390,6 +390,15 @@ def batches(run: Trace) -> list[Batch]:
 def content(completion: Any) -> Any:
     """Return the text of a completion, which is a text or the assistant's one message."""
     return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def _rescored(run: Trace, oracle: Oracle, batch: Batch, n: int) -> list[float | None]:
+    """Score the completions of a batch by reward function ``n`` again, each process's at once."""
+    return [
+        reward
+        for draw in batch.draws
+        for reward in _again(run.rewards[n], draw.scored[n], oracle.texts(draw.completion_ids))
+    ]
 
 
 def _again(reward: RewardFunction, scored: Scored, texts: Sequence[str]) -> Sequence[float | None]:

@@ -67,6 +67,16 @@ def only_updates_move_the_weights(run: Trace) -> None:
         _same(f"after step {step.number}", start, step.after)
 
 
+@invariant("gradients that are not averaged, or a process that trains by itself")
+def every_process_has_the_same_weights(run: Trace) -> None:
+    """All processes have the same gradient in each step, and the same weights, to the bit."""
+    for step in run.steps:
+        for what, right in step.digests[0].items() if step.digests else ():
+            for n, digests in enumerate(step.digests):
+                same = digests[what] == right
+                require(same, f"step {step.number}: the {what} of processes 0 and {n} differ")
+
+
 @invariant("a schedule that is not the recipe's, or a rate that is logged after the scheduler")
 def rates_logged_are_the_schedules(run: Trace) -> None:
     """The logged learning rate is that of the schedule's formula for the row's step."""
