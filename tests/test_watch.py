@@ -1,6 +1,7 @@
 """Any trainer under the contract: what holds of a team's own, and what is said when it does not."""
 
 import functools
+import math
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("trainers.p
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 SEVERAL = [made.reward_digits, made.reward_answer, made.reward_length]
+SHORT = {"gradient_accumulation_steps": 4, "num_generations": 2, "max_completion_length": 2}
 FIRST = {"num_iterations": 2, "max_steps": 4, "learning_rate": 5e-3}
 
 
@@ -38,6 +40,15 @@ WHOLE = {
         "num_completions_to_print": 0,
     },
     "rewards of None": {"rewards": made.reward_length},
+    "rewards of one name": {
+        "rewards": [made.reward_digits, made.reward_short],
+        "log_completions": True,
+        "num_completions_to_print": 0,
+    },
+    "a reward that changes its arguments": {"rewards": made.reward_in_place},
+    "stopped": {"trainer": made.Stopped},
+    "advantages of tokens": {"trainer": made.OfTokens},
+    "one prompt": {"trainer": made.OnePrompt, "loss_type": "bnpo", **SHORT},
     "async": {"rewards": [functools.partial(made.reward_later), made.reward_answer]},
     "lora": {"peft": lora()},
     "lora and beta": {"peft": lora(), "beta": 0.1},
@@ -81,6 +92,8 @@ REUSED = {
     "iterations": {**FIRST, "epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5, "beta": 0.05},
     "no correction": {**FIRST, "beta": 0.2, "use_bias_correction_kl": False},
     "window": {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+    "one prompt": {"trainer": made.OnePrompt, **SHORT, "gradient_accumulation_steps": 1}
+    | {"steps_per_generation": 4, "max_steps": 4},
 }
 """Trainers whose completions are used in several steps."""
 
@@ -179,6 +192,17 @@ def test_only_a_new_trainer_is_watched(tmp_path):
     trainer.train()
     with pytest.raises(ValueError, match="has already trained 1 steps"):
         watch(trainer)
+    with pytest.raises(ValueError, match="has 36 prompts, and a batch of completions asks 50: no"):
+        watch(made.build(tmp_path, per_device_train_batch_size=200))
+
+
+def test_a_reward_of_infinity_is_named(tmp_path):
+    def rewards(completions, **kwargs):
+        return [math.inf, *made.reward_digits(completions[1:])]
+
+    run = watch(made.build(tmp_path, rewards=rewards, max_steps=1))
+    with pytest.raises(AssertionError, match=r"step 1, completion 0 \(group 0\) scored inf by rew"):
+        run.holds("rewards_are_the_completions")
 
 
 def test_a_crash_is_made_once_and_named_once(tmp_path):

@@ -4,7 +4,12 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_harness.policy import PolicyName, find
@@ -39,6 +44,20 @@ def reward_of_twenty(completions, **kwargs):
 
 async def reward_later(completions, **kwargs):
     return reward_digits(completions)
+
+
+def reward_in_place(completions, **kwargs):
+    """A function that works on the list that it is given."""
+    rewards = reward_digits(completions)
+    completions[:] = ["read"] * len(completions)
+    return rewards
+
+
+def reward_short(completions, **kwargs):
+    return [1 / (1 + len(text)) for text in completions]
+
+
+reward_short.__name__ = reward_digits.__name__
 
 
 class OwnTrainer(GRPOTrainer):
@@ -79,6 +98,34 @@ class Evaluated(GRPOTrainer):
     def __init__(self, train_dataset, **arguments):
         few = train_dataset.select(range(4))
         super().__init__(train_dataset=train_dataset, eval_dataset=few, **arguments)
+
+
+class OnePrompt(GRPOTrainer):
+    """Its data set is one prompt, again and again: equal completions are of several groups."""
+
+    def __init__(self, train_dataset, **arguments):
+        again = train_dataset.select([0] * 36)
+        super().__init__(train_dataset=again, **arguments)
+
+
+class Stopped(GRPOTrainer):
+    """A callback ends the run after two steps."""
+
+    def __init__(self, **arguments):
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step == 2
+
+        super().__init__(callbacks=[Stop()], **arguments)
+
+
+class OfTokens(GRPOTrainer):
+    """Its advantages have the shape of the tokens."""
+
+    def _generate_and_score_completions(self, inputs):
+        drawn = super()._generate_and_score_completions(inputs)
+        every = drawn["advantages"][:, None].expand(drawn["completion_ids"].shape)
+        return drawn | {"advantages": every}
 
 
 class OwnOptimizer(GRPOTrainer):

@@ -140,6 +140,12 @@ class Trace:
         return steps if steps > 0 else int(self.trainer.state.max_steps)
 
     @property
+    def last(self) -> int:
+        """The step to end with: the last one, or that in which a user's callback stops the run."""
+        stopped = self.recipe is None and self.trainer.control.should_training_stop
+        return int(self.trainer.state.global_step) if stopped else self.planned
+
+    @property
     def steps_per_batch(self) -> int:
         """The number of steps that share one generation batch."""
         micro_batches = int(self.config.gradient_accumulation_steps)

@@ -85,11 +85,17 @@ def watch(
     In several processes (``torchrun``, ``accelerate launch``) each watches its own trainer and asks
     it the same; process 0 checks what all have seen, and has the report.
 
-    Raises ``TypeError`` for anything else, and ``ValueError`` for a trainer that has trained, or
-    whose weights are spread over processes.
+    Raises ``TypeError`` for anything else, and ``ValueError`` for a trainer that has trained, has
+    too few prompts for a step, or has its weights spread over processes.
     """
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(f"watch takes a GRPOTrainer, or one of a subclass, not {brief(trainer)}")
+    _require_trainable(trainer)
+    return Watched(trainer, resume, nan_at)
+
+
+def _require_trainable(trainer: Any) -> None:
+    """Raise ``ValueError`` for a trainer that could be watched in vain only."""
     if trainer.state.global_step:
         raise ValueError(
             f"the trainer has already trained {trainer.state.global_step} steps: build a new one, "
@@ -101,7 +107,13 @@ def watch(
             f"{kind.value} spreads the trainer's weights and gradients over processes: watch it "
             "without, where every process has the whole model"
         )
-    return Watched(trainer, resume, nan_at)
+    prompts = trainer.args.generation_batch_size // trainer.args.num_generations
+    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else prompts
+    if rows < prompts:
+        raise ValueError(
+            f"the data set has {rows} prompts, and a batch of completions asks {prompts}: "
+            "no step would be made"
+        )
 
 
 _LEFT_OUT: dict[str, None] = {}
@@ -260,6 +272,8 @@ class Watched:
                 error = raised
             finally:
                 seen.leave()
+        if not seen.steps:
+            raise ValueError("no step was made")
         out = Path(trainer.args.output_dir)
         run = processes.joined(seen.trace(type(trainer).__name__, out, error))
         if error is None:

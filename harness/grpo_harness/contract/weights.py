@@ -43,8 +43,8 @@ def every_update_is_adamws(run: Trace) -> None:
     second.
     """
     require(
-        [step.number for step in run.steps] == list(range(1, run.planned + 1)),
-        f"updates were made in steps {[step.number for step in run.steps]}, of {run.planned}",
+        [step.number for step in run.steps] == list(range(1, run.last + 1)),
+        f"updates were made in steps {[step.number for step in run.steps]}, of {run.last}",
     )
     for update in updates(run):
         for name, before in update.step.weights.items():
