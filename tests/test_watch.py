@@ -16,7 +16,10 @@ from grpo_harness.contract.watched import OF_ONE_RUN
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("trainers.py"))))
 
 # A user's own configuration decides what is an error; these are of TRL and transformers.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:You are using '(rollout|environment)_f.*:UserWarning"),
+]
 
 SEVERAL = [made.reward_digits, made.reward_answer, made.reward_length]
 SHORT = {"gradient_accumulation_steps": 4, "num_generations": 2, "max_completion_length": 2}
@@ -111,6 +114,7 @@ LEFT_OUT = {
     "a data set that is streamed": {"trainer": made.Streamed},
     "an optimizer or a schedule of your own": {"trainer": made.OwnOptimizer},
     "reward models": {"trainer": made.Judged},
+    "a rollout function": {"trainer": made.Rolled},
     "dropout": {"peft": lora(lora_dropout=0.2)},
     "half precision": {"bf16": True},
     "generation batches that do not divide into whole steps": {
@@ -144,6 +148,15 @@ def test_what_has_no_formula_is_named(what, tmp_path):
     name = next(iter(run.not_looked_at))
     with pytest.raises(AssertionError, match=f"{name} is not looked at: {what}"):
         run.holds(name)
+
+
+def test_an_environment_is_named(tmp_path):
+    short = {"per_device_train_batch_size": 4, "max_steps": 1}
+    run = watch(made.build(tmp_path, made.InAnEnvironment, conversations=True, **short))
+    run.holds()
+    reasons = {"tools", "environments", "a response template"}
+    assert set(", ".join(run.not_looked_at.values()).split(", ")) == reasons
+    assert "every_problem_has_its_turn" in run.not_looked_at
 
 
 def test_all_that_broke_is_one_report(tmp_path):

@@ -1,6 +1,9 @@
 """Trainers as a team would build them, by TRL's documentation, on the embedded policy."""
 
+from pathlib import Path
+
 import torch
+import trl
 from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -126,6 +129,43 @@ class OfTokens(GRPOTrainer):
         drawn = super()._generate_and_score_completions(inputs)
         every = drawn["advantages"][:, None].expand(drawn["completion_ids"].shape)
         return drawn | {"advantages": every}
+
+
+class Counter:
+    """An environment with one tool, which says more than the data set's prompt does."""
+
+    def reset(self, **kwargs):
+        self.count = 0
+        return "Count to one."
+
+    def count_on(self) -> int:
+        """Count on."""
+        self.count += 1
+        return self.count
+
+    def get_reward(self):
+        return float(self.count)
+
+
+class InAnEnvironment(GRPOTrainer):
+    def __init__(self, processing_class, **arguments):
+        templates = Path(trl.__file__).parent / "chat_templates"
+        processing_class.chat_template = (templates / "qwen3.jinja").read_text("utf-8")
+        arguments |= {"processing_class": processing_class, "environment_factory": Counter}
+        super().__init__(**arguments)
+
+
+class Rolled(GRPOTrainer):
+    """Its completions come from a function."""
+
+    def __init__(self, **arguments):
+        def rollout(prompts, trainer):
+            asked = trainer.processing_class(text=prompts)["input_ids"]
+            end = trainer.processing_class.eos_token_id
+            drawn = [[5 + n % 3, end] for n, _ in enumerate(prompts)]
+            return {"prompt_ids": asked, "completion_ids": drawn, "logprobs": None}
+
+        super().__init__(rollout_func=rollout, **arguments)
 
 
 class OwnOptimizer(GRPOTrainer):
