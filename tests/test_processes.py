@@ -99,6 +99,11 @@ WATCHED = {
         *("GRPOTrainer", {"num_iterations": 2, "max_steps": 2, "learning_rate": 5e-3}),
         None,
     ],
+    "an environment": [
+        "InAnEnvironment",
+        {"per_device_train_batch_size": 4, "max_steps": 1, "conversations": True},
+        None,
+    ],
     "its own σ": [
         *("OfItsOwnBatch", {"scale_rewards": "batch", "max_steps": 1}),
         "advantages_are_group_relative",
@@ -127,8 +132,10 @@ def test_two_processes_are_watched_as_one(name, watched):
     invariant = WATCHED[name][2]
     for rank, said in enumerate(watched):
         report, left_out = said[name]
-        reused = {"on_policy_the_ratio_is_one": "completions that several steps use"}
-        assert left_out == (reused if name == "used again" else {})
+        if name == "used again":
+            assert left_out == {"on_policy_the_ratio_is_one": "completions that several steps use"}
+        else:
+            assert bool(left_out) == (name == "an environment")
         assert bool(report) == bool(invariant), report
         if invariant and rank == 0:
             assert f"\n{invariant}: " in report
@@ -154,6 +161,10 @@ def reward(completions, **kwargs):
 
 def test_ours(tmp_path):
     watch(build(tmp_path, rewards=reward)).holds()
+
+
+def test_another(tmp_path):
+    watch(build(tmp_path)).holds()
 """
 
 
@@ -167,7 +178,7 @@ def test_a_crash_in_one_process_ends_all_and_is_named(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
         cwd=tmp_path,
     )
     assert done.returncode == 1, done.stdout
@@ -175,3 +186,4 @@ def test_a_crash_in_one_process_ends_all_and_is_named(tmp_path):
         "AssertionError: the training of GRPOTrainer crashed in process 1, step 1: "
         "ZeroDivisionError: in the reward"
     ) in done.stdout
+    assert "! the training of several processes crashed !" in done.stdout

@@ -313,6 +313,8 @@ def _is_async(reward: Any) -> bool:
 def _as_given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the arguments of a reward function, which may change them."""
     given = dict(arguments)
+    # There is no second rollout to score, and environments may not be sent to another process.
+    given.pop("environments", None)
     for name in ("prompts", "completions", "completion_ids"):
         given[name] = copy.deepcopy(given[name])
     if "trainer_state" in given:

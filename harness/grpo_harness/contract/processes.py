@@ -18,6 +18,9 @@ from grpo_harness.contract.trace import Batch, Scored, Step, Tensors, Trace
 
 _CRASHED = "grpo_harness/crashed"
 
+CRASHES: list[str] = []
+"""What ended a training of several processes. The others wait for this one until it ends."""
+
 
 def first() -> bool:
     """Tell whether this is the process that checks and reports, or the only one."""
@@ -74,18 +77,13 @@ def joined(run: Trace) -> Trace:
 
 
 def crashed(error: str) -> str:
-    """Note that this process crashed with ``error``; return what the first one that did said.
-
-    In several processes nothing is exchanged any more, so that this process can end: the others
-    wait for it, until the launcher ends them.
-    """
+    """Note that this process crashed with ``error``; return what the first one that did said."""
     if PartialState().num_processes == 1:
         return error
-    group = torch.distributed.distributed_c10d
-    store = group._get_default_store()
+    store = torch.distributed.distributed_c10d._get_default_store()
     said = store.compare_set(_CRASHED, "", f"process {PartialState().process_index}, {error}")
-    torch.distributed.destroy_process_group()
-    return bytes(said).decode()
+    CRASHES.append(bytes(said).decode())
+    return CRASHES[-1]
 
 
 def _joined_batch(parts: Sequence[Batch]) -> Batch:
