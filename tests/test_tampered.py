@@ -116,6 +116,17 @@ def test_a_row(run, said):
     assert "rows of steps [2] are logged, of 2 steps" in said(complete, run)
 
 
+def test_a_run_that_ended_early(run, said):
+    """Nothing stopped it."""
+    del run.steps[1], run.rows[1]
+    state, control = SimpleNamespace(global_step=1), SimpleNamespace(should_training_stop=False)
+    run.trainer = SimpleNamespace(state=state, control=control)
+    assert "steps [1] are logged, of 2 steps" in said("rows_are_complete_and_finite", run)
+    assert "made in steps [1], of 2" in said("every_update_is_adamws", run)
+    control.should_training_stop = True
+    assert said("rows_are_complete_and_finite", run) is None
+
+
 def changed(values, by=1e-3):
     """A copy with another first element."""
     values = values.clone()
@@ -173,6 +184,10 @@ def table(column):
         run.tables[2].loc[3, column] += 0.01
 
     return tamper
+
+
+def times(factor, tensors):
+    return {name: factor * values for name, values in tensors.items()}
 
 
 def last(values):
@@ -234,6 +249,22 @@ TAMPERED = {
         *("rollouts_are_the_current_policys", "step 2: the current weights draw only"),
     ),
     "gradient": (step(gradient=0.1), "gradient_equals_the_oracles", "step 2: the gradient is"),
+    "gradient by a thousandth": (
+        lambda run: setattr(run.steps[1], "gradient", times(1.001, run.steps[1].gradient)),
+        *("gradient_equals_the_oracles", "step 2: the gradient is 0.001 of its length away"),
+    ),
+    "tokens of one completion": (
+        batch(completion_ids=lambda ids: (tuple(t + 1 for t in ids[0]), *ids[1:])),
+        *("rollouts_are_the_current_policys", "step 2: the current weights draw only 9"),
+    ),
+    "a token less": (
+        batch(completion_ids=lambda ids: (*ids[:-1], (5,))),
+        *("counts_are_those_of_the_completions", "has 1 tokens, none of which is an end token"),
+    ),
+    "problems of the step before": (
+        lambda run: batch(scored=lambda _: run.steps[0].batch.scored)(run),
+        *("every_problem_has_its_turn", "again, and others of the 36 have not had their turn"),
+    ),
     "gradient taken": (step(taken=1e-3), "gradients_are_clipped_as_asked", "step 2: "),
     "gradient of an update": (step(taken=1.0), "every_update_is_adamws", "step 2: 1 of"),
     "weights after": (step(after=1e-6), "only_updates_move_the_weights", "after step 2: 1 of"),
@@ -357,7 +388,7 @@ def test_accumulation(run, recorded, said):
     total = first.loss + sum(one.loss for one in others)
     run.steps[0].micro_batches = [dataclasses.replace(first, loss=total)]
     assert said(invariant, whole, run) is None
-    run.steps[0].gradient = {n: 1.001 * g for n, g in run.steps[0].gradient.items()}
+    run.steps[0].gradient = times(1.001, run.steps[0].gradient)
     assert "with accumulation the gradient is 0.001 of its length" in said(invariant, whole, run)
     run.steps[0].gradient = whole.steps[0].gradient
     run.steps[0].micro_batches = [dataclasses.replace(first, loss=total + 1e-3)]
@@ -366,7 +397,7 @@ def test_accumulation(run, recorded, said):
 
 def test_negation(run, recorded, said):
     invariant, (whole, _) = "negated_reward_negates_the_gradient", recorded
-    run.steps[0].gradient = {n: -g for n, g in run.steps[0].gradient.items()}
+    run.steps[0].gradient = times(-1, run.steps[0].gradient)
     assert said(invariant, whole, run) is None
-    run.steps[0].gradient = {n: 1.001 * g for n, g in run.steps[0].gradient.items()}
+    run.steps[0].gradient = times(1.001, run.steps[0].gradient)
     assert "step 1: 0.001 of its length from the turned gradient" in said(invariant, whole, run)

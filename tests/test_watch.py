@@ -209,6 +209,12 @@ def test_only_a_new_trainer_is_watched(tmp_path):
         watch(made.build(tmp_path, per_device_train_batch_size=200))
 
 
+def test_advantages_that_differ_within_a_completion_are_named(tmp_path):
+    run = watch(made.build(tmp_path, made.OfLaterTokens, max_steps=1))
+    with pytest.raises(AssertionError, match="the advantage used is nan, and"):
+        run.holds("advantages_are_group_relative")
+
+
 def test_a_reward_of_infinity_is_named(tmp_path):
     def rewards(completions, **kwargs):
         return [math.inf, *made.reward_digits(completions[1:])]

@@ -131,6 +131,15 @@ class OfTokens(GRPOTrainer):
         return drawn | {"advantages": every}
 
 
+class OfLaterTokens(OfTokens):
+    """Later tokens have less advantage."""
+
+    def _generate_and_score_completions(self, inputs):
+        drawn = super()._generate_and_score_completions(inputs)
+        less = torch.linspace(1, 0, drawn["advantages"].shape[1])
+        return drawn | {"advantages": drawn["advantages"] * less}
+
+
 class Counter:
     """An environment with one tool, which says more than the data set's prompt does."""
 
