@@ -58,16 +58,18 @@ def the_same_seed_gives_the_same_rows(run: Trace, other: Trace) -> None:
     _same_rows(run, other)
 
 
-@invariant("a seed that is set anew before every step")
+@invariant("a seed that is set anew before every step, or the same one in every process")
 def every_draw_has_its_own_random_numbers(run: Trace) -> None:
     """No two batches of completions are drawn from the same state of the random numbers."""
-    drawn = batches(run)
-    for n, batch in enumerate(drawn):
-        for before in drawn[:n]:
-            require(
-                not _same_state(batch, before),
-                f"step {batch.step + 1} draws from the random numbers of step {before.step + 1}",
-            )
+    drawn = [
+        (f"step {batch.step + 1}" + (f" in process {n}" if batch.processes else ""), draw)
+        for batch in batches(run)
+        for n, draw in enumerate(batch.draws)
+    ]
+    for n, (place, draw) in enumerate(drawn):
+        for earlier, before in drawn[:n]:
+            same = _same_state(draw, before)
+            require(not same, f"{place} draws from the random numbers of {earlier}")
 
 
 @invariant("a seed that reaches only some of what is drawn")
@@ -239,8 +241,13 @@ def _same_weights(otherwise: str, seen: Tensors, right: Tensors) -> None:
 
 
 def _same_state(batch: Batch, other: Batch) -> bool:
-    one, two = batch.random_state, other.random_state
-    return one is not None and two is not None and torch.equal(one, two)
+    """Tell whether two batches are drawn from the same state, in every process."""
+    return all(
+        one.random_state is not None
+        and two.random_state is not None
+        and torch.equal(one.random_state, two.random_state)
+        for one, two in zip(batch.draws, other.draws, strict=True)
+    )
 
 
 def _same_completions(run: Trace, other: Trace) -> None:

@@ -5,7 +5,7 @@ import inspect
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -122,8 +122,8 @@ def rows_are_complete_and_finite(run: Trace) -> None:
     """Every step is logged with all figures, and every figure is a finite number."""
     logged = [int(row["step"]) for row in run.rows]
     require(
-        logged == list(range(run.every, run.planned + 1, run.every)),
-        f"rows of steps {logged} are logged, of {run.planned} steps",
+        logged == list(range(run.every, run.last + 1, run.every)),
+        f"rows of steps {logged} are logged, of {run.last} steps",
     )
     for row in run.rows:
         drawn = DRAWN_KEYS if run.drawn_in(row) else ()
@@ -209,7 +209,7 @@ def prompts_are_the_templates(run: Trace, oracle: Oracle) -> None:
 @invariant("a stale or second copy of the model draws: rollouts from the base (unsloth#8701)")
 def rollouts_are_the_current_policys(run: Trace, oracle: Oracle) -> None:
     """Every completion is what the current weights draw from the recorded random state."""
-    for batch in batches(run):
+    for batch in [draw for joined in batches(run) for draw in joined.draws]:
         number = batch.step + 1
         require(
             batch.random_state is not None,
@@ -235,18 +235,24 @@ def rewards_are_the_completions(run: Trace, oracle: Oracle) -> None:
     """Scoring the raw completions again gives the rewards that were returned and logged."""
     g, names = run.config.num_generations, run.trainer.reward_func_names
     for batch in batches(run):
-        texts, table = oracle.texts(batch.completion_ids), _table(run, batch)
+        table = _table(run, batch)
         for n, scored in batch.scored.items():
-            again = _again(run.rewards[n], scored, texts)
+            again = _rescored(run, oracle, batch, n)
             if not all(map(_same, scored.rewards, again)):
-                once_more = _again(run.rewards[n], scored, texts)
+                once_more = _rescored(run, oracle, batch, n)
                 if not all(map(_same, once_more, again)):
                     raise NotLookedAtError(f"{names[n]}, which scores the same text differently")
+            # Of functions with one name, TRL's table has the last one's rewards.
+            listed = table is not None and names[n] not in names[n + 1 :]
             for i, right in enumerate(again):
                 place = where(batch, i, g)
                 seen = scored.rewards[i]
                 require(_same(seen, right), f"{place} scored {seen}, not {right}")
-                if table is not None:
+                require(
+                    seen is None or math.isfinite(seen),
+                    f"{place} scored {seen} by {names[n]}: no advantage follows from it",
+                )
+                if listed:
                     logged = float(table[names[n]].iloc[i])
                     require(
                         _same(None if math.isnan(logged) else logged, right),
@@ -257,9 +263,10 @@ def rewards_are_the_completions(run: Trace, oracle: Oracle) -> None:
         figures = {"reward": [_mean(batch.rewards) for batch in drawn]}
         returned = [scored.rewards for batch in drawn for scored in batch.scored.values()]
         for n, name in enumerate(names):
-            scores = [batch.scored[n].rewards for batch in drawn]
-            figures[f"rewards/{name}/mean"] = [_mean(one) for one in scores]
-            figures[f"rewards/{name}/std"] = [_spread(one) for one in scores]
+            for batch in drawn:
+                scores = batch.scored[n].rewards
+                figures.setdefault(f"rewards/{name}/mean", []).append(_mean(scores))
+                figures.setdefault(f"rewards/{name}/std", []).append(_spread(scores))
         for name, values in figures.items():
             _logged(row, name, values, _room(returned))
 
@@ -275,15 +282,11 @@ def advantages_are_group_relative(run: Trace, oracle: Oracle) -> None:
         batch = step.batch
         right = oracle.advantages(batch.rewards, g, how).tolist()
         room = (1e-5 + oracle.rounding(batch.rewards, g, how)).tolist()
-        used = _in_order(
-            batch,
-            right,
-            {
-                place: advantage
-                for rows, micro_batch in zip(rows_of(step), step.micro_batches, strict=True)
-                for place, advantage in zip(rows, micro_batch.advantages.tolist(), strict=False)
-            },
-        )
+        used = {
+            place: advantage
+            for rows, micro_batch in zip(rows_of(step, right), step.micro_batches, strict=True)
+            for place, advantage in zip(rows, micro_batch.advantages.tolist(), strict=False)
+        }
         table = _table(run, batch)
         logged = {} if table is None else dict(enumerate(table["advantage"].tolist()))
         for what, seen in (("used", used), ("logged", logged)):
@@ -362,21 +365,6 @@ def asked_prompts(run: Trace, oracle: Oracle) -> list[Tokens]:
     return [tuple(row) for row in ids]
 
 
-def _in_order(batch: Batch, right: Sequence[float], seen: Mapping[int, float]) -> dict[int, float]:
-    """Reorder the advantages of equal rows, whose places are interchangeable, as in ``right``."""
-    alike: dict[object, list[int]] = {}
-    for place in seen:
-        row = batch.prompt_ids[place], batch.completion_ids[place]
-        alike.setdefault(row, []).append(place)
-    return {
-        place: value
-        for places in alike.values()
-        for place, value in zip(
-            sorted(places, key=lambda i: right[i]), sorted(seen[i] for i in places), strict=True
-        )
-    }
-
-
 def prompts_of(run: Trace) -> list[Any]:
     """Return the prompts of the trainer's data set, in order."""
     return list(run.trainer.train_dataset["prompt"])
@@ -390,6 +378,15 @@ def batches(run: Trace) -> list[Batch]:
 def content(completion: Any) -> Any:
     """Return the text of a completion, which is a text or the assistant's one message."""
     return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def _rescored(run: Trace, oracle: Oracle, batch: Batch, n: int) -> list[float | None]:
+    """Score the completions of a batch by reward function ``n`` again, each process's at once."""
+    return [
+        reward
+        for draw in batch.draws
+        for reward in _again(run.rewards[n], draw.scored[n], oracle.texts(draw.completion_ids))
+    ]
 
 
 def _again(reward: RewardFunction, scored: Scored, texts: Sequence[str]) -> Sequence[float | None]:
