@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_harness.errors import HarnessError
 from grpo_harness.logs.recorded import TRAINING
 from grpo_harness.settings import resolve
-from grpo_harness.text import plain
+from grpo_harness.text import escape, plain
 from grpo_harness.training.curves import Row
 from grpo_harness.training.processes import launch, launched
 from grpo_harness.training.recipes import RECIPES, Recipe, named
@@ -104,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("runs", type=Path, nargs="+", help="the folder that a training run wrote")
     command.add_argument("--name", help="the training's name, if not that of the run's recipe")
     command.add_argument("--record", action="store_true", help="record three runs or more")
+    command.add_argument(
+        "--decisive", metavar="REWARD", help="the reward that decides what is correct, of several"
+    )
     command.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves over the bands")
     command.add_argument(
         "--recipe", help="also ask the checkpoint there whether it earns what its log says"
@@ -288,6 +291,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 
 def _log(arguments: argparse.Namespace) -> int:
+    from grpo_harness.logs.hacking import hacking
     from grpo_harness.logs.judge import judge
     from grpo_harness.logs.plot import plot
     from grpo_harness.logs.read import read
@@ -301,13 +305,27 @@ def _log(arguments: argparse.Namespace) -> int:
     logs = [read(path) for path in arguments.runs]
     names = {arguments.name or log.training or TRAINING for log in logs}
     if len(names) > 1:
-        raise ValueError(f"the runs are of {', '.join(sorted(names))}: say which with --name")
+        which = ", ".join(escape(name, 60) for name in sorted(names))
+        raise ValueError(f"the runs are of {which}: say which with --name")
     (name,) = names
-    baselines = _project().baselines
+    verdicts: set[str] = set()
+    project = _project()
+    baselines = project.baselines
     if arguments.record:
         _say(f"recorded: {record(name, logs, baselines)}")
     elif len(logs) > 1:
         raise ValueError("several runs: --record records them, and one run is judged")
+    else:
+        if arguments.decisive and arguments.decisive not in logs[0].rewards:
+            known = ", ".join(escape(name, 60) for name in logs[0].rewards) or "none"
+            raise ValueError(
+                f"--decisive {escape(arguments.decisive, 60)}: the run's rewards are {known}"
+            )
+        # What needs no recorded runs comes first.
+        hacked = hacking(logs[0], {arguments.decisive} - {None} or project.decisive())
+        if len(logs[0].rewards) > 1:
+            _say(hacked.message())
+            verdicts |= {hacked.verdict} & {"FAIL"}
     recorded = load(path_of(name, baselines))
     if arguments.plot:
         plot(logs[0], recorded, arguments.plot)
@@ -316,14 +334,14 @@ def _log(arguments: argparse.Namespace) -> int:
         return 0
     judgement = judge(logs[0], recorded)
     _say(judgement.message())
-    verdicts = {judgement.verdict}
+    verdicts.add(judgement.verdict)
     if recipe is not None:
         from grpo_harness.logs.reconcile import reconcile
 
         found = reconcile(logs[0], recipe, device=arguments.device)
         _say(found.message())
         verdicts.add(found.verdict)
-    return 0 if verdicts == {"PASS"} else 1
+    return 0 if verdicts <= {"PASS"} else 1
 
 
 def _resources(arguments: argparse.Namespace) -> None:
