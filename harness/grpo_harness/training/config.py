@@ -42,7 +42,7 @@ def check_usable(where: str, config: GRPOConfig) -> None:
     ):
         if getattr(config, key) and not there():
             raise RecipeError(f"{where}: {key} needs a package that is not installed")
-    with _key(where, "optim and optim_args"):
+    with _key(where, "optim"):
         try:
             made, options = Trainer.get_optimizer_cls_and_kwargs(config)
         except ValueError as error:

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from grpo_harness.engines.weights import check_loaded
 from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.policy import TRAINED_ON, load
 from grpo_harness.policy.policy import quiet
@@ -190,7 +191,7 @@ def _made(
 ) -> GRPOTrainer:
     # Its own checks, those of libraries that it needs, and a constructor of the user's own.
     with user_code(lambda error: _refused(job, error)), quiet(), _renamed():
-        return trainer(
+        made = trainer(
             model=job.model,
             reward_funcs=list(job.rewards),
             args=job.config,
@@ -200,6 +201,9 @@ def _made(
             callbacks=list(callbacks),
             peft_config=job.peft,
         )
+    if isinstance(job.model, str) and job.peft is None:
+        check_loaded(job.policy, cast("PreTrainedModel", made.model))
+    return made
 
 
 def _refused(job: Job, error: BaseException) -> TrainingError:
