@@ -5,7 +5,6 @@ import json
 import os
 import runpy
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +12,8 @@ from safetensors.torch import save_file
 
 from grpo_harness.contract import watch
 from grpo_harness.errors import HarnessError
-from grpo_harness.training import train
+from grpo_harness.training import load, train
 from grpo_harness.training.processes import launch
-from grpo_harness.training.recipes import RECIPES
 from grpo_harness.training.trainer import Trainer, Watch
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("trainers.py"))))
@@ -50,11 +48,11 @@ def one_step(argument):
 
     Trainer._generate_single_turn = replay
     Watch.on_pre_optimizer_step = gradients
-    recipe = replace(
-        RECIPES["smoke"],
-        policy=policy,
-        steps=1,
-        prompts_per_step=4,
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe = load("smoke").with_values(
+        model_name_or_path=policy,
+        max_steps=1,
+        per_device_train_batch_size=16 // processes // int(parts),
         num_generations=4,
         gradient_accumulation_steps=int(parts),
         max_completion_length=24,

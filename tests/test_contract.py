@@ -78,7 +78,7 @@ def text(invariant, *seen):
 def watched(name, folder, steps):
     """Watch a run of the contract for at most so many steps."""
     run = RUNS[name]
-    recipe = dataclasses.replace(run.recipe, steps=min(run.recipe.steps, steps))
+    recipe = run.recipe.with_values(max_steps=min(run.recipe.values["max_steps"], steps))
     return observe(dataclasses.replace(run, recipe=recipe), folder / name, device="cpu")
 
 

@@ -14,7 +14,6 @@ from grpo_harness.contract.rollouts import asked_prompts, batches, prompts_of
 from grpo_harness.contract.trace import Batch, Tensors, Trace, identity
 from grpo_harness.gate.inputs import brief
 from grpo_harness.policy import TRAINED_ON, load
-from grpo_harness.tasks import make_problems
 
 
 @invariant("weight decay, a KL term or an entropy bonus that was not asked for")
@@ -171,8 +170,7 @@ def the_checkpoint_is_whole(run: Trace, oracle: Oracle) -> None:
         require(seen == right, f"its {what} is {seen}, and the base has {right}")
     for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
         require((run.run.path / name).is_file(), f"there is no {name} in {run.run.path}")
-    recipe, path = run.recipe, run.run.path / TRAINED_ON
-    problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
+    path, problems = run.run.path / TRAINED_ON, run.recipe.problems()
     listed = path.read_text(encoding="utf-8").split() if path.is_file() else []
     require(
         listed == [problem.id for problem in problems],

@@ -36,7 +36,7 @@ from grpo_harness.contract.trace import (
     Trace,
     weighed,
 )
-from grpo_harness.training import Row, resolve, train
+from grpo_harness.training import Row, train
 
 
 def observe(run: Run, folder: Path, *, device: str = "auto") -> Trace:
@@ -47,11 +47,11 @@ def observe(run: Run, folder: Path, *, device: str = "auto") -> Trace:
     """
     out = folder / "run"
     if run.policy is not None:
-        recipe = dataclasses.replace(run.recipe, policy=run.policy(folder / "policy"))
+        recipe = run.recipe.with_values(model_name_or_path=run.policy(folder / "policy"))
         run = dataclasses.replace(run, recipe=recipe)
     if run.interrupted_in is not None:
         _interrupt(run, out, device)
-    config = resolve(run.recipe, out, device=device)
+    config = run.recipe.config(out, device=device)
     seen = Observer(config, run.nan_at)
     made, error = None, None
     with _attached(seen):

@@ -24,9 +24,7 @@ from grpo_harness.contract.oracle import Oracle, rows_of
 from grpo_harness.contract.trace import Batch, Scored, Tokens, Trace, identity
 from grpo_harness.grpo import LossType
 from grpo_harness.rewards.functions import RewardFunction
-from grpo_harness.tasks import make_problems
-from grpo_harness.training import Row
-from grpo_harness.training.recipes import Recipe
+from grpo_harness.training import Recipe, Row
 
 KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step", "step_time", "entropy")
 """The keys of a logged row; also ``kl`` if beta is not 0."""
@@ -90,31 +88,17 @@ def settings_are_the_recipes(run: Trace) -> None:
 
 
 def _pinned(recipe: Recipe) -> dict[str, Any]:
-    fields = (
-        *("num_generations", "max_completion_length", "temperature", "top_p", "beta", "loss_type"),
-        *("scale_rewards", "learning_rate", "lr_scheduler_type", "epsilon", "seed"),
-        "gradient_accumulation_steps",
-    )
     pinned = {
-        "top_k": 0,
         "min_p": None,
-        "repetition_penalty": 1.0,
-        "num_iterations": 1,
-        "mask_truncated_completions": False,
-        "importance_sampling_level": "token",
         "multi_objective_aggregation": "sum_then_normalize",
         "top_entropy_quantile": 1.0,
-        "max_steps": recipe.steps,
-        "steps_per_generation": recipe.gradient_accumulation_steps,
-        "weight_decay": 0.0,
+        "steps_per_generation": recipe.values["gradient_accumulation_steps"],
         "warmup_steps": 0,
-        "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "use_bias_correction_kl": True,
         "delta": None,
-        **{name: getattr(recipe, name) for name in fields},
     }
-    return {name: recipe.config.get(name, value) for name, value in pinned.items()}
+    known = {*pinned, *OWN, *OF_THE_UPDATE, "logging_steps"}
+    return pinned | {name: of for name, of in recipe.values.items() if name in known}
 
 
 @invariant("a metric that was renamed or dropped, or a step that blew up (trl#6702)")
@@ -359,8 +343,7 @@ def asked_prompts(run: Trace, oracle: Oracle) -> list[Tokens]:
         asked = {identity(prompt) for batch in batches(run) for prompt in batch.prompts}
         return oracle.prompt_tokens([p for p in prompts_of(run) if identity(p) in asked])
     assert oracle.policy is not None
-    problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
-    texts = [oracle.policy.render(problem.prompt) for problem in problems]
+    texts = [oracle.policy.render(problem.prompt) for problem in recipe.problems()]
     ids = oracle.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [tuple(row) for row in ids]
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_harness.rewards.functions import RewardFunction
-from grpo_harness.training import Row, TrainingRun
-from grpo_harness.training.recipes import Recipe
+from grpo_harness.training import Recipe, Row, TrainingRun
 
 Tokens = tuple[int, ...]
 Tensors = Mapping[str, Tensor]
