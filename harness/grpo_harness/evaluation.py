@@ -380,7 +380,8 @@ def evaluate(
                 drawn = engine.sample([planned[key] for key in chunk], progress)
                 samples.add(dict(zip(chunk, drawn, strict=True)))
             groups += scored(questions, asked, [samples[key] for key in keys])
-    return Evaluation(questions, engine.identity(), run_seed, k, tuple(groups))
+    drawn_by = {**engine.identity(), **engine.remarks()}
+    return Evaluation(questions, drawn_by, run_seed, k, tuple(groups))
 
 
 def _rendered(
