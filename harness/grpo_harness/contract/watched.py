@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from grpo_harness.contract.exclusions import exclusions
+from grpo_harness.contract.exclusions import exclusions, unvaried
 from grpo_harness.contract.invariant import INVARIANTS, BrokenInvariantError, NotLookedAtError
 from grpo_harness.contract.observer import Observer
 from grpo_harness.contract.oracle import Oracle
@@ -246,6 +246,7 @@ class Watched:
                 seen.leave()
         out = Path(trainer.args.output_dir)
         run = seen.trace(type(trainer).__name__, out, error)
+        self.not_looked_at = {**unvaried(run), **self.not_looked_at}
         if error is None:
             run.saved = out / "watched"
             trainer.save_model(str(run.saved))
