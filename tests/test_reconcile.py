@@ -4,13 +4,15 @@ import json
 import random
 import shutil
 import sys
+from statistics import fmean
 
 import pytest
 import yaml
+from scipy.special import stdtrit
 
 from grpo_harness.cli import main
 from grpo_harness.logs.read import LogError, read
-from grpo_harness.logs.reconcile import _trend, reconcile
+from grpo_harness.logs.reconcile import _noise, _trend, reconcile
 from grpo_harness.policy import PolicyName, find
 from grpo_harness.training import train
 from grpo_harness.training.files import load
@@ -121,3 +123,15 @@ def test_the_slope_of_a_line_is_found():
     assert _trend([0.3 * i for i in range(50)]) == pytest.approx(1.5)
     assert _trend([1.0] * 50) == 0.0
     assert _trend([1.0, 2.0]) == 0.0
+
+
+@pytest.mark.parametrize("steps", [15, 100])
+def test_the_noise_of_the_last_steps_is_known_as_well_as_it_is_said_to_be(steps):
+    """The last fifth's mean of pure noise is off by more than a quantile as often as that says."""
+    luck, n, times = random.Random(0), steps // 5, 4000
+    outside = 0
+    for _ in range(times):
+        series = [luck.gauss(0, 1) for _ in range(steps)]
+        error, freedom = _noise(series)
+        outside += abs(fmean(series[-n:])) > error * stdtrit(freedom, 0.99)
+    assert outside / times == pytest.approx(0.02, abs=0.01)

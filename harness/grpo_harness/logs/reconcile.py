@@ -9,12 +9,13 @@ or a wrong adapter earns something else.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import fmean, variance
 from typing import Literal
 
-from scipy.special import ndtri
+from scipy.special import stdtrit
 
 from grpo_harness.engines.engine import Request, Sampling, sample_seed
 from grpo_harness.engines.transformers import TransformersEngine
@@ -106,7 +107,6 @@ def reconcile(
             "the recipe of that run"
         )
     earned = _earned(job, Rewards(tuple(functions)), folder, device, seed)
-    quantile = float(-ndtri(RISK / 2 / len(logged)))
     found = []
     for name, then in logged.items():
         of = [[scores[name] for scores in group] for group in earned]
@@ -114,8 +114,10 @@ def reconcile(
         means = [fmean(values) for values in scored if values]
         if len(means) < 2:
             raise LogError(f"the reward {escape(name)} applies to no completion of {folder}")
-        error = math.hypot(then.error, math.sqrt(variance(means) / len(means)))
         series = [value for _, value in log.series(reward_key(name))]
+        noise, freedom = _noise(series)
+        error = math.hypot(noise, math.sqrt(variance(means) / len(means)))
+        quantile = float(stdtrit(freedom, 1 - RISK / 2 / len(logged)))
         least = LEAST * (max(series) - min(series))
         most = max(quantile * error + abs(_trend(series)), least)
         found.append(Reconciled(name, then.number, fmean(means), most))
@@ -160,6 +162,17 @@ def _earned(job: Job, rewards: Rewards, folder: Path, device: str, seed: int) ->
     )
     scores = rewards.score(batch, job.name)
     return [scores[i : i + SAMPLES] for i in range(0, len(scores), SAMPLES)]
+
+
+def _noise(series: Sequence[float]) -> tuple[float, float]:
+    """Return the standard error of the last fifth's mean, and its degrees of freedom.
+
+    It is that of the differences of all successive steps: those of a fifth are too few in a short
+    run. Two of them share a step, so that a third of the freedom is lost.
+    """
+    n = max(len(series) // FIFTH, 1)
+    squares = [(b - a) ** 2 for a, b in pairwise(series)]
+    return math.sqrt(fmean(squares) / 2 / n), max(2 / 3 * len(squares), 1.0)
 
 
 def _trend(series: Sequence[float]) -> float:
