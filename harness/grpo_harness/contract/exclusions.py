@@ -159,7 +159,8 @@ def unvaried(run: Trace) -> Mapping[str, str]:
     flat = [
         reward_name(reward)
         for place, reward in enumerate(run.rewards)
-        if not any(_varies(b.scored[place].rewards, g) for b in batches if place in b.scored)
+        if (scored := [b.scored[place].rewards for b in batches if place in b.scored])
+        and not any(_varies(rewards, g) for rewards in scored)
     ]
     return {"reward_weights": f"{same}: {', '.join(map(escape, flat))}"} if flat else {}
 

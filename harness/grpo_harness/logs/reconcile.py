@@ -35,6 +35,9 @@ PROMPTS, SAMPLES = 128, 4
 LEAST = 0.02
 """A difference below this part of a reward's own range in the log is never a fault."""
 
+LEAST_STEPS = 6
+"""Of fewer steps nobody knows the noise."""
+
 
 @dataclass(frozen=True)
 class Reconciled:
@@ -167,11 +170,12 @@ def _earned(job: Job, rewards: Rewards, folder: Path, device: str, seed: int) ->
 def _noise(series: Sequence[float]) -> tuple[float, float]:
     """Return the standard error of the last fifth's mean, and its degrees of freedom.
 
-    It is that of the differences of all successive steps: those of a fifth are too few in a short
-    run. Two of them share a step, so that a third of the freedom is lost.
+    It is that of the differences of successive steps in the second half of a run: those of a fifth
+    may be too few, and at the beginning a run learns in leaps. Two differences share a step, so
+    that a third of the freedom is lost.
     """
-    n = max(len(series) // FIFTH, 1)
-    squares = [(b - a) ** 2 for a, b in pairwise(series)]
+    n, half = max(len(series) // FIFTH, 1), series[len(series) // 2 :]
+    squares = [(b - a) ** 2 for a, b in pairwise(half if len(half) >= LEAST_STEPS else series)]
     return math.sqrt(fmean(squares) / 2 / n), max(2 / 3 * len(squares), 1.0)
 
 
