@@ -60,7 +60,7 @@ def test_unchanged_it_is_green(recorded):
 LENIENT = "ANSWER.search(text) or re.search(r'([0-9]+)', text)"
 MIXED = """for text in _texts(completions)]
     third = len(found) // 3
-    found[:third] = [*found[1:third], *found[:1]]
+    found[:third] = [*found[1:third], *found[: min(third, 1)]]
     return [
 """
 SOME = "[None if c == 'farm' else s for s, c in zip(_punish(completion_ids), kwargs['category'])]"

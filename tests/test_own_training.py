@@ -202,7 +202,7 @@ CONTRACT_FAULTS = {
     "kl": ("WithoutKL", {}, "gradient_equals_the_oracles"),
     "weight": ("WithoutWeight", {}, "advantages_are_group_relative"),
     "unscored": ("NoneIsZero", SOME, "advantages_are_group_relative"),
-    "temperature": ("WithoutTemperature", {}, "log_probabilities_are_the_policys"),
+    "temperature": ("WithoutTemperature", {}, "gradient_equals_the_oracles"),
     "raising": ("Trainer", {"reward_funcs": ["our.rewards.raises"], "reward_weights": [1.0]}, ""),
     "scored": ("Trainer", SOME, None),
 }
