@@ -1,4 +1,4 @@
-"""The command line: ``grpo-harness settings``, ``train``, ``recipes``, ``log``, ``resources``.
+"""The command line, ``grpo-harness COMMAND``.
 
 An error that ends a command is one line on standard error. torch is loaded only when needed.
 """
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     reader = parser()
     arguments, others = reader.parse_known_args(argv)
-    if others and arguments.run is not _settings:
+    if others and arguments.run not in (_settings, _store):
         reader.error(f"unrecognized arguments: {' '.join(others)}")
     arguments.others = others
     try:
@@ -115,6 +115,22 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("trained", type=Path, help="a folder that `train` wrote")
     command.add_argument("than", type=Path, nargs="?", help="another, to compare with")
     command.set_defaults(run=_resources)
+
+    command = commands.add_parser(
+        "store",
+        help="show what samples are stored, prune them, repair the file",
+        description="Show the samples that runs of pytest have stored here, by policy and engine. "
+        "All other arguments are pytest's, such as -o cache_dir=DIR.",
+    )
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--prune", action="store_true", help="delete samples")
+    what.add_argument(
+        "--repair", action="store_true", help="keep what can be read of a damaged file"
+    )
+    command.add_argument("--older-than", metavar="AGE", help="those drawn 12h, 30d or 2w ago")
+    command.add_argument("--to", metavar="SIZE", help="the oldest, until the file has 500MB or 2GB")
+    command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    command.set_defaults(run=_store)
     return whole
 
 
@@ -318,6 +334,39 @@ def _resources(arguments: argparse.Namespace) -> None:
         _say(f"{arguments.than}: {then}")
         for name, ratio in compare(now, then).items():
             _say(f"{name}: {ratio:.2f} times as much")
+
+
+def _store(arguments: argparse.Namespace) -> None:
+    from grpo_harness import upkeep
+    from grpo_harness.plugin.options import store_of
+
+    limits = (arguments.older_than, arguments.to)
+    if arguments.prune and limits == (None, None):
+        raise ValueError("--prune needs a limit: --older-than 30d, --to 500MB, or both")
+    if not arguments.prune and (*limits, arguments.dry_run) != (None, None, False):
+        raise ValueError("--older-than, --to and --dry-run say what --prune deletes: add --prune")
+    before = arguments.older_than and time.time() - upkeep.seconds(arguments.older_than)
+    most = arguments.to and upkeep.size_of(arguments.to)
+    file = store_of(arguments.others)
+    if file is None:
+        raise HarnessError("pytest could not resolve the settings")
+    former = upkeep.former(file)
+    if arguments.prune and not arguments.dry_run:
+        for path in former:
+            path.unlink()
+    elif former:
+        _say(f"{file.with_suffix('')}: files of an earlier version, not read; --prune deletes them")
+    if not file.exists():
+        _say(f"{file}: nothing is stored yet")
+    elif arguments.repair:
+        kept, aside = upkeep.repair(file)
+        _say(f"{file}: {kept:,} samples kept; the damaged file is {aside}")
+    elif arguments.prune:
+        gone, left = upkeep.prune(file, before=before, most=most, dry_run=arguments.dry_run)
+        would = "would be " if arguments.dry_run else ""
+        _say(f"{file}: {gone:,} samples {would}deleted, {upkeep.megabytes(left)} left")
+    else:
+        _say(upkeep.shown(file))
 
 
 def _say(text: str) -> None:

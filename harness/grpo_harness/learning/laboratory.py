@@ -22,7 +22,7 @@ from grpo_harness.learning.judge import Answers, Learning, Limits, Trial, ends, 
 from grpo_harness.policy import load
 from grpo_harness.policy.policy import quiet
 from grpo_harness.rewards.rule import reward_func
-from grpo_harness.store import Store
+from grpo_harness.store import FILE, Store
 from grpo_harness.tasks import MATH, PROGRAMMING, task_types
 from grpo_harness.training import train
 from grpo_harness.training.recipes import RECIPES, Recipe
@@ -138,7 +138,7 @@ def held_out(policy: str, seed: int, k: int, device: str = "auto") -> Answers:
         groups: list[Group] = []
         for name in (MATH, *PROGRAMMING):
             questions = ask(asked, task_types()[name], PROBLEMS, settings=engine.settings())
-            store = Store(Path(folder))
+            store = Store(Path(folder) / FILE)
             groups += evaluate(questions, engine, k=k, run_seed=seed, store=store).groups
     return tuple(group.tally for group in groups)
 

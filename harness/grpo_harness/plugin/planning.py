@@ -117,7 +117,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out tests that judge a training, rewards, slices or tasks where there are none.
 
     While recording, run only tests that record, and one for each baseline. They are chosen among
-    those that ``-k`` and ``-m`` leave, which may lack a baseline's first test.
+    those that ``-k`` and ``-m`` leave, which may lack a baseline's first test. While only stored
+    samples are scored, run only tests that need no more.
     """
     if config.getoption("grpo_record"):
         recording: dict[tuple[Any, int, Any], pytest.Item] = {}
@@ -125,11 +126,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if records(item):
                 recording.setdefault(judged(item), item)
         kept = list(recording.values())
+    elif config.getoption("grpo_rescore"):
+        kept = [item for item in items if _rescores(item) and not _idle(config, item)]
     else:
         kept = [item for item in items if not _idle(config, item)]
     if left := set(items) - set(kept):
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = kept
+
+
+def _rescores(item: pytest.Item) -> bool:
+    """Tell whether a test asks for evaluations, and for no weights."""
+    return uses(item, "evaluate") and not (uses(item, "engine") or uses(item, "sample"))
 
 
 def _idle(config: pytest.Config, item: pytest.Item) -> bool:
