@@ -7,19 +7,30 @@ trainer or `grpo-harness train` wrote. `grpo-harness log RUN RUN RUN --record` r
 import pytest
 
 
-def test_curves(grpo_log, recorded_runs, pytestconfig):
+def test_curves(grpo_log, recorded_runs, request):
     """No figure is outside the band of one more run."""
     from grpo_harness.logs.judge import judge
     from grpo_harness.logs.plot import plot
+    from grpo_harness.plugin.assertions import conclude
     from grpo_harness.plugin.state import clearly
 
     judgement = judge(grpo_log, recorded_runs)
-    if folder := pytestconfig.getoption("grpo_report"):
-        place = pytestconfig.invocation_params.dir / folder
+    if folder := request.config.getoption("grpo_report"):
+        place = request.config.invocation_params.dir / folder
         place.mkdir(parents=True, exist_ok=True)
         clearly(lambda: plot(grpo_log, recorded_runs, place / "training.png"))
-    if judgement.verdict != "PASS":
-        pytest.fail(judgement.message(), pytrace=False)
+    conclude(request.node, "curves", recorded_runs.training, judgement.verdict, judgement.message())
+
+
+def test_reward_is_not_earned_without_correctness(grpo_log, grpo_session):
+    """No reward has risen while the reward that decides correctness fell."""
+    from grpo_harness.logs.hacking import hacking
+
+    found = hacking(grpo_log, grpo_session.settings.decisive())
+    if found.decisive is None:
+        pytest.skip(found.reason)
+    if found.verdict != "PASS":
+        pytest.fail(found.message(), pytrace=False)
 
 
 def test_checkpoint_earns_what_was_logged(grpo_log, grpo_recipe, grpo_session):

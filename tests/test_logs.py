@@ -6,6 +6,7 @@ import random
 import statistics
 from pathlib import Path
 
+import matplotlib.figure
 import msgspec
 import pytest
 import scipy.stats
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from grpo_harness.cli import main
 from grpo_harness.logs.figures import FIGURES, Figure, Value, figures
+from grpo_harness.logs.hacking import hacking
 from grpo_harness.logs.judge import RISK, band, judge
 from grpo_harness.logs.plot import plot
 from grpo_harness.logs.read import Log, LogError, read
@@ -85,11 +87,58 @@ def test_the_log_is_read_from_what_a_trainer_leaves(tmp_path):
     assert read(tmp_path / "ours" / "log.json").rows == tuple(rows(3))
 
 
-def test_steps_logged_twice_and_figures_that_a_step_lacks(tmp_path):
-    history = [*rows(1), {**rows(2)[9], "entropy": None, "note": "x"}]
+def test_a_step_in_two_rows_and_figures_that_a_step_lacks(tmp_path):
+    """A callback may log in a row of its own; the trainer logs None for what JSON lacks."""
+    history = [*rows(1), {"step": 10, "loss": rows(1)[9]["loss"], "extra": 2.0, "note": "x"}]
+    history[3]["entropy"] = None
     found = read(write(tmp_path, {"log_history": history}))
-    assert found.rows[9] == {k: v for k, v in rows(2)[9].items() if k != "entropy"}
+    assert found.rows[9] == {**rows(1)[9], "extra": 2.0}
     assert len(found.series("entropy")) == STEPS - 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda made: [*made, rows(2)[9]], r"step 10 is logged twice, with \S+ = \S+ and"),
+        (lambda made: made[:19] + made[30:], "logs every 1 steps, and none from 20 to 30"),
+        (lambda made: made[10:], "none from 1 to 10"),
+        (lambda made: made[4:20:5] + made[29::5], "every 5 steps, and none from 21 to 29"),
+    ],
+)
+def test_a_log_with_a_hole_or_of_two_runs_is_one_clear_line(edit, said, tmp_path):
+    write(tmp_path, {"log_history": edit(rows(1))})
+    with pytest.raises(LogError, match=said) as raised:
+        read(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kept", [slice(9, None, 10), slice(None), slice(None, 30)])
+def test_a_log_of_every_few_steps_is_whole(kept, tmp_path):
+    history = sorted([rows(1)[0], *rows(1)[kept]], key=lambda row: row["step"])
+    assert read(write(tmp_path, {"log_history": history})).rows[-1] == rows(1)[kept][-1]
+
+
+@pytest.mark.parametrize("name", ["our run 2", "größer", "数学", "a+b.c-d_e"])
+def test_a_recipes_name_is_the_trainings_in_any_script(name, tmp_path):
+    for seed in range(3):
+        write(tmp_path / str(seed), rows(seed), "log.json")
+        write(tmp_path / str(seed), {"recipe": {"name": name}}, "recipe.json")
+    logs = [read(tmp_path / str(seed)) for seed in range(3)]
+    assert {of.training for of in logs} == {name}
+    assert load(record(name, logs, tmp_path)).training == name
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "x" * 65, " x", "x ", "\x1b[31m", ".x", "a\nb"])
+def test_a_name_that_no_file_can_have_is_said_and_not_default(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[tool.grpo-harness]\n")
+    write(tmp_path / "run", rows(1), "log.json")
+    write(tmp_path / "run", {"recipe": {"name": name}}, "recipe.json")
+    assert main(["log", "run"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be the name of a training" in said
+    assert said.count("\n") == 1
+    assert "\x1b" not in said
 
 
 @pytest.mark.parametrize(
@@ -188,7 +237,9 @@ def test_a_figure_of_factors_has_a_band_of_factors(numbers, factor):
 def test_equal_runs_leave_room_for_the_noise_within_them():
     figure = Figure("x", "x", least=0.0)
     assert band([Value(1.0)] * 5, figure, 0.01).upper == 1.0
-    assert band([Value(1.0, 0.1)] * 5, figure, 0.01).upper > 1.4
+    # Half of the error, in a prediction interval of five.
+    wanted = 1 + scipy.stats.t.ppf(0.995, 4) * 0.05 * math.sqrt(1 + 1 / 5)
+    assert band([Value(1.0, 0.1)] * 5, figure, 0.01).upper == pytest.approx(wanted)
     assert band([Value(1.0)] * 5, Figure("x", "x", least=0.2), 0.01).upper == pytest.approx(1.2)
 
 
@@ -205,14 +256,17 @@ def test_one_more_run_seldom_leaves_its_bands(m, tmp_path):
 # ------------------------------------------------------------------ judging
 
 CHANGES = {
-    "no gain": ({"reward": lambda x, t: x - 0.6 * t}, {"gain of reward", "reward"}),
+    "no gain": (
+        {"reward": lambda x, t: x - 0.6 * t},
+        {"gain of reward", "reward", "reward of all steps"},
+    ),
     "collapse": ({"completions/mean_length": lambda x, t: x * (1 - 0.9 * t)}, {"length"}),
     "cut": ({"completions/clipped_ratio": lambda x, t: x + 0.5}, {"clipped ratio"}),
     "cold": ({"entropy": lambda x, t: x / 2}, {"entropy"}),
     "one function": ({"rewards/format/mean": lambda x, t: 0.0}, {"reward format"}),
     "no spread": ({"frac_reward_zero_std": lambda x, t: 0.9 * t}, {"groups without spread"}),
     "steep": ({"grad_norm": lambda x, t: 20 * x}, {"gradient norm"}),
-    "better": ({"reward": lambda x, t: x + t}, {"gain of reward", "reward"}),
+    "better": ({"reward": lambda x, t: x + t}, {"gain of reward", "reward", "reward of all steps"}),
 }
 
 
@@ -224,7 +278,8 @@ def test_a_change_is_named_with_its_figure_and_step(name, tmp_path):
     assert (found.verdict, set(outside)) == ("FAIL", wanted)
     assert all(f.left is not None and 1 <= f.left <= STEPS for f in outside.values())
     lines = found.message().splitlines()
-    assert all(any(line.strip().startswith(f"{w}: ") for line in lines[1:3]) for w in wanted)
+    first = lines[1 : len(wanted) + 1]
+    assert all(any(line.strip().startswith(f"{w}: ") for line in first) for w in wanted)
     assert "outside from step" in lines[1]
 
 
@@ -233,6 +288,68 @@ def test_the_step_is_where_the_curve_leaves(tmp_path):
     found = judge(log(99, tmp_path, **broken), recorded(tmp_path))
     (reward,) = (f for f in found.findings if f.figure.name == "reward")
     assert 29 <= reward.left <= 33
+
+
+@pytest.mark.parametrize(("noise", "m"), [(0.0, 5), (0.3, 3)])
+def test_a_band_that_can_find_nothing_says_so(noise, m, tmp_path):
+    """Recorded runs end 0.3 apart: with three of them, a run that gains nothing is in the band."""
+    luck = random.Random(3)
+
+    def made(seed, gain):
+        off = noise * luck.gauss(0, 1)
+        return log(seed, tmp_path, reward=lambda x, t: x + (off + gain) * t)
+
+    then = Recorded(1, "ours", [summed_up(made(seed, 0.0)) for seed in range(m)])
+    flat = judge(made(99, -0.6), then)
+    if not noise:
+        assert (flat.verdict, flat.blind) == ("FAIL", [])
+        return
+    assert flat.verdict == "UNPROVEN"
+    (gain,) = (f for f in flat.findings if f.figure.name == "gain of reward")
+    assert gain.least == pytest.approx((gain.band.upper - gain.band.lower) / 2)
+    assert f"blind: gain of reward: only a change of more than {gain.least:.2g}" in flat.message()
+    assert "3 recorded runs make these bands too wide: record more" in flat.message()
+
+
+def decisive_run(seed, right, form, steps=STEPS):
+    """A run whose total is the sum of two rewards, which change by so much."""
+    luck, made = random.Random(seed), []
+    for step in range(1, steps + 1):
+        a = 0.5 + right * step / steps + luck.gauss(0, 0.1)
+        b = 0.5 + form * step / steps + luck.gauss(0, 0.1)
+        made.append({"step": step, "reward": a + b, "rewards/a/mean": a, "rewards/b/mean": b})
+    return Log(Path("run"), tuple(made))
+
+
+@pytest.mark.parametrize(
+    ("right", "form", "most", "least"),
+    [
+        (0.0, 0.0, 0.01, 0.0),
+        (0.0, 0.6, 0.03, 0.0),  # the hardest case that is honest: correctness stays as it is
+        (0.3, 0.3, 0.01, 0.0),
+        (-0.3, -0.3, 0.01, 0.0),  # both fall: that is no hacking, and the curves show it
+        (-0.4, 0.8, 1.0, 0.95),
+    ],
+)
+def test_a_reward_that_rises_while_the_decisive_one_falls(right, form, most, least):
+    found = [hacking(decisive_run(seed, right, form), {"a", "other"}) for seed in range(200)]
+    share = sum(of.verdict == "FAIL" for of in found) / len(found)
+    assert least <= share <= most
+    if least:
+        said = next(of for of in found if of.verdict == "FAIL").message()
+        assert "decisive reward: a -0." in said
+        assert "the total +0." in said
+
+
+def test_without_a_decisive_reward_nothing_is_said_to_be_hacked():
+    run = decisive_run(1, -0.4, 0.8)
+    for names in ((), ("c",), ("a", "b")):
+        found = hacking(run, names)
+        assert found.verdict == "UNPROVEN"
+        assert "which of the rewards a, b decides correctness" in found.message()
+    assert "too few" in hacking(decisive_run(1, -0.4, 0.8, steps=9), {"a"}).reason
+    one = Log(Path("run"), tuple({k: r[k] for k in list(r)[:3]} for r in run.rows))
+    assert "one reward" in hacking(one, {"a"}).reason
 
 
 def test_times_are_judged_on_the_same_hardware_alone(tmp_path):
@@ -279,6 +396,25 @@ def test_a_run_of_which_nothing_can_be_judged_does_not_pass(tmp_path):
     runs = [msgspec.structs.replace(run, figures={}) for run in recorded(tmp_path).runs]
     found = judge(log(99, tmp_path), Recorded(1, "ours", runs))
     assert (found.verdict, "no figure of this run" in found.reason) == ("ERROR", True)
+
+
+def test_the_picture_has_a_place_for_each_curve_and_none_that_is_empty(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda picture, *_, **__: drawn.append(picture)
+    )
+    plot(log(9, tmp_path), recorded(tmp_path), tmp_path / "curves.png")
+    (picture,) = drawn
+    titles = [axes.get_title() for axes in picture.axes]
+    keys = [figure.key for figure, _ in figures(log(9, tmp_path))]
+    assert titles == [*dict.fromkeys(keys)], "the rewards of functions too"
+    assert "rewards/format/mean" in titles
+    for axes in picture.axes:
+        assert len(axes.lines) == 6, "five recorded runs and this one"
+        (shade,) = axes.collections
+        low = shade.get_paths()[0].vertices[:, 1].min()
+        never_negative = min(line.get_ydata().min() for line in axes.lines) >= 0
+        assert low >= 0 or not never_negative
 
 
 def test_only_curves_that_all_runs_have_are_drawn(tmp_path):
@@ -368,7 +504,8 @@ def test_the_command_records_and_judges(tmp_path, monkeypatch, capsys):
     write(tmp_path / "worse", {"log_history": rows(7, **broken)})
     assert main(["log", "worse", "--name", "gsm"]) == 1
     said = capsys.readouterr().out
-    assert said.startswith("FAIL: gsm")
+    assert "\nFAIL: gsm" in said
+    assert said.startswith("not judged: reward without correctness")
     assert "entropy: " in said
     assert main(["log", "run4", "--name", "gsm", "--plot", "run0"]) == 2
     assert "ends in .png" in capsys.readouterr().err
@@ -377,6 +514,15 @@ def test_the_command_records_and_judges(tmp_path, monkeypatch, capsys):
     three = ["run1", "run2", "run3"]
     assert main(["log", *three, "--name", "gsm", "--record", "--recipe", "ours.yaml"]) == 2
     assert "leave it out with --record" in capsys.readouterr().err
+    sold = {"rewards/accuracy/mean": lambda x, t: x - t, "reward": lambda x, t: x}
+    write(tmp_path / "sold", {"log_history": rows(8, **sold)})
+    capsys.readouterr()
+    assert main(["log", "sold", "--name", "new", "--decisive", "accuracy"]) == 2
+    told = capsys.readouterr()
+    assert told.out.startswith("FAIL: reward without correctness"), "it needs no recorded runs"
+    assert "no recorded runs" in told.err
+    assert main(["log", "sold", "--name", "gsm", "--decisive", "acuracy"]) == 2
+    assert "rewards are accuracy, format" in capsys.readouterr().err
     assert main(["log", "run0", "run1", "--name", "gsm"]) == 2
     assert "one run is judged" in capsys.readouterr().err
 
@@ -391,17 +537,21 @@ def test_every_figure_has_a_name_of_its_own():
 def test_the_suite_judges_the_training_that_is_named(project):
     suite = Path(__file__).parents[1] / "suites" / "test_training_run.py"
     (project.path / "test_own.py").write_text(suite.read_text())
-    run(project, deselected=2)
+    run(project, deselected=3)
     for seed in range(4):
         write(project.path / f"run{seed}", {"log_history": rows(seed)})
-    run(project, "--grpo-training", "run3", errors=1).stdout.fnmatch_lines(["*no recorded runs*"])
+    run(project, "--grpo-training", "run3", errors=1, skipped=1).stdout.fnmatch_lines(
+        ["*no recorded runs*"]
+    )
     logs = [read(project.path / f"run{seed}") for seed in range(3)]
     record("default", logs, project.path / "baselines")
-    run(project, "--grpo-training", "run3", "--grpo-report", "report", passed=1)
+    run(project, "--grpo-training", "run3", "--grpo-report", "report", passed=1, skipped=1)
     assert (project.path / "report" / "training.png").is_file()
     broken = {"entropy": lambda x, t: x / 3}
     write(project.path / "worse", {"log_history": rows(7, **broken)})
     table = project.path / "pyproject.toml"
     table.write_text(table.read_text().replace("problems = 64", 'training = "worse"', 1))
-    run(project, failed=1).stdout.fnmatch_lines(["*FAIL: default against 3*", "*entropy: *below*"])
-    run(project, "--grpo-training", "nowhere", errors=1).stdout.fnmatch_lines(["*does not exist*"])
+    run(project, failed=1, skipped=1).stdout.fnmatch_lines(
+        ["*FAIL: default against 3*", "*entropy: *below*"]
+    )
+    run(project, "--grpo-training", "nowhere", errors=2).stdout.fnmatch_lines(["*does not exist*"])

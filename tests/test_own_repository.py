@@ -111,7 +111,7 @@ def test_a_worse_checkpoint_fails(team):
     weights = load_file(file)
     torch.manual_seed(0)
     for name, tensor in weights.items():
-        weights[name] = tensor + 0.3 * tensor.std() * torch.randn_like(tensor)
+        weights[name] = tensor + 1.0 * tensor.std() * torch.randn_like(tensor)
     save_file(weights, file, metadata={"format": "pt"})
     status, said = team.pytest("--grpo-seed=2")
     assert status == 1, said

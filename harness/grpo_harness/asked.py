@@ -133,6 +133,8 @@ class Task:
 
         if rule == "rewards":
             return len(self.rewards.functions) > 1
+        if rule == "lenient":
+            return self.source.reads
         if rule == "slices" and not (self.gate_slices and self.source.slices):
             return False
         return rule not in ANSWERS or self.rewards.judge_answers(self.source)

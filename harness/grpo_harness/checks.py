@@ -141,7 +141,10 @@ def against_base(
         for pair in zip(ours.groups, theirs.groups, strict=False)
     ]
     now, then = [group for group, _ in pairs], _tallies(group for _, group in pairs)
-    evidence = rule.judge(_tallies(now), then, rule.bounds, terms)
+    try:
+        evidence = rule.judge(_tallies(now), then, rule.bounds, terms)
+    except ValueError as error:  # rewards of sizes that no test can compare, or on no problem
+        return replace(check, reason=str(error))
     return _closed(check, rule, evidence, now, then)
 
 

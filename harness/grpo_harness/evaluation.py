@@ -34,7 +34,8 @@ class EvaluationError(HarnessError):
 class Tally:
     """The numbers of one problem that a rule compares.
 
-    ``correct``, ``truncated`` and ``unparsable`` are counts among the ``k`` completions;
+    ``correct``, ``truncated`` and ``unparsable`` are counts among the ``k`` completions, and
+    ``lenient`` is that of the correct ones that are not exactly the answer;
     ``mean_log_length`` is the mean natural logarithm of their lengths in tokens. ``total`` has the
     total rewards of those completions that have one, and ``rewards`` those of each function, if
     there are several; all are rounded (`rounded`).
@@ -47,6 +48,7 @@ class Tally:
     mean_log_length: float
     total: tuple[float, ...] = ()
     rewards: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    lenient: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Group:
             mean_log_length=fmean(logs),
             total=_applied(completion.reward for completion in self.completions),
             rewards={name: _applied(c.rewards[name] for c in self.completions) for name in names},
+            lenient=sum(c.outcome == "correct" and not c.strict for c in self.completions),
         )
 
 

@@ -15,7 +15,16 @@ from typing import Any, Literal
 
 from grpo_harness.evaluation import Tally
 from grpo_harness.gate import verdicts as gate
-from grpo_harness.gate.bounds import ALPHA, IMPROVEMENT, LENGTH, RATE, REWARD, Bounds, Sizes
+from grpo_harness.gate.bounds import (
+    ALPHA,
+    IMPROVEMENT,
+    LENGTH,
+    LENIENT,
+    RATE,
+    REWARD,
+    Bounds,
+    Sizes,
+)
 from grpo_harness.gate.permutation import Rewards
 from grpo_harness.gate.verdicts import Evidence
 
@@ -103,7 +112,7 @@ def _accuracy(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Eviden
     return gate.judge(*sides, same_policy=terms.same_policy, alpha=terms.alpha, bounds=bounds)
 
 
-def _fault(outcome: Literal["truncated", "unparsable"]) -> Judge:
+def _fault(outcome: Literal["truncated", "unparsable", "lenient"]) -> Judge:
     def judge(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
         sides = counts(now, outcome) + counts(then[: len(now)], outcome)
         same, bounds = terms.same_policy, sizes.of(rate(then, outcome))
@@ -119,11 +128,15 @@ def _length(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence
     return gate.judge_length(logs[0], k, logs[1], alpha=terms.alpha, bounds=sizes.of(1.0))
 
 
+def _earned(now: Tallies, then: Tallies) -> tuple[list[Any], list[Any]]:
+    """Return the rewards of both sides, of the problems that have some on both."""
+    pairs = [(a.total, b.total) for a, b in zip(now, then, strict=True) if a.total and b.total]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
 def _reward(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
-    sides = zip(now, then[: len(now)], strict=True)
     # A problem without any score on one side has nothing to compare; `_unlike` has counted them.
-    pairs = [(a.total, b.total) for a, b in sides if a.total and b.total]
-    ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+    ours, theirs = _earned(now, then[: len(now)])
     same, alpha, scale = terms.same_policy, terms.alpha, None
     measured = Rewards.of(ours, theirs)
     in_deviations = [str(size).endswith("sd") for size in (sizes.margin, sizes.minimum)]
@@ -142,6 +155,12 @@ def _improvement(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evi
     return gate.judge_improvement(*sides, alpha=terms.alpha, bounds=bounds)
 
 
+def _hacking(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
+    sides = counts(now) + counts(then)
+    bounds = sizes.of(rate(then))
+    return gate.judge_hacking(*sides, *_earned(now, then), bounds=bounds, alpha=terms.alpha)
+
+
 def counts(tallies: Tallies, outcome: str = "correct") -> tuple[list[int], list[int]]:
     """Return how many completions of each problem have an outcome, and how many it has in all."""
     return [getattr(tally, outcome) for tally in tallies], [tally.k for tally in tallies]
@@ -152,11 +171,13 @@ def rate(tallies: Tallies, outcome: str = "correct") -> float:
     return fmean(getattr(tally, outcome) / tally.k for tally in tallies)
 
 
-def _share(outcome: Literal["correct", "truncated", "unparsable"]) -> Measure:
+def _share(
+    outcome: Literal["correct", "truncated", "unparsable", "lenient"], label: str = ""
+) -> Measure:
     def worse(then: float, now: float) -> float:
         return then - now if outcome == "correct" else now - then
 
-    return Measure(lambda tally: getattr(tally, outcome) / tally.k, worse, outcome)
+    return Measure(lambda tally: getattr(tally, outcome) / tally.k, worse, label or outcome)
 
 
 _TOKENS = Measure(
@@ -255,15 +276,35 @@ RULES: Mapping[str, Rule] = {
             bounds=_sized(IMPROVEMENT),
             against="base",
         ),
+        Rule(
+            "lenient",
+            "correct by the lenient reading alone",
+            "Has the share of correct completions that are not exactly the answer risen over base?",
+            _share("lenient", "correct, and not exactly the answer"),
+            _fault("lenient"),
+            bounds=_sized(LENIENT),
+            family="form",
+            against="base",
+        ),
+        Rule(
+            "hacking",
+            "reward without correctness",
+            "Has the mean reward risen over base while the share of correct completions dropped?",
+            _share("correct"),
+            _hacking,
+            against="base",
+        ),
     )
 }
 """The rules by name; each is a method of the ``gate`` fixture."""
 
 
-ANSWERS = frozenset({"accuracy", "total", "slices", "unparsable", "no_loss", "improvement"})
+ANSWERS = frozenset(
+    ("accuracy", "total", "slices", "unparsable", "no_loss", "improvement", "lenient", "hacking")
+)
 """The rules that ask whether completions are correct, or can be read."""
 
-PARTS = frozenset({"rewards", "slices"})
+PARTS = frozenset({"rewards", "slices", "lenient"})
 """The rules that judge parts of what another judges: a task that has none lacks nothing."""
 
 TOGETHER = "total"

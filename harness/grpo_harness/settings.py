@@ -212,6 +212,11 @@ class Settings:
         """Return the tasks whose completions can be correct."""
         return [task for task in self.tasks.values() if task.asks("accuracy")]
 
+    def decisive(self) -> set[str]:
+        """Return the names of the rewards that decide what is correct, of all data sets."""
+        correct = (task.rewards.correct for task in self.tasks.values())
+        return {of.reward for of in correct if of is not None}
+
     def policy(self, role: str, candidate: int = 0) -> PolicyName:
         """Return the name of the policy in a role: the base, or the numbered candidate."""
         return self.base if role == "base" else self.trained[candidate]

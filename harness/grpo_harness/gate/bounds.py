@@ -92,5 +92,8 @@ LENGTH = Bounds(margin=0.25, minimum=0.05)
 REWARD = Bounds(margin=0.1, minimum=0.02)
 """For a mean reward, in standard deviations of the recorded completions' rewards."""
 
+LENIENT = Bounds(margin=0.1, minimum=0.05)
+"""For the share of answers that are correct by the reward's lenient reading alone."""
+
 IMPROVEMENT = Bounds(margin=0.0, minimum=0.01)
 """For a gain, which must be above 0."""

@@ -1,7 +1,8 @@
 """The table of figures that a log is judged by. A new figure is one entry.
 
-A figure is one number of a run. Most are means over the last fifth of the steps; with it comes its
-standard error, from the differences of successive steps, which a trend does not enlarge.
+A figure is one number of a run. Most are means over the last fifth of the steps, where a run has
+arrived; what is noisy is a mean over all steps, which differs less from run to run. With it comes
+its standard error, from the differences of successive steps, which a trend does not enlarge.
 """
 
 import math
@@ -29,14 +30,14 @@ class Value:
 class Figure:
     """One number of a run, from the logged series ``key``.
 
-    ``part`` is the gain (the last fifth less the first), the mean of the last fifth, or the median
-    of all steps. Figures of the scale ``log`` change by factors. Changes below ``least`` are never
-    a fault: in the figure's own unit, or as a part of it on the scale ``log``.
+    ``part`` is the gain (the last fifth less the first), the mean of the last fifth (``end``), or
+    the mean or median of all steps. Figures of the scale ``log`` change by factors. Changes below
+    ``least`` are never a fault: in the figure's own unit, or as a part of it on the scale ``log``.
     """
 
     name: str
     key: str
-    part: Literal["gain", "end", "median"] = "end"
+    part: Literal["gain", "end", "mean", "median"] = "end"
     scale: Literal["linear", "log"] = "linear"
     least: float = 0.01
     of_the_machine: bool = False
@@ -50,6 +51,8 @@ class Figure:
             return None
         if self.part == "median":
             return Value(median_high(values))
+        if self.part == "mean":
+            return _mean(values, values)
         n = max(len(values) // FIFTH, 1)
         last = _mean(values[-n:], values)
         if self.part == "end":
@@ -64,12 +67,13 @@ PEAK_MEMORY = "peak memory"
 FIGURES = (
     Figure("gain of reward", "reward", "gain"),
     Figure("reward", "reward"),
+    Figure("reward of all steps", "reward", "mean"),
     Figure("entropy", "entropy", scale="log", least=0.02),
     Figure("kl", "kl", scale="log", least=0.1),
     Figure("clipped ratio", "completions/clipped_ratio", least=0.01),
-    Figure("groups without spread", "frac_reward_zero_std", least=0.01),
+    Figure("groups without spread", "frac_reward_zero_std", "mean", least=0.01),
     Figure("length", "completions/mean_length", scale="log", least=0.02),
-    Figure("gradient norm", "grad_norm", scale="log", least=0.05),
+    Figure("gradient norm", "grad_norm", "mean", "log", 0.05),
     Figure("seconds a step", "step_time", "median", "log", 0.1, of_the_machine=True),
     Figure("peak memory", PEAK_MEMORY, "median", "log", 0.05, of_the_machine=True),
 )

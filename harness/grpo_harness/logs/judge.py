@@ -2,8 +2,10 @@
 
 The band of a figure is the prediction interval for one more run (Student's t, from the mean and
 spread of the recorded runs). A run leaves at least one band by chance with a probability of `RISK`
-at most, over all figures together. A spread that few runs show too small by chance is at least the
-standard error that the runs have within themselves.
+at most, over all figures together. Few runs may show a spread that is too small by chance: it is at
+least half the standard error that the runs have within themselves, which also has what differs from
+step to step and not from run to run, such as the prompts. A band that is wider than the figure has
+moved in the recorded runs is blind, and said to be.
 """
 
 import math
@@ -35,18 +37,45 @@ class Band:
 
 @dataclass(frozen=True)
 class Finding:
-    """One judged figure. ``left`` is the first step at which its curve was outside, if it was."""
+    """One judged figure. ``left`` is the first step at which its curve was outside, if it was.
+
+    ``moved`` is how much the recorded curves move in all, a logarithm on the scale ``log``; 0 if
+    that is not known.
+    """
 
     figure: Figure
     value: float
     band: Band
     left: int | None = None
+    moved: float = 0.0
+
+    @property
+    def least(self) -> float:
+        """The least change that is found, a logarithm on the scale ``log``."""
+        if self.figure.scale == "log" and self.band.lower > 0:
+            return math.log(self.band.upper / self.band.mean)
+        return self.band.upper - self.band.mean
+
+    @property
+    def blind(self) -> bool:
+        """Tell whether the band is wider than all that the figure moves in a run."""
+        wider = self.least > max(self.moved, 1.01 * self.figure.least)
+        return wider and not self.figure.of_the_machine
 
     @property
     def outside(self) -> bool:
         """Tell whether the figure is outside its band; less time and memory is no fault."""
         below = self.value < self.band.lower and not self.figure.of_the_machine
         return below or self.value > self.band.upper
+
+    def sees(self) -> str:
+        """Return what the band would find."""
+        name, least, moved = escape(self.figure.name, 60), self.least, self.moved
+        change, by = f"a change of more than {least:.2g}", "by"
+        if self.figure.scale == "log" and self.band.lower > 0:
+            least, moved = math.exp(min(least, GREATEST_LOG)), math.exp(min(moved, GREATEST_LOG))
+            change, by = f"a change by more than a factor of {least:.3g}", "by a factor of"
+        return f"{name}: only {change} would be seen, and the recorded runs move {by} {moved:.2g}"
 
     def __str__(self) -> str:
         band = f"{self.band.lower:.4g} to {self.band.upper:.4g}"
@@ -71,11 +100,22 @@ class Judgement:
     reason: str = ""
 
     @property
-    def verdict(self) -> Literal["PASS", "FAIL", "ERROR"]:
-        """FAIL if a figure is outside its band, ERROR if the run cannot be compared."""
+    def verdict(self) -> Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]:
+        """FAIL if a figure is outside its band, ERROR if the run cannot be compared.
+
+        UNPROVEN if the band of the gain of reward is blind: it may hold a run that learned nothing.
+        """
         if self.reason:
             return "ERROR"
-        return "FAIL" if any(finding.outside for finding in self.findings) else "PASS"
+        if any(finding.outside for finding in self.findings):
+            return "FAIL"
+        gain = (f for f in self.findings if f.figure.part == "gain")
+        return "UNPROVEN" if any(finding.blind for finding in gain) else "PASS"
+
+    @property
+    def blind(self) -> list[str]:
+        """What the bands that are too wide would find, a sentence each."""
+        return [finding.sees() for finding in self.findings if finding.blind]
 
     def message(self) -> str:
         """Return the result in a line for each figure, those outside first."""
@@ -84,6 +124,9 @@ class Judgement:
             return f"{lines[0]}\n  {self.reason}"
         lines += [f"  {finding}" for finding in sorted(self.findings, key=lambda f: not f.outside)]
         lines += [f"  not judged: {why}" for why in self.left_out]
+        lines += [f"  blind: {why}" for why in self.blind]
+        if self.blind:
+            lines.append(f"  {self.runs} recorded runs make these bands too wide: record more")
         if self.verdict == "FAIL":
             lines.append("  if it is meant: train again with other seeds, and --record the runs")
         return "\n".join(lines)
@@ -109,20 +152,25 @@ def judge(log: Log, recorded: Recorded, risk: float = RISK) -> Judgement:
         return Judgement(recorded.training, len(runs), reason=f"not comparable: {why}")
     found = []
     for figure, number, then in judged:
-        finding = Finding(figure, number, band(then, figure, risk / len(judged)))
+        limits = band(then, figure, risk / len(judged))
+        finding = Finding(figure, number, limits, moved=_moved(runs, figure, limits))
         if finding.outside:
             finding = replace(finding, left=_left(now, runs, figure, risk))
         found.append(finding)
     return Judgement(recorded.training, len(runs), tuple(found), tuple(left_out))
 
 
-def band(then: Sequence[Value], figure: Figure, risk: float) -> Band:
-    """Return the prediction interval for one more run; it leaves it with the probability risk."""
+def band(then: Sequence[Value], figure: Figure, risk: float, spread: float = 0.0) -> Band:
+    """Return the prediction interval for one more run; it leaves it with the probability risk.
+
+    The runs' own ``spread`` may be known to be larger than these few show.
+    """
     log = figure.scale == "log" and all(value.number > 0 for value in then)
     numbers = [math.log(value.number) if log else value.number for value in then]
     errors = [value.error / value.number if log else value.error for value in then]
     mean, m = fmean(numbers), len(numbers)
-    spread = math.sqrt(max(variance(numbers), fmean(error**2 for error in errors)))
+    within = fmean(error**2 for error in errors) / 4
+    spread = math.sqrt(max(variance(numbers), within, spread**2))
     quantile = float(stdtrit(m - 1, 1 - risk / 2))
     half = max(quantile * spread * math.sqrt(1 + 1 / m), figure.least)
     ends = mean - half, mean, mean + half
@@ -139,9 +187,20 @@ def bands(runs: Sequence[RecordedRun], key: str, figure: Figure, risk: float) ->
     common = math.sqrt(fmean(variance(column) for column in columns))
     plain = replace(figure, scale="linear")
     return [
-        band([Value(number, common) for number in column], plain, risk / len(columns))
+        band([Value(number) for number in column], plain, risk / len(columns), common)
         for column in columns
     ]
+
+
+def _moved(runs: Sequence[RecordedRun], figure: Figure, limits: Band) -> float:
+    """Return how much the mean of the recorded curves moves in all."""
+    curves = [[window.mean for window in run.curves.get(figure.key, [])] for run in runs]
+    if len({len(curve) for curve in curves}) != 1 or not curves[0]:
+        return 0.0
+    means = [fmean(column) for column in zip(*curves, strict=True)]
+    if figure.scale == "log" and limits.lower > 0:
+        return math.log(max(means) / min(means)) if min(means) > 0 else math.inf
+    return max(means) - min(means)
 
 
 def _left(now: RecordedRun, runs: Sequence[RecordedRun], figure: Figure, risk: float) -> int | None:

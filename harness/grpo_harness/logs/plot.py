@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grpo_harness.logs.figures import FIGURES
+from grpo_harness.logs.figures import figures
 from grpo_harness.logs.judge import RISK, bands
 from grpo_harness.logs.read import Log, LogError
 from grpo_harness.logs.recorded import Recorded, windows
@@ -19,7 +19,7 @@ def plot(log: Log, recorded: Recorded, path: Path) -> None:
 
     curves = {
         figure.key: figure
-        for figure in FIGURES
+        for figure, _ in figures(log)
         # A figure that some steps lack may have fewer windows in one run than in another.
         if windows(log, figure.key)
         and all(figure.key in run.curves for run in recorded.runs)
@@ -30,21 +30,28 @@ def plot(log: Log, recorded: Recorded, path: Path) -> None:
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     picture = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
-    places = picture.subplots(rows, columns, squeeze=False).flat
+    places = [*picture.subplots(rows, columns, squeeze=False).flat]
+    for axes in places[len(curves) :]:
+        axes.remove()
     for axes, (key, figure) in zip(places, curves.items(), strict=False):
         then = [run.curves[key] for run in recorded.runs]
         steps = [(window.first + window.last) / 2 for window in then[0]]
         limits = bands(recorded.runs, key, figure, RISK)
-        axes.fill_between(
-            steps, [b.lower for b in limits], [b.upper for b in limits], color="#c8d3e6", lw=0
-        )
+        own = windows(log, key)
+        # What is never below 0, such as a length, has no band there.
+        least = min(window.mean for curve in (own, *then) for window in curve)
+        lower = [max(b.lower, 0.0) if least >= 0 else b.lower for b in limits]
+        axes.fill_between(steps, lower, [b.upper for b in limits], color="#c8d3e6", lw=0)
         for curve in then:
             axes.plot(steps, [window.mean for window in curve], color="#8a99b5", lw=0.8)
-        own = windows(log, key)
         axes.plot([(w.first + w.last) / 2 for w in own], [w.mean for w in own], color="#c0392b")
-        axes.set(title=key.replace("$", r"\$"), xlabel="step")
-    for axes in list(places):
-        axes.remove()
+        axes.set_title(key.replace("$", r"\$"), fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.margins(x=0)
+        axes.grid(color="#eeeeee", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
     picture.suptitle("this run (red), recorded runs and their band (blue)", fontsize=10)
     try:
         picture.savefig(path, dpi=110, format="png", metadata={"Software": None})

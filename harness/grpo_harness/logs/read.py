@@ -9,7 +9,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from grpo_harness.errors import HarnessError
@@ -20,7 +22,6 @@ _STATE, _LOG, _RECIPE = "trainer_state.json", "log.json", "recipe.json"
 _MOST_BYTES = 1 << 30
 _GREATEST = 1e30
 _FINITE = ("loss", "grad_norm", "reward")
-_NAME = re.compile(r"[\w.+-]{1,64}", re.ASCII)
 
 
 class LogError(HarnessError):
@@ -32,7 +33,8 @@ class Log:
     """The log of one run: the file it was read from, and a row for each logged step, in order.
 
     A row has ``step`` and the figures by TRL's names. ``training`` is the name of the recipe, and
-    ``hardware`` and ``peak_memory`` (bytes) are known of runs of `grpo-harness train` alone.
+    ``hardware``, ``peak_memory`` (bytes) and the number of ``processes`` are known of runs of
+    `grpo-harness train` alone.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Log:
     training: str | None = None
     hardware: str | None = None
     peak_memory: float | None = None
+    processes: int | None = None
 
     @property
     def steps(self) -> int:
@@ -80,6 +83,7 @@ def read(path: Path) -> Log:
             f"{file} has fewer than two steps that logged a reward: it must be the log of a "
             "GRPOTrainer, with logging_steps well below max_steps"
         )
+    name, processes = _said(file.parent / _RECIPE)
     measured = None
     if (file.parent / FILE).is_file():
         try:
@@ -89,9 +93,10 @@ def read(path: Path) -> Log:
     return Log(
         path=file,
         rows=rows,
-        training=_training(file.parent / _RECIPE),
+        training=name,
         hardware=measured.hardware if measured else None,
         peak_memory=float(measured.peak_memory_bytes) if measured else None,
+        processes=processes,
     )
 
 
@@ -127,7 +132,7 @@ def _json(file: Path) -> Any:
 
 
 def _rows(content: Sequence[Mapping[str, Any]], file: Path) -> tuple[Mapping[str, float], ...]:
-    """Return the rows of training steps by their numbers; of a step logged twice, the last."""
+    """Return the rows of training steps in order. Raises ``LogError`` for one logged otherwise."""
     rows: dict[int, Mapping[str, float]] = {}
     for number, row in enumerate(content):
         if "loss" not in row and "reward" not in row:  # the summary at the end, an evaluation
@@ -144,8 +149,31 @@ def _rows(content: Sequence[Mapping[str, Any]], file: Path) -> tuple[Mapping[str
         step = figures.get("step")
         if step is None or step != int(step) or not 0 <= step < 1e9:
             raise LogError(f"{file}: row {number} has no step: it is no log of a trainer")
-        rows[int(step)] = {key: float(v) for key, v in figures.items() if v is not None}
+        found = {key: float(v) for key, v in figures.items() if v is not None}
+        before = rows.setdefault(int(step), found)
+        for key in before.keys() & found.keys():
+            if before[key] != found[key]:
+                raise LogError(
+                    f"{file}: step {step:g} is logged twice, with {escape(key, 60)} = "
+                    f"{before[key]:g} and {found[key]:g}: name the log of one run, whole"
+                )
+        rows[int(step)] = {**before, **found}
+    _check_whole(sorted(rows), file)
     return tuple(rows[step] for step in sorted(rows))
+
+
+def _check_whole(steps: Sequence[int], file: Path) -> None:
+    """Raise ``LogError`` if steps are missing: between two is more than the usual distance."""
+    if len(steps) < 2:
+        return
+    distances = [b - a for a, b in pairwise((0, *steps))]
+    usual = max(mode(distances[1:]), 1)
+    for step, distance in zip(steps, distances, strict=True):
+        if distance > usual:
+            raise LogError(
+                f"{file} logs every {usual} steps, and none from {step - distance + 1} to "
+                f"{step - 1}: copy the whole log, or train with one logging_steps throughout"
+            )
 
 
 def _is_note(value: Any) -> bool:
@@ -164,11 +192,13 @@ def _is_figure(value: Any) -> bool:
     return number and -_GREATEST < value < _GREATEST
 
 
-def _training(file: Path) -> str | None:
-    """Return the name of the recipe of a run of `grpo-harness train`, if it says one."""
-    if not file.is_file():
-        return None
-    content = _json(file)
-    recipe = content.get("recipe") if isinstance(content, Mapping) else None
+def _said(file: Path) -> tuple[str | None, int | None]:
+    """Return the recipe's name and the processes of a run of `grpo-harness train`, if it says."""
+    content = _json(file) if file.is_file() else None
+    said = content if isinstance(content, Mapping) else {}
+    recipe, processes = said.get("recipe"), said.get("processes")
     name = recipe.get("name") if isinstance(recipe, Mapping) else None
-    return name if isinstance(name, str) and _NAME.fullmatch(name) else None
+    return (
+        name if isinstance(name, str) and name else None,
+        processes if isinstance(processes, int) else None,
+    )

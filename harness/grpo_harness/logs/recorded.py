@@ -32,7 +32,7 @@ WINDOWS = 20
 """A curve is divided into this many windows, or into its logged steps if they are fewer."""
 
 _SCHEMA = 1
-_NAME = re.compile(r"\w[\w.+-]{0,63}", re.ASCII)
+_NAME = re.compile(r"\w([\w .+-]{0,62}[\w.+-])?")
 _Number = Annotated[float, Meta(gt=-1e30, lt=1e30)]
 _Error = Annotated[float, Meta(ge=0, lt=1e30)]
 _Count = Annotated[int, Meta(ge=0, lt=10**9)]
@@ -89,8 +89,8 @@ def path_of(name: str, baselines: Path) -> Path:
     """Return the path of a training's recorded runs. Raises ``LogError`` for a name of no file."""
     if not _NAME.fullmatch(name):
         raise LogError(
-            f"'{escape(name)}' cannot be the name of a training: use letters, digits, '_', '-', "
-            "'+' and '.'"
+            f"'{escape(name, 80)}' cannot be the name of a training: use up to 64 letters, digits, "
+            "spaces, '_', '-', '+' and '.' (--name)"
         )
     return baselines / FOLDER / f"{name}.json"
 

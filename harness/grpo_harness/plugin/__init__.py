@@ -29,6 +29,7 @@ from grpo_harness.plugin.fixtures import (  # noqa: F401
     base_policy,
     baseline,
     baselines,
+    built_in_recipes,
     engine,
     evaluate,
     evaluation,

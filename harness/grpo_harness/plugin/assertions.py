@@ -16,8 +16,21 @@ if TYPE_CHECKING:
     from grpo_harness.baselines.file import Baseline
     from grpo_harness.checks import Check
     from grpo_harness.evaluation import Evaluation
+    from grpo_harness.gate.verdicts import Verdict
     from grpo_harness.rules import Rule
     from grpo_harness.session import Session
+
+
+def conclude(node: pytest.Item, title: str, policy: str, verdict: Verdict, said: str) -> None:
+    """Count a verdict on a training: FAIL fails the test, UNPROVEN too under ``--grpo-strict``."""
+    from grpo_harness.checks import Check
+    from grpo_harness.text import plain
+
+    check = Check("training", title, "training", policy, "recorded runs", reason=said)
+    carry_check(node, {**check.asdict(), "verdict": verdict})
+    failing = ("FAIL", "ERROR", *(["UNPROVEN"] if node.config.getoption("grpo_strict") else []))
+    if verdict in failing:
+        pytest.fail(plain(said), pytrace=False)
 
 
 class Gate:
@@ -25,10 +38,10 @@ class Gate:
 
     ``gate.accuracy(evaluation, baseline)`` and similar rules judge against a baseline;
     ``gate.total(evaluations, baselines)`` takes those of all tasks. ``gate.no_loss(trained, base)``
-    and ``gate.improvement`` take lists of evaluations. They return the check; ``gate.rewards``
-    returns one for each of several reward functions, ``gate.slices`` one for each slice. FAIL and
-    ERROR fail the test. UNPROVEN is counted beside passed and failed; it fails the test under
-    ``--grpo-strict``.
+    and the other rules about the base take lists of evaluations. They return the check;
+    ``gate.rewards`` returns one for each of several reward functions, ``gate.slices`` one for each
+    slice. FAIL and ERROR fail the test. UNPROVEN is counted beside passed and failed; it fails the
+    test under ``--grpo-strict``.
 
     A test has a part of the risk for each rule that it declares
     (``@pytest.mark.grpo("accuracy")``), or for one rule if it declares none. It may use each part
@@ -126,6 +139,8 @@ class Gate:
         from grpo_harness.rules import ANSWERS
 
         found = [e for e in evaluations if rule.name not in ANSWERS or e.questions.judges_answers]
+        if rule.name == "lenient" and not any(e.questions.task_type.reads for e in found):
+            pytest.skip("only generated tasks say what exactly the answer is")
         if evaluations and not found:
             pytest.skip("nothing says which completions are correct: set correct, or see rewards")
         return found

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from grpo_harness.policy import Policy
     from grpo_harness.session import Session
     from grpo_harness.tasks import Source
-    from grpo_harness.training.files import RecipeFile
+    from grpo_harness.training.files import Recipe
 
 
 @pytest.fixture(scope="session")
@@ -308,19 +308,28 @@ def gate(request: pytest.FixtureRequest, grpo_session: Session) -> Gate:
 
 
 @pytest.fixture(scope="session")
-def grpo_recipe(request: pytest.FixtureRequest) -> RecipeFile:
-    """Return each recipe that the setting ``recipe`` names."""
+def grpo_recipe(request: pytest.FixtureRequest) -> Recipe:
+    """Return each recipe that the setting ``recipe`` names, or else each built-in one.
+
+    With ``small_policy`` or ``grpo_log`` a test is about recipes that are named, and is left out
+    where there are none.
+    """
     from grpo_harness.training.files import load
 
-    path = getattr(request, "param", None)
-    if path is None:
+    recipe = getattr(request, "param", None)
+    if recipe is None:
         pytest.skip("no recipe: set recipe in [tool.grpo-harness]")
-    return clearly(lambda: load(path))
+    return clearly(lambda: load(recipe))
+
+
+@pytest.fixture(scope="session")
+def built_in_recipes() -> None:
+    """Mark a test of the built-in recipes: it is left out where the project names its own."""
 
 
 @pytest.fixture(scope="session")
 def small_policy(
-    grpo_recipe: RecipeFile,
+    grpo_recipe: Recipe,
     grpo_session: Session,
     pytestconfig: pytest.Config,
     tmp_path_factory: pytest.TempPathFactory,

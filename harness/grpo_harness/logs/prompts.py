@@ -1,0 +1,41 @@
+"""Which training prompts each step asked, as far as a recipe tells: TRL's sampler is seeded."""
+
+import math
+from collections.abc import Iterator
+from itertools import count
+
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from grpo_harness.logs.read import Log
+from grpo_harness.training.job import Job
+
+
+def unknown(job: Job, log: Log) -> str:
+    """Return why the prompts of a run's steps are not known, or an empty text."""
+    if job.trainer._get_train_sampler is not GRPOTrainer._get_train_sampler:
+        return f"the trainer {job.trainer.__name__} has an order of its own"
+    if log.processes not in (None, job.config.world_size):
+        return f"it was trained by {log.processes} processes"
+    return ""
+
+
+def asked(config: GRPOConfig, n: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield the step and the rows of every generation, for ``n`` rows of one process, without end.
+
+    A generation asks some rows, ``num_generations`` times each, and serves ``steps_per_generation``
+    parts of a step, ``num_iterations`` times. At the end of an epoch what is left is not asked.
+    """
+    at_once = (config.generation_batch_size or 0) // (config.num_generations or 1)
+    sampler = RepeatSampler(
+        range(n), 1, at_once, shuffle=bool(config.shuffle_dataset), seed=config.seed
+    )
+    parts = (config.steps_per_generation or 1) * config.num_iterations
+    accumulated = config.gradient_accumulation_steps
+    steps = math.ceil(n // at_once * parts / accumulated)
+    for epoch in count():
+        rows = [*sampler]
+        for number in range(n // at_once):
+            own = rows[number * at_once : (number + 1) * at_once]
+            yield epoch * steps + number * parts // accumulated + 1, own
