@@ -86,7 +86,8 @@ def test_unchanged_it_is_green(guarded):
     assert recorded == {"baselines/recipes/train.json", "baselines/training/train.json"}
     status, said = guarded.pytest(*GUARD, "-rs")
     assert status == 0, said
-    assert re.search(r"\b4 passed", said), said
+    # Five runs of 15 steps may be too few to prove that the reward rose as it should.
+    assert re.search(r"\b(5 passed|4 passed.* 1 unproven|1 unproven.* 4 passed)", said), said
     assert "skipped" not in said
     assert "does not look at" not in said
     rows = json.loads((guarded.folder / "checkpoints/latest/log.json").read_text())
@@ -248,7 +249,7 @@ def test_each_fault_in_a_runs_log_is_named(guarded):
         assert status == 1, f"{fault}: {said}"
         assert re.search(rf"^  {LEFT[fault]}: .* the band", said, re.MULTILINE), f"{fault}: {said}"
     ((status, said),) = guarded.harness("log checkpoints/latest")
-    assert (status, said.splitlines()[0]) == (0, "PASS: train against 5 recorded runs")
+    assert re.search("^(PASS|UNPROVEN): train against 5 recorded runs$", said, re.MULTILINE), said
 
 
 def of_the_base(team, run):
