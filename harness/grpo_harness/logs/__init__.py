@@ -7,7 +7,6 @@
 ``judge.py``      a run against recorded ones: bands, verdicts, where it left
 ``plot.py``       the curves of a run over the bands of the recorded ones
 ``hacking.py``    has reward risen while the decisive reward fell?
-``prompts.py``    which training prompts each step asked
 ``reconcile.py``  is the saved checkpoint the policy whose curve was logged?
 ================  ==============================================================
 """

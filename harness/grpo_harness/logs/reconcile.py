@@ -20,13 +20,13 @@ from scipy.special import ndtri
 from grpo_harness.engines.engine import Request, Sampling, sample_seed
 from grpo_harness.engines.transformers import TransformersEngine
 from grpo_harness.logs.figures import FIFTH, Figure
-from grpo_harness.logs.prompts import asked, unknown
 from grpo_harness.logs.read import Log, LogError, reward_key
 from grpo_harness.policy import Policy, load
 from grpo_harness.rewards.functions import Batch, Reward, Rewards, Scores, completion_of
 from grpo_harness.text import escape
 from grpo_harness.training.files import RecipeFile
 from grpo_harness.training.job import Job, job_of, prompt_of
+from grpo_harness.training.prompts import asked, unknown
 from grpo_harness.training.recipes import Recipe
 
 PROMPTS, SAMPLES = 128, 4
@@ -170,7 +170,7 @@ def reconcile(
 def _asked(job: Job, log: Log, seed: int) -> _Asked:
     """Choose the prompts of the last steps, back to a fifth of the run; or else random ones."""
     n = len(job.rows)
-    if why := unknown(job, log):
+    if why := unknown(job, log.processes):
         rows = Random(seed).sample(range(n), min(PROMPTS, n))
         return _Asked(rows, (), False, f"{len(rows)} random training prompts: {why}")
     rewarded = [row for row in log.rows if "reward" in row]

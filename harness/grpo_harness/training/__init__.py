@@ -11,6 +11,7 @@
 ``trainer.py``     TRL's GRPOTrainer with checks
 ``shrunk.py``      a policy's own architecture and tokenizer, but small
 ``job.py``         what one run trains: a recipe with everything that it names
+``prompts.py``     which prompts each step asked, as far as a recipe tells
 ``run.py``         one training run
 ``processes.py``   several processes that train one policy
 =================  ===================================================================

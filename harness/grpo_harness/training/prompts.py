@@ -8,16 +8,18 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from grpo_harness.logs.read import Log
 from grpo_harness.training.job import Job
 
 
-def unknown(job: Job, log: Log) -> str:
-    """Return why the prompts of a run's steps are not known, or an empty text."""
+def unknown(job: Job, processes: int | None) -> str:
+    """Return why the prompts of a run's steps are not known, or an empty text.
+
+    ``processes`` is the number that trained it, if that is known.
+    """
     if job.trainer._get_train_sampler is not GRPOTrainer._get_train_sampler:
         return f"the trainer {job.trainer.__name__} has an order of its own"
-    if log.processes not in (None, job.config.world_size):
-        return f"it was trained by {log.processes} processes"
+    if processes not in (None, job.config.world_size):
+        return f"it was trained by {processes} processes"
     return ""
 
 
