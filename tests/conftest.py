@@ -23,7 +23,7 @@ from grpo_harness.evaluation import ask, evaluate
 from grpo_harness.policy.policy import load
 from grpo_harness.rewards.functions import Reward, Rewards
 from grpo_harness.rewards.rule import reward_func
-from grpo_harness.store import Store
+from grpo_harness.store import FILE, Store
 from grpo_harness.tasks import task_types
 from tests.projects import OWN_SUITE
 from tools.nano.tokenizer import build_tokenizer
@@ -157,7 +157,7 @@ def measure(tiny_policy, tmp_path, answers):
             engine,
             k=k,
             run_seed=run_seed,
-            store=Store(tmp_path / "samples"),
+            store=Store(tmp_path / FILE),
             code=str(id(engine)),
         )
 

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+import runpy
 import sys
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from safetensors.torch import save_file
 
+from grpo_harness.contract import watch
 from grpo_harness.errors import HarnessError
-from grpo_harness.training import train
+from grpo_harness.training import load, train
 from grpo_harness.training.processes import launch
-from grpo_harness.training.recipes import RECIPES
 from grpo_harness.training.trainer import Trainer, Watch
+
+made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("trainers.py"))))
 
 
 def scattered(prompts, completions, **kwargs):
@@ -45,11 +48,11 @@ def one_step(argument):
 
     Trainer._generate_single_turn = replay
     Watch.on_pre_optimizer_step = gradients
-    recipe = replace(
-        RECIPES["smoke"],
-        policy=policy,
-        steps=1,
-        prompts_per_step=4,
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe = load("smoke").with_values(
+        model_name_or_path=policy,
+        max_steps=1,
+        per_device_train_batch_size=16 // processes // int(parts),
         num_generations=4,
         gradient_accumulation_steps=int(parts),
         max_completion_length=24,
@@ -68,9 +71,24 @@ def fail_in_the_second(_):
     torch.distributed.barrier()
 
 
+def watched(argument):
+    """Watch the trainers of a list, one after the other; write what each process says of them."""
+    folder, listed = argument
+    rank, said = os.environ["RANK"], {}
+    for name, (trainer, settings) in json.loads(Path(listed).read_text()).items():
+        kind = getattr(made, trainer)
+        run = watch(made.build(Path(folder, name), kind, **settings))
+        try:
+            run.holds()
+            said[name] = [None, run.not_looked_at]
+        except AssertionError as broken:
+            said[name] = [str(broken), run.not_looked_at]
+    Path(folder, f"{rank}.json").write_text(json.dumps(said))
+
+
 if __name__ == "__main__":
     what, processes, *rest = sys.argv[1:]
-    work = {"one_step": one_step, "fail": fail_in_the_second}[what]
+    work = {"one_step": one_step, "fail": fail_in_the_second, "watched": watched}[what]
     if processes == "1":
         work(rest)
     else:

@@ -1,6 +1,5 @@
 """An adapter is a policy: PEFT's own unmerged model is what it is held against."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -19,8 +18,8 @@ from grpo_harness.engines.transformers import TransformersEngine
 from grpo_harness.engines.weights import load_weights
 from grpo_harness.policy import PolicyError, PolicyName, load
 from grpo_harness.policy.checkpoint import elements, find
+from grpo_harness.training import load as load_recipe
 from grpo_harness.training import train
-from grpo_harness.training.recipes import RECIPES
 from tests.projects import run
 from tests.several import scattered
 
@@ -209,8 +208,8 @@ def test_what_its_base_was_trained_on_counts_too(copy, tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "tied head"])
 def test_a_training_can_start_from_one_and_writes_a_whole_model(tiny, tmp_path, kind):
     folder = adapt(tiny, tmp_path / "adapter", KINDS[kind])
-    recipe = dataclasses.replace(
-        RECIPES["smoke"], policy=str(folder), steps=1, max_completion_length=4, learning_rate=1e-12
+    recipe = load_recipe("smoke").with_values(
+        model_name_or_path=str(folder), max_steps=1, max_completion_length=4, learning_rate=1e-12
     )
     train(recipe, tmp_path / "out", device="cpu", reward=scattered)
     tokens = torch.arange(40)[None]
@@ -218,7 +217,7 @@ def test_a_training_can_start_from_one_and_writes_a_whole_model(tiny, tmp_path, 
         before, after = (load_all(f)(tokens).logits for f in (folder, tmp_path / "out"))
     assert (before - after).abs().max() < 1e-5
     with pytest.raises(ValueError, match="is an adapter: save it"):
-        train(dataclasses.replace(recipe, beta=0.1), tmp_path / "again", device="cpu")
+        train(recipe.with_values(beta=0.1), tmp_path / "again", device="cpu")
 
 
 class TestTokenizer:

@@ -10,7 +10,7 @@ from grpo_harness.policy import load
 from grpo_harness.rewards.functions import Reward, RewardError, Rewards
 from grpo_harness.rewards.outcome import OUTCOMES
 from grpo_harness.rewards.rule import reward_func, rule_reward
-from grpo_harness.store import Store
+from grpo_harness.store import FILE, Store
 from grpo_harness.tasks import load_task_type, task_types
 
 GCD = task_types()["gcd"]
@@ -42,7 +42,7 @@ def right(request, _):
 
 def run(policy, engine, tmp_path, n=6, k=2, reward=reward_func, **options):
     questions = ask(policy, GCD, n, settings=engine.settings(), rewards=Rewards((Reward(reward),)))
-    store = Store(tmp_path)
+    store = Store(tmp_path / FILE)
     return evaluate(questions, engine, k=k, run_seed=1, store=store, **options)
 
 
@@ -221,7 +221,7 @@ def test_a_problem_is_read_by_itself_and_a_completion_whole(tiny_policy, tmp_pat
     wanted = {p: own.wanted(q) for p, q in zip(questions.prompts, questions.problems, strict=True)}
     lines = "" if "split" not in body else "Let me think.\n"
     engine = Scripted(lambda request, _: Sample(lines + wanted[request.prompt], 2, truncated=False))
-    found = evaluate(questions, engine, k=1, run_seed=1, store=Store(tmp_path / "s"))
+    found = evaluate(questions, engine, k=1, run_seed=1, store=Store(tmp_path / FILE))
     assert found.accuracy == 1
     assert all(completion.reward > 0 for completion in found.completions)
 
@@ -234,7 +234,7 @@ def test_a_read_that_raises_on_a_completion_is_named(tiny_policy, tmp_path):
     questions = ask(tiny_policy, own_type(tmp_path, body), 3, settings={})
     engine = Scripted(lambda *_: Sample("twelve\n\x1b", 2, truncated=False))
     with pytest.raises(EvaluationError, match=r"'twelve\\n\\x1b' cannot be read \(ValueError"):
-        evaluate(questions, engine, k=1, run_seed=1, store=Store(tmp_path / "s"))
+        evaluate(questions, engine, k=1, run_seed=1, store=Store(tmp_path / FILE))
 
 
 @pytest.mark.parametrize("twice", ["", ".2"])

@@ -23,7 +23,7 @@ from grpo_harness.baselines.recording import record
 from grpo_harness.engines.engine import Sample
 from grpo_harness.evaluation import RULE, ask, evaluate
 from grpo_harness.rewards.functions import Correct, Reward, Rewards
-from grpo_harness.store import Store
+from grpo_harness.store import FILE, Store
 from grpo_harness.tasks import task_types
 
 GCD = task_types()["gcd"]
@@ -93,7 +93,7 @@ def recorded(tiny_policy, tmp_path):
     def recorded(rewards=TWO, text=None, n=80):
         engine = Drawn(tiny_policy, text)
         questions = ask(tiny_policy, GCD, n, settings=engine.settings(), rewards=rewards)
-        store, code = Store(tmp_path / "samples"), str(text)
+        store, code = Store(tmp_path / FILE), str(text)
         evaluations = [
             evaluate(questions, engine, k=4, run_seed=s, store=store, code=code) for s in (1, 2)
         ]

@@ -17,7 +17,8 @@ from grpo_harness.policy import load as load_policy
 from grpo_harness.tasks import check_disjoint
 from grpo_harness.tasks.dataset import DatasetSource
 from grpo_harness.training import train
-from grpo_harness.training.files import assignment, load
+from grpo_harness.training.files import load
+from grpo_harness.training.reading import assignment
 from grpo_harness.training.recorded import differences, record, recorded
 from grpo_harness.training.run import build
 from tests.projects import run
@@ -54,6 +55,20 @@ class Ours(GRPOTrainer):
 
     def compute_loss(self, *args, **kwargs):
         self.SEEN.append(self.state.global_step)
+        return super().compute_loss(*args, **kwargs)
+
+class Unready(GRPOTrainer):
+    def __init__(self, *args, **kwargs):
+        raise SystemExit("no licence")
+
+class Late(GRPOTrainer):
+    def get_train_dataloader(self):
+        return {}["loader"]
+
+class Odd(GRPOTrainer):
+    def compute_loss(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            raise ValueError("shapes differ")
         return super().compute_loss(*args, **kwargs)
 
 class Mute(GRPOTrainer):
@@ -196,7 +211,7 @@ def test_the_config_is_the_one_that_trl_reads(write):
     _, theirs, *_ = make_parser().parse_args_and_config(["--config", str(path)])
     ours = load(path).config(path.parent / "out", device="cpu")
     pinned = {"output_dir", "report_to", "logging_nan_inf_filter", "disable_tqdm", "save_strategy",
-              "dataloader_pin_memory", "logging_dir", "run_name"}  # fmt: skip
+              "dataloader_pin_memory", "logging_dir", "run_name", "save_total_limit"}  # fmt: skip
     for name, value in theirs.to_dict().items():
         if name not in pinned and "checkpointing" not in name:
             assert ours.to_dict()[name] == value, name
@@ -209,7 +224,7 @@ def test_values_are_taken_as_trl_takes_them(write, tmp_path):
         gradient_checkpointing_kwargs='{"use_reentrant": false}', report_to="none",
     )  # fmt: skip
     path.write_text(path.read_text() + "<<: {seed: 3}\ngradient_checkpointing:  # none\n  false\n")
-    _, config, model = load(path).parsed
+    _, config, model, _ = load(path).parsed
     assert (config.learning_rate, config.num_iterations, config.seed) == (1e-6, 2, 3)
     assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert model.lora_target_modules == "all-linear"
@@ -272,7 +287,16 @@ def test_values_are_taken_as_trl_takes_them(write, tmp_path):
         ({"push_to_hub": True}, "push_to_hub cannot be set here"),
         ({"load_in_4bit": True}, "quantized weights"),
         ({"trust_remote_code": True}, "never run"),
-        ({"eval_strategy": "steps"}, "evaluated by the suites"),
+        ({"streaming": True}, "streaming cannot be set here"),
+        ({"logging_nan_inf_filter": True}, "a figure that is not finite ends the run"),
+        ({"load_best_model_at_end": True}, "keeps the policy of its last step"),
+        ({"loss_type": "dappo"}, "loss_type is 'dappo': it must be one of grpo, dr_grpo, dapo,"),
+        ({"scale_rewards": "grup"}, "scale_rewards is 'grup': it must be one of group, batch,"),
+        ({"importance_sampling_level": "word"}, "must be one of token, sequence"),
+        ({"datasets": [{"path": "json"}]}, "must name its problems, once: dataset_name, datasets"),
+        ({"n_math": 4}, "use n_math in the block grpo_harness"),
+        ({"steps": 4}, "use max_steps"),
+        ({"random_order": True}, "use shuffle_dataset"),
         ({"env": 7}, "env is 7"),
     ],
 )
@@ -311,9 +335,15 @@ def test_a_file_that_is_no_recipe(text, said, tmp_path):
         ({"reward_funcs": ["nowhere.at.all"], "reward_weights": None}, "'nowhere.at.all' is not"),
         ({"grpo_harness": {"trainer": "team_rewards:accuracy"}}, "is no subclass of GRPOTrainer"),
         ({"grpo_harness": {"trainer": "team_rewards:Theirs"}}, "not the module:Class"),
-        ({"dataset_name": "other.jsonl"}, "other.jsonl"),
+        ({"dataset_name": "other.jsonl"}, "ours.yaml: dataset_name: .*other.jsonl"),
         ({"model_name_or_path": "./nowhere"}, "nowhere"),
         ({"per_device_train_batch_size": 400}, "24 problems and asks 100 at once"),
+        ({"reward_weights": [1.0]}, "ours.yaml: reward_weights has 1 numbers for 3 rewards"),
+        ({"reward_model_name_or_path": "./none", "reward_weights": None}, "_path './none' is not"),
+        ({"optim": "adamw_bnb_8bit"}, "ours.yaml: optim cannot be used"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "ours.yaml: lr_scheduler_type and lr_scheduler_kw"),
+        ({"use_vllm": True}, "ours.yaml: use_vllm needs a package"),
+        ({"eval_strategy": "epoch"}, "eval_strategy needs a test split, and train.jsonl"),
     ],
 )
 def test_what_the_file_names_must_be_there(write, changes, said, tmp_path):
@@ -325,8 +355,15 @@ def test_what_the_file_names_must_be_there(write, changes, said, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"optim": "adamw_bnb_8bit"}, "recipe 'ours': the trainer of TRL .* refuses it"),
-        ({"lr_scheduler_kwargs": {"foo": 1}}, "recipe 'ours': the trainer of TRL .* refuses it"),
+        ({"num_generations_eval": 3, "router_aux_loss_coef": 0.1}, "ours.yaml: the trainer of TRL"),
+        (
+            {"grpo_harness": {"trainer": "team_rewards:Unready"}},
+            "ours.yaml: grpo_harness.trainer 'team_rewards:Unready' .*SystemExit: no licence",
+        ),
+        (
+            {"grpo_harness": {"trainer": "team_rewards:Late"}},
+            "ours.yaml: grpo_harness.trainer 'team_rewards:Late' .*KeyError: 'loader'",
+        ),
         ({"grpo_harness": {"trainer": "team_rewards:Mute"}}, "step 2: .* has logged no loss"),
         ({"max_steps": -1, "num_train_epochs": 1, "logging_steps": 99}, "of 12 steps none"),
     ],
@@ -370,9 +407,31 @@ def test_the_command_overrides_what_the_file_says(write, tmp_path, capsys):
     )  # fmt: skip
     assert main(["train", "ours.yaml", "--out", "new", "--set", "kl_coef=1"]) == 2
     assert "use beta" in capsys.readouterr().err
-    assert main(["train", "smoke", "--out", "x", "--set", "beta=1"]) == 2
     assert main(["train", "ours.yaml", "--out", "x", "--steps", "0"]) == 2
     assert "--steps 0: there must be at least one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "line"),
+    [
+        (
+            {"grpo_harness": {"trainer": "team_rewards:Odd"}},
+            "step 2: Odd raised ValueError",
+            "Value",
+        ),
+        ({"reward_funcs": ["team_rewards.raises"], "reward_weights": None}, "step 1: the r", "Key"),
+    ],
+)
+def test_what_ones_own_code_raises_in_a_step_keeps_its_traceback(
+    write, changes, said, line, capsys
+):
+    write(**changes)
+    assert main(["train", "ours.yaml", "--out", "out", "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback")
+    assert "team_rewards.py" in told
+    assert f"raise {line}Error(" in told
+    assert told.splitlines()[-1].startswith(f"grpo-harness train: {said}")
 
 
 def test_assignments_are_yaml():
@@ -394,6 +453,7 @@ def test_a_recorded_file_names_what_changed(write, tmp_path):
         "learning_rate": 1e-4, "reward_weights": [1.0, 0.4, 0.1], "beta": 0.1, "use_peft": True,
         "dataset_name": "test.jsonl", "per_device_train_batch_size": 16,
         "reward_funcs": ["team_rewards.short"] * 3, "bf16": True, "gradient_checkpointing": True,
+        "env": {"OUR_MODE": "other"}, "shuffle_dataset": False,
     }.items():  # fmt: skip
         changed = differences(load(write(**{key: value})), was, device="cpu")
         assert any(line.startswith(f"{key} is ") for line in changed), key
@@ -415,7 +475,7 @@ def test_a_recorded_file_names_what_changed(write, tmp_path):
 def test_a_smoke_run_is_small_and_computes_the_same(write, changes, batch, steps):
     recipe = load(write(**changes))
     small = recipe.small("nano-trained")
-    ours, theirs = small.config(recipe.path.parent / "out", device="cpu"), recipe.parsed[1]
+    ours, theirs = small.config(recipe.path.parent / "out", device="cpu"), recipe.parsed.config
     assert (small.policy, ours.max_steps) == ("nano-trained", steps)
     assert ours.per_device_train_batch_size == batch
     assert ours.max_completion_length <= 32
@@ -439,20 +499,22 @@ def test_the_trainer_is_the_one_that_trl_would_make(write, tmp_path):
 
 
 @pytest.mark.heavy  # six runs of pytest, four of which train
-def test_the_suite_guards_what_a_recipe_means(project, write, monkeypatch, capsys):
-    suite = Path(__file__).parents[1] / "suites" / "test_recipe.py"
+def test_the_suites_guard_what_a_recipe_means(project, write, monkeypatch, capsys):
+    suites = Path(__file__).parents[1] / "suites"
     data, rewards = (Path(name).resolve() for name in ("train.jsonl", "team_rewards.py"))
     monkeypatch.chdir(project.path)
-    (project.path / "test_own.py").write_text(suite.read_text())
-    run(project, deselected=2)
+    (project.path / "test_own.py").write_text((suites / "test_recipe.py").read_text())
     for file in (data, rewards):
         shutil.copy(file, project.path / file.name)
     shutil.copy(write(), project.path / "ours.yaml")
+    # Without one of its own the project is asked the built-in ones, of which it has no records.
+    run(project, failed=5).stdout.fnmatch_lines(["*recorded of the recipe 'tutorial'*"])
+    (project.path / "test_own_training.py").write_text((suites / "test_training.py").read_text())
     table = project.path / "pyproject.toml"
     table.write_text(table.read_text().replace("problems = 64", 'recipe = "ours.yaml"', 1))
-    run(project, passed=1, failed=1).stdout.fnmatch_lines(
-        ["*no config is recorded of the recipe 'ours'*"]
-    )
+    result = run(project, passed=1, failed=1)
+    assert result.parseoutcomes()["deselected"] > 290, "the contract of the built-in recipes"
+    result.stdout.fnmatch_lines(["*no config is recorded of the recipe 'ours'*"])
     capsys.readouterr()
     assert main(["recipes", "--record"]) == 0
     assert main(["recipes"]) == 0

@@ -14,7 +14,6 @@ from grpo_harness.evaluation import Tally
 from grpo_harness.learning import laboratory as learn
 from grpo_harness.learning.judge import Limits, Trial, ends, gain, judge_learning, late
 from grpo_harness.learning.laboratory import CONDITIONS, LONG_LISTS, constant, negated, shuffled
-from grpo_harness.tasks import make_problems
 from tools.nano.learning_table import BASE, Ledger, make_table
 
 GOOD = {
@@ -218,30 +217,28 @@ def test_controls_differ_from_the_real_run_in_one_thing():
     for name in ("shuffled", "constant", "negated"):
         assert CONDITIONS[name].recipe == real.recipe
     zero = CONDITIONS["rate zero"].recipe
-    assert dataclasses.replace(zero, learning_rate=real.recipe.learning_rate) == real.recipe
+    rate = real.recipe.values["learning_rate"]
+    assert zero.with_values(learning_rate=rate) == real.recipe
 
 
 def test_the_collapse_is_asked_to_sort_long_lists_only():
     collapse = CONDITIONS["collapse"]
     for seed in range(3):
         recipe = collapse.of(seed)
-        problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
-        assert recipe.problem_seed in LONG_LISTS
-        assert [(p.type, len(p.task["arr"])) for p in problems] == [("sort", 9)] * 3
+        assert recipe.block.problem_seed in LONG_LISTS
+        assert [(p.type, len(p.task["arr"])) for p in recipe.problems()] == [("sort", 9)] * 3
 
 
 def test_every_seed_asks_other_problems():
     recipes = [CONDITIONS["learn"].of(seed) for seed in range(60)]
-    asked = {
-        tuple(p.prompt for p in make_problems(r.n_math, r.n_prog, r.problem_seed)) for r in recipes
-    }
+    asked = {tuple(problem.prompt for problem in recipe.problems()) for recipe in recipes}
     assert len(asked) == 60
 
 
 def test_a_trial_is_measured_by_the_rule_whatever_the_trainer_is_told(monkeypatch):
     """Two prompts and five steps of the real trainer, which is told the negated reward."""
-    recipe = dataclasses.replace(
-        CONDITIONS["learn"].recipe, n_math=0, n_prog=2, prompts_per_step=2, steps=5
+    recipe = CONDITIONS["learn"].recipe.with_values(
+        n_math=0, n_prog=2, per_device_train_batch_size=12, max_steps=5
     )
     monkeypatch.setitem(CONDITIONS, "short", learn.Condition(recipe, negated))
     monkeypatch.setattr(learn, "PROBLEMS", 2)

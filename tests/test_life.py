@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
+from contextlib import closing
 
 import pytest
 
@@ -112,14 +114,17 @@ def test_a_damaged_cache_is_said_once_and_mended(project):
     run(project, "--grpo-record")
     run(project, "--grpo-seed=3", passed=2)
     cache = project.path / ".pytest_cache" / "d" / "grpo-harness"
-    for path in (cache / "samples").glob("base-policy-*.jsonl"):
-        lines = path.read_bytes().split(b"\n")
-        path.write_bytes(b"\n".join([*lines[:5], b"\xff\xfe\x00", *lines[6:]]))
+    with closing(sqlite3.connect(cache / "samples.db")) as database, database:
+        of_base = "draw IN (SELECT draw FROM draws WHERE policy = ?)"
+        database.execute(
+            f"UPDATE samples SET text = ? WHERE number = 0 AND {of_base}",  # noqa: S608
+            (b"\xff", b"base-policy"),
+        )
     attempts = cache / "attempts.jsonl"
     attempts.write_bytes(attempts.read_bytes() + b"\n\xff\xfe\x00")
     said = [" ".join(run(project, "--grpo-seed=3", passed=2).outlines) for _ in range(2)]
     # The report wraps what it says at any space.
-    assert [len(re.findall(r"\bof +the +lines +in\b", text)) for text in said] == [2, 0]
+    assert [len(re.findall(r"\bof +the +(?:lines|samples) +in\b", t)) for t in said] == [2, 0]
 
 
 @pytest.mark.parametrize(

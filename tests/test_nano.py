@@ -41,7 +41,7 @@ def test_shipped_files(name):
 def test_trained_comes_from_this_base():
     record = json.loads((FOLDER / "trained" / "recipe.json").read_text())
     base, trained = load("nano-base"), load("nano-trained")
-    assert record["recipe"]["policy"] == record["base"]["name"] == "nano-base"
+    assert record["base"]["name"] == "nano-base"
     assert record["base"]["fingerprint"] == str(base.fingerprint)
     assert base.fingerprint.tokenizer == trained.fingerprint.tokenizer
     assert base.fingerprint.weights != trained.fingerprint.weights

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training.builtin import BUILT_IN
 from grpo_harness.training.recorded import recorded
 
 pytestmark = pytest.mark.heavy
@@ -24,31 +24,31 @@ FLIPPED = {
 
 PROBE = """
 import json, sys
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import trl
 
-from grpo_harness.training.config import resolve, settings
-from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training import load, train
+from grpo_harness.training.builtin import BUILT_IN
+from grpo_harness.training.config import settings
 from grpo_harness.training.recorded import differences, recorded
-from grpo_harness.training import train
 
 policy, folder, baselines = sys.argv[1:]
 assert Path(trl.__file__).is_relative_to(folder), trl.__file__
-smoke = RECIPES["smoke"]
+smoke = load("smoke")
 try:
-    resolve(replace(smoke, config={"max_prompt_length": 512}), Path("out"), device="cpu")
+    load("smoke", {"router_aux_loss": 512})
     error = ""
 except ValueError as raised:
     error = str(raised)
-short = replace(smoke, policy=policy, steps=2, save_steps=1, max_completion_length=8)
+short = smoke.with_values(
+    model_name_or_path=policy, max_steps=2, save_steps=1, max_completion_length=8
+)
 print(json.dumps({
     "version": version("trl"),
     "configs": {
-        name: settings(resolve(recipe, Path("out"), device="cpu"))
-        for name, recipe in RECIPES.items()
+        name: settings(load(name).config(Path("out"), device="cpu")) for name in BUILT_IN
     },
     "differences": [
         (text.split()[0], text)
@@ -79,7 +79,7 @@ def older(request, tiny, tmp_path_factory):
     return told
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_recipe_means_the_same(older, name):
     now, then = recorded(name, BASELINES)["config"], older["configs"][name]
     shared = now.keys() & then.keys()
@@ -96,7 +96,7 @@ def test_what_it_defaults_otherwise_is_named(older):
 
 
 def test_key_that_it_does_not_have_is_an_error(older):
-    assert f"TRL {older['version']} has no 'max_prompt_length'" in older["error"]
+    assert f"TRL {older['version']} has no 'router_aux_loss'" in older["error"]
 
 
 def test_it_trains(older):

@@ -8,21 +8,22 @@ import pytest
 from trl import GRPOConfig
 
 from grpo_harness.errors import HarnessError
-from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training import load
+from grpo_harness.training.builtin import BUILT_IN
 from grpo_harness.training.recorded import differences, path_of, record, recorded
 
 BASELINES = Path(__file__).parent.parent / "baselines"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_resolved_config(name):
     was = recorded(name, BASELINES)
-    changed, versions = differences(RECIPES[name], was, device="cpu"), was["versions"]
+    changed, versions = differences(load(name), was, device="cpu"), was["versions"]
     assert not changed, f"recorded with {versions}: " + "; ".join(map(str, changed))
 
 
 def test_every_recipe_is_recorded_and_no_other():
-    assert {path.stem for path in path_of("x", BASELINES).parent.iterdir()} == set(RECIPES)
+    assert {path.stem for path in path_of("x", BASELINES).parent.iterdir()} == set(BUILT_IN)
 
 
 def test_default_that_flips_is_named(monkeypatch):
@@ -31,8 +32,8 @@ def test_default_that_flips_is_named(monkeypatch):
         multi_objective_aggregation: str = "normalize_then_sum"
         novelty: int = 3
 
-    monkeypatch.setattr("grpo_harness.training.config.GRPOConfig", Upgraded)
-    changed = differences(RECIPES["smoke"], recorded("smoke", BASELINES), device="cpu")
+    monkeypatch.setattr("trl.GRPOConfig", Upgraded)
+    changed = differences(load("smoke"), recorded("smoke", BASELINES), device="cpu")
     assert changed == [
         "multi_objective_aggregation is 'normalize_then_sum': it was 'sum_then_normalize'",
         "novelty is new: 3",
@@ -41,14 +42,14 @@ def test_default_that_flips_is_named(monkeypatch):
 
 def test_key_that_is_gone_and_recipe_that_changed_are_named():
     was = recorded("smoke", BASELINES)
-    was["config"]["max_prompt_length"] = 512
-    recipe = dataclasses.replace(RECIPES["smoke"], beta=0.04)
+    was["config"]["clip_range"] = 0.2
+    recipe = load("smoke").with_values(beta=0.04)
     changed = differences(recipe, was, device="cpu")
-    assert changed == ["beta is 0.04: it was 0.0", "max_prompt_length is gone: it was 512"]
+    assert changed == ["beta is 0.04: it was 0.0", "clip_range is gone: it was 0.2"]
 
 
 def test_recording_again_changes_nothing(tmp_path):
-    for recipe in RECIPES.values():
+    for recipe in map(load, BUILT_IN):
         path = record(recipe, tmp_path)
         assert json.loads(path.read_text())["config"] == recorded(recipe.name, BASELINES)["config"]
 

@@ -21,7 +21,7 @@ PATCHES = {
         """
         from grpo_harness.store import Store
         own = Store.open
-        Store.open = lambda self, name, what: own(self, name, {**what, "run_seed": 0})
+        Store.open = lambda self, *name, what: own(self, *name, what={**what, "run_seed": 0})
         """,
         "test_another_run_draws_others",
         "the run's seed does not reach the draws, or the store gives",

@@ -1,6 +1,7 @@
 """Any trainer under the contract: what holds of a team's own, and what is said when it does not."""
 
 import functools
+import math
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,13 @@ from grpo_harness.contract.watched import OF_ONE_RUN
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("trainers.py"))))
 
 # A user's own configuration decides what is an error; these are of TRL and transformers.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:You are using '(rollout|environment)_f.*:UserWarning"),
+]
 
 SEVERAL = [made.reward_digits, made.reward_answer, made.reward_length]
+SHORT = {"gradient_accumulation_steps": 4, "num_generations": 2, "max_completion_length": 2}
 FIRST = {"num_iterations": 2, "max_steps": 4, "learning_rate": 5e-3}
 
 
@@ -38,6 +43,15 @@ WHOLE = {
         "num_completions_to_print": 0,
     },
     "rewards of None": {"rewards": made.reward_length},
+    "rewards of one name": {
+        "rewards": [made.reward_digits, made.reward_short],
+        "log_completions": True,
+        "num_completions_to_print": 0,
+    },
+    "a reward that changes its arguments": {"rewards": made.reward_in_place},
+    "stopped": {"trainer": made.Stopped},
+    "advantages of tokens": {"trainer": made.OfTokens},
+    "one prompt": {"trainer": made.OnePrompt, "loss_type": "bnpo", **SHORT},
     "async": {"rewards": [functools.partial(made.reward_later), made.reward_answer]},
     "lora": {"peft": lora()},
     "lora and beta": {"peft": lora(), "beta": 0.1},
@@ -81,6 +95,8 @@ REUSED = {
     "iterations": {**FIRST, "epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5, "beta": 0.05},
     "no correction": {**FIRST, "beta": 0.2, "use_bias_correction_kl": False},
     "window": {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+    "one prompt": {"trainer": made.OnePrompt, **SHORT, "gradient_accumulation_steps": 1}
+    | {"steps_per_generation": 4, "max_steps": 4},
 }
 """Trainers whose completions are used in several steps."""
 
@@ -98,6 +114,7 @@ LEFT_OUT = {
     "a data set that is streamed": {"trainer": made.Streamed},
     "an optimizer or a schedule of your own": {"trainer": made.OwnOptimizer},
     "reward models": {"trainer": made.Judged},
+    "a rollout function": {"trainer": made.Rolled},
     "dropout": {"peft": lora(lora_dropout=0.2)},
     "half precision": {"bf16": True},
     "generation batches that do not divide into whole steps": {
@@ -131,6 +148,15 @@ def test_what_has_no_formula_is_named(what, tmp_path):
     name = next(iter(run.not_looked_at))
     with pytest.raises(AssertionError, match=f"{name} is not looked at: {what}"):
         run.holds(name)
+
+
+def test_an_environment_is_named(tmp_path):
+    short = {"per_device_train_batch_size": 4, "max_steps": 1}
+    run = watch(made.build(tmp_path, made.InAnEnvironment, conversations=True, **short))
+    run.holds()
+    reasons = {"tools", "environments", "a response template"}
+    assert set(", ".join(run.not_looked_at.values()).split(", ")) == reasons
+    assert "every_problem_has_its_turn" in run.not_looked_at
 
 
 def test_all_that_broke_is_one_report(tmp_path):
@@ -179,6 +205,23 @@ def test_only_a_new_trainer_is_watched(tmp_path):
     trainer.train()
     with pytest.raises(ValueError, match="has already trained 1 steps"):
         watch(trainer)
+    with pytest.raises(ValueError, match="has 36 prompts, and a batch of completions asks 50: no"):
+        watch(made.build(tmp_path, per_device_train_batch_size=200))
+
+
+def test_advantages_that_differ_within_a_completion_are_named(tmp_path):
+    run = watch(made.build(tmp_path, made.OfLaterTokens, max_steps=1))
+    with pytest.raises(AssertionError, match="the advantage used is nan, and"):
+        run.holds("advantages_are_group_relative")
+
+
+def test_a_reward_of_infinity_is_named(tmp_path):
+    def rewards(completions, **kwargs):
+        return [math.inf, *made.reward_digits(completions[1:])]
+
+    run = watch(made.build(tmp_path, rewards=rewards, max_steps=1))
+    with pytest.raises(AssertionError, match=r"step 1, completion 0 \(group 0\) scored inf by rew"):
+        run.holds("rewards_are_the_completions")
 
 
 def test_a_crash_is_made_once_and_named_once(tmp_path):

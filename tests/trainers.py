@@ -1,9 +1,18 @@
 """Trainers as a team would build them, by TRL's documentation, on the embedded policy."""
 
+from pathlib import Path
+
 import torch
+import trl
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_harness.policy import PolicyName, find
@@ -38,6 +47,20 @@ def reward_of_twenty(completions, **kwargs):
 
 async def reward_later(completions, **kwargs):
     return reward_digits(completions)
+
+
+def reward_in_place(completions, **kwargs):
+    """A function that works on the list that it is given."""
+    rewards = reward_digits(completions)
+    completions[:] = ["read"] * len(completions)
+    return rewards
+
+
+def reward_short(completions, **kwargs):
+    return [1 / (1 + len(text)) for text in completions]
+
+
+reward_short.__name__ = reward_digits.__name__
 
 
 class OwnTrainer(GRPOTrainer):
@@ -80,6 +103,80 @@ class Evaluated(GRPOTrainer):
         super().__init__(train_dataset=train_dataset, eval_dataset=few, **arguments)
 
 
+class OnePrompt(GRPOTrainer):
+    """Its data set is one prompt, again and again: equal completions are of several groups."""
+
+    def __init__(self, train_dataset, **arguments):
+        again = train_dataset.select([0] * 36)
+        super().__init__(train_dataset=again, **arguments)
+
+
+class Stopped(GRPOTrainer):
+    """A callback ends the run after two steps."""
+
+    def __init__(self, **arguments):
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step == 2
+
+        super().__init__(callbacks=[Stop()], **arguments)
+
+
+class OfTokens(GRPOTrainer):
+    """Its advantages have the shape of the tokens."""
+
+    def _generate_and_score_completions(self, inputs):
+        drawn = super()._generate_and_score_completions(inputs)
+        every = drawn["advantages"][:, None].expand(drawn["completion_ids"].shape)
+        return drawn | {"advantages": every}
+
+
+class OfLaterTokens(OfTokens):
+    """Later tokens have less advantage."""
+
+    def _generate_and_score_completions(self, inputs):
+        drawn = super()._generate_and_score_completions(inputs)
+        less = torch.linspace(1, 0, drawn["advantages"].shape[1])
+        return drawn | {"advantages": drawn["advantages"] * less}
+
+
+class Counter:
+    """An environment with one tool, which says more than the data set's prompt does."""
+
+    def reset(self, **kwargs):
+        self.count = 0
+        return "Count to one."
+
+    def count_on(self) -> int:
+        """Count on."""
+        self.count += 1
+        return self.count
+
+    def get_reward(self):
+        return float(self.count)
+
+
+class InAnEnvironment(GRPOTrainer):
+    def __init__(self, processing_class, **arguments):
+        templates = Path(trl.__file__).parent / "chat_templates"
+        processing_class.chat_template = (templates / "qwen3.jinja").read_text("utf-8")
+        arguments |= {"processing_class": processing_class, "environment_factory": Counter}
+        super().__init__(**arguments)
+
+
+class Rolled(GRPOTrainer):
+    """Its completions come from a function."""
+
+    def __init__(self, **arguments):
+        def rollout(prompts, trainer):
+            asked = trainer.processing_class(text=prompts)["input_ids"]
+            end = trainer.processing_class.eos_token_id
+            drawn = [[5 + n % 3, end] for n, _ in enumerate(prompts)]
+            return {"prompt_ids": asked, "completion_ids": drawn, "logprobs": None}
+
+        super().__init__(rollout_func=rollout, **arguments)
+
+
 class OwnOptimizer(GRPOTrainer):
     def __init__(self, model, **arguments):
         sgd = torch.optim.SGD(model.parameters(), 1e-3)
@@ -100,6 +197,62 @@ class LengthTerm(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
         return loss * (1 + 0.01 * inputs["completion_mask"].shape[1])
+
+
+class OfItsOwnBatch(GRPOTrainer):
+    """Of several processes: each divides by the σ of its own rewards."""
+
+    def _calculate_rewards(self, inputs, *arguments):
+        rewards = super()._calculate_rewards(inputs, *arguments)
+        self.all, first = rewards.sum(1), self.accelerator.process_index * len(inputs)
+        self.own = self.all[first : first + len(inputs)]
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        drawn = super()._generate_and_score_completions(inputs)
+        drawn["advantages"] *= (self.all.std() + 1e-4) / (self.own.std() + 1e-4)
+        return drawn
+
+
+class OfItsOwnTokens(GRPOTrainer):
+    """Each process divides by the tokens of its own completions."""
+
+    def _compute_loss(self, model, inputs):
+        tokens = inputs["completion_mask"].sum() * self.accelerator.num_processes
+        return super()._compute_loss(model, inputs | {"num_items_in_batch": tokens})
+
+
+class OfItsOwnFigures(GRPOTrainer):
+    """Each process logs the mean reward of its own completions."""
+
+    def _generate_and_score_completions(self, inputs):
+        drawn = super()._generate_and_score_completions(inputs)
+        rewards = next(iter(self._logs["rewards"].values()))
+        self._metrics["train"]["reward"] = [sum(list(rewards)[: len(inputs)]) / len(inputs)]
+        return drawn
+
+
+class SamePrompts(GRPOTrainer):
+    """Every process asks what the first one asks."""
+
+    def _generate_and_score_completions(self, inputs):
+        return super()._generate_and_score_completions(broadcast_object_list([inputs])[0])
+
+
+class SameSeed(GRPOTrainer):
+    """Every process draws with the same random numbers."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        set_seed(self.args.seed)
+
+
+class NotAveraged(GRPOTrainer):
+    """Every process trains with its own gradients."""
+
+    def training_step(self, model, *arguments):
+        with model.no_sync():
+            return super().training_step(model, *arguments)
 
 
 def prompts(conversations):

@@ -10,7 +10,8 @@ files of a package, in the order of its own table.
 ``rewards/``       completions -> numbers, by TRL's calling convention; outcomes
 ``policy/``        a name -> complete files on disk, identified by digest. No weights
 ``engines/``       draw completions: requests in, samples out, in order
-``store.py``       samples on disk, each drawn once
+``store.py``       every sample, once, in one SQLite file
+``upkeep.py``      what the store holds: shown, pruned, repaired
 ``evaluation.py``  problems × policy -> groups of scored completions
 ``gate/``          numbers in, verdict out
 ``rules.py``       the table of rules: name, question, measure, judge

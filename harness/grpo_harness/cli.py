@@ -1,33 +1,33 @@
-"""The command line: ``grpo-harness settings``, ``train``, ``recipes``, ``log``, ``resources``.
+"""The command line, ``grpo-harness COMMAND``.
 
 An error that ends a command is one line on standard error. torch is loaded only when needed.
 """
 
 import argparse
-import dataclasses
 import math
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo_harness.errors import HarnessError
 from grpo_harness.logs.recorded import TRAINING
 from grpo_harness.settings import resolve
 from grpo_harness.text import escape, plain
+from grpo_harness.training.builtin import BUILT_IN, path_of
 from grpo_harness.training.curves import Row
 from grpo_harness.training.processes import launch, launched
-from grpo_harness.training.recipes import RECIPES, Recipe, named
 from grpo_harness.training.resources import compare, read_resources
 from grpo_harness.training.unfinished import check_new, folder_of, leave
 
 if TYPE_CHECKING:
     from grpo_harness.settings import Settings
-    from grpo_harness.training.files import RecipeFile
+    from grpo_harness.training.files import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     reader = parser()
     arguments, others = reader.parse_known_args(argv)
-    if others and arguments.run is not _settings:
+    if others and arguments.run not in (_settings, _store):
         reader.error(f"unrecognized arguments: {' '.join(others)}")
     arguments.others = others
     try:
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         status, said = 130, ["interrupted", *_notes(error)]
     except (ValueError, OSError, HarnessError) as error:
+        if isinstance(error, HarnessError) and error.shows_cause:
+            sys.stderr.write(plain("".join(traceback.format_exception(error.__cause__))))
         status, said = 2, [str(error), *_notes(error)]
     else:
         return int(status)
@@ -70,18 +72,22 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "train",
         help="train a policy with GRPO and the rule reward",
-        description="Train a policy by a recipe with GRPO and the rule "
-        "reward. After an interruption, the same command continues from the last checkpoint, to "
+        description="Train a policy by a recipe with GRPO and the rule reward, or the rewards that "
+        "it names. After an interruption, the same command continues from the last checkpoint, to "
         "the same weights.",
     )
     command.add_argument(
-        "recipe", help=f"one of {', '.join(RECIPES)}, or a .yaml file as `trl grpo --config` takes"
+        "recipe", help=f"one of {', '.join(BUILT_IN)}, or a .yaml file as `trl grpo --config` takes"
     )
     command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     command.add_argument("--policy", help="start from this policy instead of the recipe's")
     command.add_argument("--steps", type=int, help="number of steps, instead of the recipe's")
     command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a value of a recipe's file"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value of the recipe",
     )
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     command.add_argument("--processes", type=int, default=1, help="number of processes")
@@ -118,6 +124,22 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("trained", type=Path, help="a folder that `train` wrote")
     command.add_argument("than", type=Path, nargs="?", help="another, to compare with")
     command.set_defaults(run=_resources)
+
+    command = commands.add_parser(
+        "store",
+        help="show what samples are stored, prune them, repair the file",
+        description="Show the samples that runs of pytest have stored here, by policy and engine. "
+        "All other arguments are pytest's, such as -o cache_dir=DIR.",
+    )
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--prune", action="store_true", help="delete samples")
+    what.add_argument(
+        "--repair", action="store_true", help="keep what can be read of a damaged file"
+    )
+    command.add_argument("--older-than", metavar="AGE", help="those drawn 12h, 30d or 2w ago")
+    command.add_argument("--to", metavar="SIZE", help="the oldest, until the file has 500MB or 2GB")
+    command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    command.set_defaults(run=_store)
     return whole
 
 
@@ -150,10 +172,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _train_in_processes(arguments: argparse.Namespace) -> None:
-    from grpo_harness.training.config import batch_per_process
-
-    if isinstance(recipe := _chosen(arguments), Recipe):
-        batch_per_process(recipe, arguments.processes)
+    _chosen(arguments)
     try:
         launch(_train_here, arguments, arguments.processes)
     except BaseException as error:
@@ -162,53 +181,33 @@ def _train_in_processes(arguments: argparse.Namespace) -> None:
         raise
 
 
-def _chosen(arguments: argparse.Namespace) -> "Recipe | RecipeFile":
+def _chosen(arguments: argparse.Namespace) -> "Recipe":
     if arguments.processes < 1:
         raise ValueError(f"--processes {arguments.processes}: there must be at least one")
-    changes = {
-        name: value
-        for name in ("policy", "steps")
-        if (value := getattr(arguments, name)) is not None
-    }
-    if not _is_file(arguments.recipe):
-        if arguments.set:
-            raise ValueError("--set changes the recipe in a file: write a .yaml file")
-        return dataclasses.replace(named(arguments.recipe), **changes)
-    from grpo_harness.training.files import assignment
-
     if arguments.steps is not None and arguments.steps < 1:  # TRL would train by epochs
         raise ValueError(f"--steps {arguments.steps}: there must be at least one")
-    own = {"policy": "model_name_or_path", "steps": "max_steps"}
-    said = dict(assignment(text) for text in arguments.set)
-    return _recipe(arguments.recipe, {**said, **{own[key]: v for key, v in changes.items()}})
-
-
-def _is_file(recipe: str) -> bool:
-    return recipe.endswith((".yaml", ".yml"))
-
-
-def _recipe(name: str, changes: Mapping[str, Any] | None = None) -> "Recipe | RecipeFile":
-    """Return a recipe by its name, or from its file with some changes."""
-    if not _is_file(name):
-        return named(name)
+    path_of(arguments.recipe)  # before torch is loaded
     from grpo_harness.training.files import load
+    from grpo_harness.training.reading import assignment
 
-    return load(Path(name), changes or {})
+    own = {"model_name_or_path": arguments.policy, "max_steps": arguments.steps}
+    said = dict(assignment(text) for text in arguments.set)
+    return load(arguments.recipe, said | {k: v for k, v in own.items() if v is not None})
 
 
 def _train_here(arguments: argparse.Namespace) -> None:
     recipe = _chosen(arguments)
     from grpo_harness.training import train
     from grpo_harness.training.config import described
-    from grpo_harness.training.files import resolved
+    from grpo_harness.training.files import load
     from grpo_harness.training.recorded import differences, path_of, recorded
 
-    config = resolved(recipe, arguments.out, device=arguments.device)
+    config = recipe.config(arguments.out, device=arguments.device)
     if config.process_index == 0:
         _say(f"recipe {recipe.name}:\n{described(config)}")
         if path_of(recipe.name, baselines := _project().baselines).exists():
             was = recorded(recipe.name, baselines)
-            whole = named(recipe.name) if isinstance(recipe, Recipe) else recipe
+            whole = load(arguments.recipe)
             if changed := differences(whole, was, device=arguments.device):
                 lines = "".join(f"\n  {difference}" for difference in changed)
                 sys.stdout.flush()
@@ -263,8 +262,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
     settings = _project()
     baselines = settings.baselines
-    own = [load(path) for path in settings.recipes]
-    for recipe in own or RECIPES.values():
+    for recipe in map(load, settings.recipes or BUILT_IN):
         if arguments.record:
             _say(f"recorded: {record(recipe, baselines)}")
             continue
@@ -285,7 +283,9 @@ def _log(arguments: argparse.Namespace) -> int:
         raise ValueError("--recipe asks a run that is judged: leave it out with --record")
     if arguments.plot and arguments.plot.suffix != ".png":
         raise ValueError(f"--plot {arguments.plot}: name a file that ends in .png")
-    recipe = _recipe(arguments.recipe) if arguments.recipe else None
+    from grpo_harness.training.files import load as load_recipe
+
+    recipe = load_recipe(arguments.recipe) if arguments.recipe else None
     logs = [read(path) for path in arguments.runs]
     names = {arguments.name or log.training or TRAINING for log in logs}
     if len(names) > 1:
@@ -336,6 +336,39 @@ def _resources(arguments: argparse.Namespace) -> None:
         _say(f"{arguments.than}: {then}")
         for name, ratio in compare(now, then).items():
             _say(f"{name}: {ratio:.2f} times as much")
+
+
+def _store(arguments: argparse.Namespace) -> None:
+    from grpo_harness import upkeep
+    from grpo_harness.plugin.options import store_of
+
+    limits = (arguments.older_than, arguments.to)
+    if arguments.prune and limits == (None, None):
+        raise ValueError("--prune needs a limit: --older-than 30d, --to 500MB, or both")
+    if not arguments.prune and (*limits, arguments.dry_run) != (None, None, False):
+        raise ValueError("--older-than, --to and --dry-run say what --prune deletes: add --prune")
+    before = arguments.older_than and time.time() - upkeep.seconds(arguments.older_than)
+    most = arguments.to and upkeep.size_of(arguments.to)
+    file = store_of(arguments.others)
+    if file is None:
+        raise HarnessError("pytest could not resolve the settings")
+    former = upkeep.former(file)
+    if arguments.prune and not arguments.dry_run:
+        for path in former:
+            path.unlink()
+    elif former:
+        _say(f"{file.with_suffix('')}: files of an earlier version, not read; --prune deletes them")
+    if not file.exists():
+        _say(f"{file}: nothing is stored yet")
+    elif arguments.repair:
+        kept, aside = upkeep.repair(file)
+        _say(f"{file}: {kept:,} samples kept; the damaged file is {aside}")
+    elif arguments.prune:
+        gone, left = upkeep.prune(file, before=before, most=most, dry_run=arguments.dry_run)
+        would = "would be " if arguments.dry_run else ""
+        _say(f"{file}: {gone:,} samples {would}deleted, {upkeep.megabytes(left)} left")
+    else:
+        _say(upkeep.shown(file))
 
 
 def _say(text: str) -> None:

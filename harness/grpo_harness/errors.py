@@ -5,7 +5,12 @@ from contextlib import contextmanager
 
 
 class HarnessError(Exception):
-    """One line: what is wrong, where, and what to do next. Shown without a traceback."""
+    """One line: what is wrong, where, and what to do next. Shown without a traceback.
+
+    With ``shows_cause`` the cause was raised in code of the user, and its traceback is shown.
+    """
+
+    shows_cause = False
 
 
 @contextmanager

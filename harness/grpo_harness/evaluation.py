@@ -14,7 +14,7 @@ from grpo_harness.policy import SYSTEM_MESSAGE, Fingerprint, Policy
 from grpo_harness.rewards.functions import Batch, Log, Reward, Rewards, Scores, rewards_digest
 from grpo_harness.rewards.outcome import OUTCOMES, Outcome, check_answers, outcome, strictly_correct
 from grpo_harness.rewards.rule import reward_func
-from grpo_harness.store import Store
+from grpo_harness.store import Key, Store, StoreError
 from grpo_harness.tasks import Problem, Source, check_disjoint
 from grpo_harness.text import escape, one_line, shown
 
@@ -351,39 +351,59 @@ def evaluate(
 ) -> Evaluation:
     """Draw ``k`` completions of every problem of ``questions``, and score them.
 
-    Stored samples of the same policy, settings, engine, seed and ``code`` are reused. With
-    ``until``, ``look`` problems are asked at a time, until it returns true for the groups so far.
-    Raises ``EvaluationError`` and ``RewardError`` when a drawn completion cannot be scored, and
-    what the engine raises.
+    Stored samples of the same policy, settings, engine, seed, prompt and ``code`` are reused; if
+    the store is one that draws none, they are all there is. With ``until``, ``look`` problems are
+    asked at a time, until it returns true for the groups so far. Raises ``EvaluationError`` and
+    ``RewardError`` when a drawn completion cannot be scored, ``StoreError``, and what the engine
+    raises.
     """
     problems, policy = questions.problems, questions.policy
     identity = {
         "policy": str(policy.fingerprint),
         "settings": dict(questions.settings),
-        "engine": engine.identity(),
+        "engine": {"class": _class(engine), **engine.identity()},
         "run_seed": run_seed,
         "code": code,
     }
-    planned = {
-        (problem.id, number): Request(prompt, sample_seed(run_seed, problem.id, number))
+    planned = [
+        (
+            Key.of(problem.id, prompt, number),
+            Request(prompt, sample_seed(run_seed, problem.id, number)),
+        )
         for problem, prompt in zip(problems, questions.prompts, strict=True)
         for number in range(k)
-    }
+    ]
     groups: list[Group] = []
     step = len(problems) if until is None else look
-    with store.open(f"{policy.slug}-{questions.task_type.name}", identity) as samples:
+    with store.open(policy.slug, questions.task_type.name, what=identity) as samples:
         while len(groups) < len(problems) and not (groups and until is not None and until(groups)):
             asked = problems[len(groups) : len(groups) + step]
-            keys = [(problem.id, number) for problem in asked for number in range(k)]
-            missing = [key for key in keys if key not in samples]
+            part = planned[len(groups) * k : (len(groups) + step) * k]
+            missing = [(key, request) for key, request in part if key not in samples]
+            if missing and store.draws == "none":
+                raise _not_stored(questions, run_seed, len(missing), len(part), store)
             if progress is not None:
-                progress(len(keys) - len(missing))
+                progress(len(part) - len(missing))
             for start in range(0, len(missing), _CHUNK):
-                chunk = missing[start : start + _CHUNK]
-                drawn = engine.sample([planned[key] for key in chunk], progress)
-                samples.add(dict(zip(chunk, drawn, strict=True)))
-            groups += scored(questions, asked, [samples[key] for key in keys])
+                keys, requests = zip(*missing[start : start + _CHUNK], strict=True)
+                drawn = engine.sample(requests, progress)
+                samples.add(dict(zip(keys, drawn, strict=True)))
+            groups += scored(questions, asked, [samples[key] for key, _ in part])
     return Evaluation(questions, engine.identity(), run_seed, k, tuple(groups))
+
+
+def _class(engine: Engine) -> str:
+    return f"{type(engine).__module__}.{type(engine).__qualname__}"
+
+
+def _not_stored(
+    questions: Questions, run_seed: int, missing: int, asked: int, store: Store
+) -> StoreError:
+    return StoreError(
+        f"{escape(questions.policy.name)} on {questions.task_type.name}: {missing} of {asked} "
+        f"completions of seed {run_seed} are not in the store {store.file}: run without "
+        "--grpo-rescore to draw them, or name the seed of another run by --grpo-seed"
+    )
 
 
 def _rendered(

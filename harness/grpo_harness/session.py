@@ -12,6 +12,7 @@ from grpo_harness.asked import Task
 from grpo_harness.baselines import file as baselines
 from grpo_harness.baselines import recording
 from grpo_harness.baselines.file import Baseline, BaselineError
+from grpo_harness.baselines.provenance import drawing_digest
 from grpo_harness.baselines.pruning import Stale, stale
 from grpo_harness.baselines.recording import Recording
 from grpo_harness.checks import Check
@@ -91,7 +92,7 @@ class Session:
     """One run: its settings and seed, its store of samples, its shares of the risk.
 
     ``shares`` is the part of the false-alarm risk that a check of each rule has. ``code`` digests
-    the code that samples and judges: samples and attempts of other code are not used. ``progress``
+    the code that samples and judges: attempts of other code are not used. ``progress``
     makes a progress display for a title and a number of samples, and ``evaluated`` is called once
     with every evaluation of the run.
     """
@@ -114,7 +115,8 @@ class Session:
     _recorded: dict[tuple[str, str], Recording] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._residents = Residents(self.settings.resident)
+        rescores = self.store.draws == "none"
+        self._residents = Residents("none" if rescores else self.settings.resident)
 
     def close(self) -> None:
         """Release all weights."""
@@ -295,20 +297,19 @@ class Session:
     ) -> Recording:
         """Record the baseline of a policy on a task type, from fresh samples of several seeds.
 
-        It is one of ``files`` that the run records. Raises ``HarnessError``; then nothing is
-        written.
+        If nothing is drawn, they are the samples of the recording before it. It is one of ``files``
+        that the run records. Raises ``HarnessError``; then nothing is written.
         """
         key = (policy.name, task_type.name)
         if key not in self._recorded:
             questions = self.questions(policy, task_type)
             # Greedy decoding draws the same completion with any seed: one sample is enough.
             greedy = self.settings.task(task_type).sampling.greedy
-            seeds = 1 if greedy else recording.SEEDS
+            seeds = [secrets.randbelow(2**31) for _ in range(1 if greedy else recording.SEEDS)]
+            if self.store.draws == "none":
+                seeds = self.baseline(role, policy, task_type.name).header.seeds
             samples = 1 if greedy else recording.SAMPLES
-            evaluations = [
-                self._draw(questions, samples // seeds, secrets.randbelow(2**31))
-                for _ in range(seeds)
-            ]
+            evaluations = [self._draw(questions, samples // len(seeds), seed) for seed in seeds]
             self._recorded[key] = recording.record(
                 self.settings.baselines,
                 evaluations,
@@ -407,7 +408,7 @@ class Session:
                 k=k,
                 run_seed=seed,
                 store=self.store,
-                code=self.code,
+                code=drawing_digest(),
                 until=until,
                 look=LOOK,
                 progress=progress,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,7 @@ from matplotlib.figure import Figure
 
 from grpo_harness.evaluation import Evaluation
 from grpo_harness.gate.stats import stratified_p
-from grpo_harness.training import Row, TrainingRun
-from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training import Row, TrainingRun, load
 from tools.nano.pretrain import Stage
 
 Curve = Sequence[tuple[int, float]]
@@ -155,10 +153,8 @@ def _stages(stages: Sequence[Stage], curve: Curve) -> str:
 
 
 def _recipe(run: TrainingRun) -> str:
-    recipe = RECIPES["nano"]
-    shown = ", ".join(
-        f"{name} {value}" for name, value in dataclasses.asdict(recipe).items() if value != {}
-    )
+    values = load("nano").kept()
+    shown = ", ".join(f"{k} {v}" for part in ("file", "block") for k, v in values[part].items())
     first, last = _ends(run.log, "reward")
     return (
         f"GRPO (`grpo_harness.training`, TRL): {shown}. Mean reward of the training samples: "
@@ -168,13 +164,14 @@ def _recipe(run: TrainingRun) -> str:
 
 
 def _collapse(run: TrainingRun, base: Measured, collapsed: Measured) -> str:
-    recipe = RECIPES["collapse"]
+    recipe = load("collapse").values
     reward, length = _ends(run.log, "reward"), _ends(run.log, "completions/mean_length")
     entropy = _ends(run.log, "entropy")
     lines = [
-        f"The recipe `collapse` differs in its learning rate, {recipe.learning_rate:g} "
-        f"({recipe.lr_scheduler_type}), in advantages divided by the spread of their group "
-        f"(`scale_rewards` {recipe.scale_rewards}), and makes {recipe.steps} steps. In a group "
+        f"The recipe `collapse` differs in its learning rate, {recipe['learning_rate']:g} "
+        f"({recipe['lr_scheduler_type']}), in advantages divided by the spread of their group "
+        f"(`scale_rewards` {recipe['scale_rewards']}), and makes {recipe['max_steps']} steps. In a "
+        "group "
         "without a right answer only the length penalty differs; divided by that tiny spread it "
         "counts as much as the truth, and the policy learns brevity before it learns to answer. "
         "A type that one short answer fits can gain reward meanwhile, so a mean reward alone "

@@ -25,12 +25,9 @@ from grpo_harness.logs.recorded import Recorded, summed_up
 from grpo_harness.policy.policy import quiet
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.text import digest
-from grpo_harness.training import train
-from grpo_harness.training.recipes import RECIPES, Recipe
+from grpo_harness.training import load, train
 
-GUARDED = dataclasses.replace(
-    RECIPES["learn"], name="guarded", n_math=16, n_prog=80, problem_seed=7, steps=25
-)
+GUARDED = load("learn").with_values(n_math=16, n_prog=80, problem_seed=7, max_steps=25)
 """The training that is guarded: its runs differ in their seeds alone."""
 
 RECORDED = (3, 5, 8)
@@ -67,16 +64,20 @@ class Fault:
     also: str = "recorded config"
 
 
+_VALUES = GUARDED.values
+
 FAULTS: Mapping[str, Fault] = {
     "unchanged": Fault({}, also=""),
-    "rate × 0.1": Fault({"learning_rate": GUARDED.learning_rate / 10}),
-    "rate × 10": Fault({"learning_rate": GUARDED.learning_rate * 10}),
+    "rate × 0.1": Fault({"learning_rate": _VALUES["learning_rate"] / 10}),
+    "rate × 10": Fault({"learning_rate": _VALUES["learning_rate"] * 10}),
     "temperature 0.5": Fault({"temperature": 0.5}),
     "a third of the rewards shuffled": Fault({}, _third_shuffled, "examples of the baseline"),
     "β = 1": Fault({"beta": 1.0}),
-    "completion limit / 3": Fault({"max_completion_length": GUARDED.max_completion_length // 3}),
+    "completion limit / 3": Fault({"max_completion_length": _VALUES["max_completion_length"] // 3}),
     # On-policy, every ratio is 1 and nothing is clipped: no curve can show it.
-    "ε / 10, on-policy": Fault({"epsilon": GUARDED.epsilon / 10}, also="recorded config, contract"),
+    "ε / 10, on-policy": Fault(
+        {"epsilon": _VALUES["epsilon"] / 10}, also="recorded config, contract"
+    ),
     "the collapse": Fault(
         {"learning_rate": 1e-3, "scale_rewards": "group"}, also="recorded config, learning test"
     ),
@@ -86,7 +87,7 @@ FAULTS: Mapping[str, Fault] = {
 
 def run(fault: str, seed: int) -> list[Mapping[str, float]]:
     """Train once with a fault and return the rows of the log, without times."""
-    recipe: Recipe = dataclasses.replace(GUARDED, seed=seed, **FAULTS[fault].changes)
+    recipe = GUARDED.with_values(seed=seed, **FAULTS[fault].changes)
     with tempfile.TemporaryDirectory() as folder, quiet():
         done = train(recipe, Path(folder) / "trained", reward=FAULTS[fault].reward)
     return [{key: v for key, v in row.items() if key != "step_time"} for row in done.log]
@@ -100,7 +101,7 @@ def judged(logs: Mapping[str, Sequence[Log]], fault: str, m: int) -> list[Judgem
         others = [other for other in logs["unchanged"] if other is not log]
         for _ in range(TIMES):
             chosen = [sums[id(other)] for other in luck.sample(others, m)]
-            found.append(judge(log, Recorded(1, GUARDED.name, chosen)))
+            found.append(judge(log, Recorded(1, "guarded", chosen)))
             if found[-1].reason:
                 raise ValueError(f"{fault}: {found[-1].reason}")
     return found
@@ -112,8 +113,9 @@ def write_table(rows: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], pat
     lines = [
         "# The judgement of logs, tested",
         "",
-        f"Runs of {GUARDED.steps} steps from nano-base, each with a seed of its own, judged by 3, "
-        f"5 or 8 unchanged runs ({TIMES} random choices a run) at a risk of {RISK:.0%}. The share "
+        f"Runs of {_VALUES['max_steps']} steps from nano-base, each with a seed of its own, judged "
+        f"by 3, 5 or 8 unchanged runs ({TIMES} random choices a run) at a risk of {RISK:.0%}. The "
+        "share "
         "that was judged FAIL, which for unchanged runs is a false alarm; the figures are those "
         "most often outside their bands, with 5 recorded runs. The last column has the other "
         "guards "

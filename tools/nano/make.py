@@ -9,7 +9,6 @@ machine makes the same pair, another machine makes a similar one.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import sys
@@ -28,7 +27,7 @@ from grpo_harness.policy import load
 from grpo_harness.store import Store
 from grpo_harness.tasks import task_types
 from grpo_harness.training import Row, TrainingRun, train
-from grpo_harness.training.recipes import RECIPES
+from grpo_harness.training import load as load_recipe
 from tools.nano.card import Measured, write_card
 from tools.nano.pretrain import Stage, add_bytes, new_model, pretrain
 from tools.nano.tokenizer import build_tokenizer
@@ -92,16 +91,15 @@ def train_nano(recipe: str, base: Path, folder: Path) -> TrainingRun:
         if row["step"] % 10 == 0:
             _say(f"{recipe} step {row['step']:.0f}: reward {row['reward']:+.3f}")
 
+    chosen = load_recipe(recipe)
     run = train(
-        dataclasses.replace(RECIPES[recipe], policy=str(base)),
-        folder,
-        device="cpu",
-        progress=progress,
+        chosen.with_values(model_name_or_path=str(base)), folder, device="cpu", progress=progress
     )
     # The base's name is the temporary path here; replace it by the real name.
     path = folder / "recipe.json"
     record = json.loads(path.read_text(encoding="utf-8"))
-    record["recipe"]["policy"] = record["base"]["name"] = RECIPES[recipe].policy
+    record["recipe"] = chosen.kept()
+    record["base"]["name"] = chosen.policy
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for extra in ("log.json", "curves.csv", "curves.png", "resources.json"):
         (folder / extra).unlink()

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,25 @@ def code_digest(files: Iterable[Path]) -> str:
     Other code makes another measurement, even with the same policy and settings. Code that only
     displays results, such as the report, is left out.
     """
-    package = Path(__file__).parents[1]
-    sources = set(files)
-    for room in _SAMPLES_AND_JUDGES:
-        sources |= {package / room} if room.endswith(".py") else set((package / room).glob("*.py"))
-    contents = sorted(file.read_bytes().hex() for file in sources)
+    own = (file for name in _SAMPLES_AND_JUDGES for file in _modules(name))
+    return _digest({*files, *own})
+
+
+def _modules(name: str) -> Iterable[Path]:
+    """Return the file of a module of this package, or those of a folder of it."""
+    place = Path(__file__).parents[1] / name
+    return [place] if place.is_file() else place.glob("*.py")
+
+
+def _digest(files: Iterable[Path]) -> str:
+    contents = sorted(file.read_bytes().hex() for file in files)
     return digest("\n".join([str(versions()), *contents]))
+
+
+@cache
+def drawing_digest() -> str:
+    """Digest the code that draws: library versions, and this package's policies and engines."""
+    return _digest(file for room in ("policy", "engines") for file in _modules(room))
 
 
 def git(*arguments: str, cwd: Path) -> str | None:

@@ -18,6 +18,7 @@ formulas in plain torch. Each invariant is a function that returns None or raise
 ``weights.py``      invariants of the weights
 ``end_to_end.py``   invariants of whole runs
 ``exclusions.py``   settings of a trainer that there is no formula for
+``processes.py``    several processes that train one policy, as one run
 ``watched.py``      any trainer under the contract
 ==================  ==================================================================
 """

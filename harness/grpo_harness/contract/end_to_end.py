@@ -14,7 +14,6 @@ from grpo_harness.contract.rollouts import asked_prompts, batches, prompts_of
 from grpo_harness.contract.trace import Batch, Tensors, Trace, identity
 from grpo_harness.gate.inputs import brief
 from grpo_harness.policy import TRAINED_ON, load
-from grpo_harness.tasks import make_problems
 
 
 @invariant("weight decay, a KL term or an entropy bonus that was not asked for")
@@ -58,16 +57,18 @@ def the_same_seed_gives_the_same_rows(run: Trace, other: Trace) -> None:
     _same_rows(run, other)
 
 
-@invariant("a seed that is set anew before every step")
+@invariant("a seed that is set anew before every step, or the same one in every process")
 def every_draw_has_its_own_random_numbers(run: Trace) -> None:
     """No two batches of completions are drawn from the same state of the random numbers."""
-    drawn = batches(run)
-    for n, batch in enumerate(drawn):
-        for before in drawn[:n]:
-            require(
-                not _same_state(batch, before),
-                f"step {batch.step + 1} draws from the random numbers of step {before.step + 1}",
-            )
+    drawn = [
+        (f"step {batch.step + 1}" + (f" in process {n}" if batch.processes else ""), draw)
+        for batch in batches(run)
+        for n, draw in enumerate(batch.draws)
+    ]
+    for n, (place, draw) in enumerate(drawn):
+        for earlier, before in drawn[:n]:
+            same = _same_state(draw, before)
+            require(not same, f"{place} draws from the random numbers of {earlier}")
 
 
 @invariant("a seed that reaches only some of what is drawn")
@@ -169,8 +170,7 @@ def the_checkpoint_is_whole(run: Trace, oracle: Oracle) -> None:
         require(seen == right, f"its {what} is {seen}, and the base has {right}")
     for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
         require((run.run.path / name).is_file(), f"there is no {name} in {run.run.path}")
-    recipe, path = run.recipe, run.run.path / TRAINED_ON
-    problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
+    path, problems = run.run.path / TRAINED_ON, run.recipe.problems()
     listed = path.read_text(encoding="utf-8").split() if path.is_file() else []
     require(
         listed == [problem.id for problem in problems],
@@ -239,8 +239,13 @@ def _same_weights(otherwise: str, seen: Tensors, right: Tensors) -> None:
 
 
 def _same_state(batch: Batch, other: Batch) -> bool:
-    one, two = batch.random_state, other.random_state
-    return one is not None and two is not None and torch.equal(one, two)
+    """Tell whether two batches are drawn from the same state, in every process."""
+    return all(
+        one.random_state is not None
+        and two.random_state is not None
+        and torch.equal(one.random_state, two.random_state)
+        for one, two in zip(batch.draws, other.draws, strict=True)
+    )
 
 
 def _same_completions(run: Trace, other: Trace) -> None:

@@ -46,7 +46,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     ("a rollout function", lambda t: getattr(t, "rollout_func", None), _TEXT),
     ("tools", lambda t: getattr(t, "tools", None), _TEXT),
-    ("environments", lambda t: getattr(t, "environment_factories", None), (*_TEXT, *_REWARDS)),
+    (
+        "environments",
+        lambda t: getattr(t, "environment_factories", None),
+        # An environment may add to the prompt.
+        (*_TEXT, *_REWARDS, "every_problem_has_its_turn"),
+    ),
     ("images", lambda t: getattr(t, "_is_vlm", False), _TEXT),
     (
         "a response template",

@@ -36,7 +36,7 @@ from grpo_harness.contract.trace import (
     Trace,
     weighed,
 )
-from grpo_harness.training import Row, resolve, train
+from grpo_harness.training import Row, train
 
 
 def observe(run: Run, folder: Path, *, device: str = "auto") -> Trace:
@@ -47,11 +47,11 @@ def observe(run: Run, folder: Path, *, device: str = "auto") -> Trace:
     """
     out = folder / "run"
     if run.policy is not None:
-        recipe = dataclasses.replace(run.recipe, policy=run.policy(folder / "policy"))
+        recipe = run.recipe.with_values(model_name_or_path=run.policy(folder / "policy"))
         run = dataclasses.replace(run, recipe=recipe)
     if run.interrupted_in is not None:
         _interrupt(run, out, device)
-    config = resolve(run.recipe, out, device=device)
+    config = run.recipe.config(out, device=device)
     seen = Observer(config, run.nan_at)
     made, error = None, None
     with _attached(seen):
@@ -192,30 +192,29 @@ class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if isinstance(reward, torch.nn.Module):
             return reward
 
-        def keep(arguments: Mapping[str, Any], rewards: Any) -> Any:
+        def keep(given: Mapping[str, Any], rewards: Any) -> Any:
             if self._model.training:
-                self._keep_scored(n, arguments, rewards)
+                self._keep_scored(n, given, rewards)
             return rewards
 
         if _is_async(reward):
 
             async def scoring(**arguments: Any) -> Any:
-                return keep(arguments, await reward(**arguments))
+                given = _as_given(arguments)
+                return keep(given, await reward(**arguments))
 
         else:
 
             def scoring(**arguments: Any) -> Any:  # type: ignore[misc]
-                return keep(arguments, reward(**arguments))
+                given = _as_given(arguments)
+                return keep(given, reward(**arguments))
 
         return functools.update_wrapper(scoring, reward)
 
-    def _keep_scored(self, n: int, arguments: Mapping[str, Any], rewards: Any) -> None:
-        columns = dict(arguments)
+    def _keep_scored(self, n: int, given: Mapping[str, Any], rewards: Any) -> None:
+        columns = dict(given)
         prompts, completions = columns.pop("prompts"), columns.pop("completions")
         ids = tuple(tuple(row) for row in columns.pop("completion_ids"))
-        if "trainer_state" in columns:
-            columns["trainer_state"] = copy.copy(columns["trainer_state"])
-        columns |= {name: _nothing for name in ("log_extra", "log_metric") if name in columns}
         numbers = tuple(None if r is None or math.isnan(r) else float(r) for r in rewards)
         self._scored[n] = Scored(tuple(prompts), tuple(completions), ids, columns, numbers)
 
@@ -270,7 +269,7 @@ class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
             MicroBatch(
                 rows=tuple(zip(prompts, completions, strict=True)),
                 mask=None if mask is None else mask.detach().cpu().clone(),
-                advantages=inputs["advantages"].detach().cpu().clone(),
+                advantages=_of_completions(inputs["advantages"].detach().cpu()),
                 old=None if old is None else old.detach().cpu().clone(),
                 log_probabilities=None if shown is None else shown[:, -width:].detach().cpu(),
                 loss=loss,
@@ -311,8 +310,28 @@ def _is_async(reward: Any) -> bool:
     return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(reward.__call__)
 
 
+def _as_given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the arguments of a reward function, which may change them."""
+    given = dict(arguments)
+    # There is no second rollout to score, and environments may not be sent to another process.
+    given.pop("environments", None)
+    for name in ("prompts", "completions", "completion_ids"):
+        given[name] = copy.deepcopy(given[name])
+    if "trainer_state" in given:
+        given["trainer_state"] = copy.copy(given["trainer_state"])
+    return given | {name: _nothing for name in ("log_extra", "log_metric") if name in given}
+
+
 def _nothing(*args: Any) -> None:
     """Take the place of TRL's functions by which a reward logs."""
+
+
+def _of_completions(advantages: Tensor) -> Tensor:
+    """Return advantages, of completions or of tokens; NaN where those of a completion differ."""
+    if advantages.dim() == 1:
+        return advantages.clone()
+    alike = (advantages == advantages[:, :1]).all(1)
+    return torch.where(alike, advantages[:, 0], math.nan)
 
 
 def _gradient(model: Any) -> Tensors:

@@ -200,10 +200,11 @@ class Oracle:
         new, entropies = self.log_probabilities(step.weights, batch, how.temperature)
         old = new.detach() if old is None else old
         reference = new.detach() if reference is None else reference
-        given = self._given(run, step, how).to(new)
+        right = self.advantages(batch.rewards, run.config.num_generations, how).double()
+        micro_batches = rows_of(step, right.tolist())
+        given = self._given(run, step, how, right, micro_batches).to(new)
         given = given.abs() + how.beta if absolute else given
         mask = self._mask(batch, how).to(new.device)
-        micro_batches = rows_of(step)
         losses, figures = [], []
         for rows in micro_batches:
             # 0 for a micro-batch that has no row of the batch.
@@ -226,6 +227,8 @@ class Oracle:
                     max_completion_length=run.config.max_completion_length,
                 )
             losses.append(loss if how.loss_type == "dapo" else loss / len(micro_batches))
+        for first in range(0, len(micro_batches), run.processes):
+            rows = [i for made in micro_batches[first : first + run.processes] for i in made]
             with torch.no_grad():
                 rho = ratio(new[rows], old[rows])
                 divergence = kl(new[rows], reference[rows], how.estimator)
@@ -248,16 +251,22 @@ class Oracle:
             new.detach().cpu(),
         )
 
-    def _given(self, run: Trace, step: Step, how: Conventions) -> Tensor:
+    def _given(
+        self,
+        run: Trace,
+        step: Step,
+        how: Conventions,
+        right: Tensor,
+        micro_batches: Sequence[Sequence[int]],
+    ) -> Tensor:
         """Return the advantages, each as the loss was given it if rounding explains it."""
-        batch, g = step.batch, run.config.num_generations
-        right = self.advantages(batch.rewards, g, how).double()
-        room = self.rounding(batch.rewards, g, how)
-        for rows, micro_batch in zip(rows_of(step), step.micro_batches, strict=True):
+        given = right.clone()
+        room = self.rounding(step.batch.rewards, run.config.num_generations, how)
+        for rows, micro_batch in zip(micro_batches, step.micro_batches, strict=True):
             for place, seen in zip(rows, micro_batch.advantages.tolist(), strict=False):
                 if abs(seen - float(right[place])) <= float(room[place]):
-                    right[place] = seen
-        return right
+                    given[place] = seen
+        return given
 
     def suspect(self, run: Trace, step: Step) -> str:
         """Describe the gradient of ``step`` if a known mistake explains it."""
@@ -388,14 +397,31 @@ def _figures(
     return figures
 
 
-def rows_of(step: Step) -> list[list[int]]:
-    """Return, for each micro-batch, the places of those of its rows that the batch has."""
+def rows_of(step: Step, advantages: Sequence[float] | None = None) -> list[list[int]]:
+    """Return, for each micro-batch, the places of those of its rows that the batch has.
+
+    Of equal rows, which a batch has if it asks a prompt twice, each takes the place of which the
+    ``advantages`` of the batch are the nearest to its own.
+    """
     pairs = zip(step.batch.prompt_ids, step.batch.completion_ids, strict=True)
     free: dict[object, list[int]] = {}
     for place, pair in enumerate(pairs):
         free.setdefault(pair, []).append(place)
+
+    def take(row: object, seen: float) -> int:
+        places = free[row]
+        nearest = 0
+        if advantages is not None:
+            gaps = [abs(advantages[place] - seen) for place in places]
+            nearest = gaps.index(min(gaps))
+        return places.pop(nearest)
+
     return [
-        [free[row].pop(0) for row in micro_batch.rows if free.get(row)]
+        [
+            take(row, seen)
+            for row, seen in zip(micro_batch.rows, micro_batch.advantages.tolist(), strict=False)
+            if free.get(row)
+        ]
         for micro_batch in step.micro_batches
     ]
 

@@ -5,7 +5,7 @@ import inspect
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -24,9 +24,7 @@ from grpo_harness.contract.oracle import Oracle, rows_of
 from grpo_harness.contract.trace import Batch, Scored, Tokens, Trace, identity
 from grpo_harness.grpo import LossType
 from grpo_harness.rewards.functions import RewardFunction
-from grpo_harness.tasks import make_problems
-from grpo_harness.training import Row
-from grpo_harness.training.recipes import Recipe
+from grpo_harness.training import Recipe, Row
 
 KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step", "step_time", "entropy")
 """The keys of a logged row; also ``kl`` if beta is not 0."""
@@ -90,31 +88,17 @@ def settings_are_the_recipes(run: Trace) -> None:
 
 
 def _pinned(recipe: Recipe) -> dict[str, Any]:
-    fields = (
-        *("num_generations", "max_completion_length", "temperature", "top_p", "beta", "loss_type"),
-        *("scale_rewards", "learning_rate", "lr_scheduler_type", "epsilon", "seed"),
-        "gradient_accumulation_steps",
-    )
     pinned = {
-        "top_k": 0,
         "min_p": None,
-        "repetition_penalty": 1.0,
-        "num_iterations": 1,
-        "mask_truncated_completions": False,
-        "importance_sampling_level": "token",
         "multi_objective_aggregation": "sum_then_normalize",
         "top_entropy_quantile": 1.0,
-        "max_steps": recipe.steps,
-        "steps_per_generation": recipe.gradient_accumulation_steps,
-        "weight_decay": 0.0,
+        "steps_per_generation": recipe.values["gradient_accumulation_steps"],
         "warmup_steps": 0,
-        "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "use_bias_correction_kl": True,
         "delta": None,
-        **{name: getattr(recipe, name) for name in fields},
     }
-    return {name: recipe.config.get(name, value) for name, value in pinned.items()}
+    known = {*pinned, *OWN, *OF_THE_UPDATE, "logging_steps"}
+    return pinned | {name: of for name, of in recipe.values.items() if name in known}
 
 
 @invariant("a metric that was renamed or dropped, or a step that blew up (trl#6702)")
@@ -122,8 +106,8 @@ def rows_are_complete_and_finite(run: Trace) -> None:
     """Every step is logged with all figures, and every figure is a finite number."""
     logged = [int(row["step"]) for row in run.rows]
     require(
-        logged == list(range(run.every, run.planned + 1, run.every)),
-        f"rows of steps {logged} are logged, of {run.planned} steps",
+        logged == list(range(run.every, run.last + 1, run.every)),
+        f"rows of steps {logged} are logged, of {run.last} steps",
     )
     for row in run.rows:
         drawn = DRAWN_KEYS if run.drawn_in(row) else ()
@@ -209,7 +193,7 @@ def prompts_are_the_templates(run: Trace, oracle: Oracle) -> None:
 @invariant("a stale or second copy of the model draws: rollouts from the base (unsloth#8701)")
 def rollouts_are_the_current_policys(run: Trace, oracle: Oracle) -> None:
     """Every completion is what the current weights draw from the recorded random state."""
-    for batch in batches(run):
+    for batch in [draw for joined in batches(run) for draw in joined.draws]:
         number = batch.step + 1
         require(
             batch.random_state is not None,
@@ -235,18 +219,24 @@ def rewards_are_the_completions(run: Trace, oracle: Oracle) -> None:
     """Scoring the raw completions again gives the rewards that were returned and logged."""
     g, names = run.config.num_generations, run.trainer.reward_func_names
     for batch in batches(run):
-        texts, table = oracle.texts(batch.completion_ids), _table(run, batch)
+        table = _table(run, batch)
         for n, scored in batch.scored.items():
-            again = _again(run.rewards[n], scored, texts)
+            again = _rescored(run, oracle, batch, n)
             if not all(map(_same, scored.rewards, again)):
-                once_more = _again(run.rewards[n], scored, texts)
+                once_more = _rescored(run, oracle, batch, n)
                 if not all(map(_same, once_more, again)):
                     raise NotLookedAtError(f"{names[n]}, which scores the same text differently")
+            # Of functions with one name, TRL's table has the last one's rewards.
+            listed = table is not None and names[n] not in names[n + 1 :]
             for i, right in enumerate(again):
                 place = where(batch, i, g)
                 seen = scored.rewards[i]
                 require(_same(seen, right), f"{place} scored {seen}, not {right}")
-                if table is not None:
+                require(
+                    seen is None or math.isfinite(seen),
+                    f"{place} scored {seen} by {names[n]}: no advantage follows from it",
+                )
+                if listed:
                     logged = float(table[names[n]].iloc[i])
                     require(
                         _same(None if math.isnan(logged) else logged, right),
@@ -257,9 +247,10 @@ def rewards_are_the_completions(run: Trace, oracle: Oracle) -> None:
         figures = {"reward": [_mean(batch.rewards) for batch in drawn]}
         returned = [scored.rewards for batch in drawn for scored in batch.scored.values()]
         for n, name in enumerate(names):
-            scores = [batch.scored[n].rewards for batch in drawn]
-            figures[f"rewards/{name}/mean"] = [_mean(one) for one in scores]
-            figures[f"rewards/{name}/std"] = [_spread(one) for one in scores]
+            for batch in drawn:
+                scores = batch.scored[n].rewards
+                figures.setdefault(f"rewards/{name}/mean", []).append(_mean(scores))
+                figures.setdefault(f"rewards/{name}/std", []).append(_spread(scores))
         for name, values in figures.items():
             _logged(row, name, values, _room(returned))
 
@@ -275,15 +266,11 @@ def advantages_are_group_relative(run: Trace, oracle: Oracle) -> None:
         batch = step.batch
         right = oracle.advantages(batch.rewards, g, how).tolist()
         room = (1e-5 + oracle.rounding(batch.rewards, g, how)).tolist()
-        used = _in_order(
-            batch,
-            right,
-            {
-                place: advantage
-                for rows, micro_batch in zip(rows_of(step), step.micro_batches, strict=True)
-                for place, advantage in zip(rows, micro_batch.advantages.tolist(), strict=False)
-            },
-        )
+        used = {
+            place: advantage
+            for rows, micro_batch in zip(rows_of(step, right), step.micro_batches, strict=True)
+            for place, advantage in zip(rows, micro_batch.advantages.tolist(), strict=False)
+        }
         table = _table(run, batch)
         logged = {} if table is None else dict(enumerate(table["advantage"].tolist()))
         for what, seen in (("used", used), ("logged", logged)):
@@ -356,25 +343,9 @@ def asked_prompts(run: Trace, oracle: Oracle) -> list[Tokens]:
         asked = {identity(prompt) for batch in batches(run) for prompt in batch.prompts}
         return oracle.prompt_tokens([p for p in prompts_of(run) if identity(p) in asked])
     assert oracle.policy is not None
-    problems = make_problems(recipe.n_math, recipe.n_prog, recipe.problem_seed)
-    texts = [oracle.policy.render(problem.prompt) for problem in problems]
+    texts = [oracle.policy.render(problem.prompt) for problem in recipe.problems()]
     ids = oracle.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [tuple(row) for row in ids]
-
-
-def _in_order(batch: Batch, right: Sequence[float], seen: Mapping[int, float]) -> dict[int, float]:
-    """Reorder the advantages of equal rows, whose places are interchangeable, as in ``right``."""
-    alike: dict[object, list[int]] = {}
-    for place in seen:
-        row = batch.prompt_ids[place], batch.completion_ids[place]
-        alike.setdefault(row, []).append(place)
-    return {
-        place: value
-        for places in alike.values()
-        for place, value in zip(
-            sorted(places, key=lambda i: right[i]), sorted(seen[i] for i in places), strict=True
-        )
-    }
 
 
 def prompts_of(run: Trace) -> list[Any]:
@@ -390,6 +361,15 @@ def batches(run: Trace) -> list[Batch]:
 def content(completion: Any) -> Any:
     """Return the text of a completion, which is a text or the assistant's one message."""
     return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def _rescored(run: Trace, oracle: Oracle, batch: Batch, n: int) -> list[float | None]:
+    """Score the completions of a batch by reward function ``n`` again, each process's at once."""
+    return [
+        reward
+        for draw in batch.draws
+        for reward in _again(run.rewards[n], draw.scored[n], oracle.texts(draw.completion_ids))
+    ]
 
 
 def _again(reward: RewardFunction, scored: Scored, texts: Sequence[str]) -> Sequence[float | None]:

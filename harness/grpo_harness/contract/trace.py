@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_harness.rewards.functions import RewardFunction
-from grpo_harness.training import Row, TrainingRun
-from grpo_harness.training.recipes import Recipe
+from grpo_harness.training import Recipe, Row, TrainingRun
 
 Tokens = tuple[int, ...]
 Tensors = Mapping[str, Tensor]
@@ -43,7 +42,8 @@ class Batch:
     ``completion_ids`` are what the model under training drew, completions up to and including the
     first end token; ``random_state`` is torch's before the draw. If that model drew nothing,
     ``random_state`` is None and the ids are those passed to the reward functions. ``step`` is the
-    index, among the observed steps, of the step that drew the batch.
+    index, among the observed steps, of the step that drew the batch. A batch of several
+    ``processes`` has their rows one after the other.
     """
 
     step: int
@@ -52,6 +52,12 @@ class Batch:
     prompt_ids: tuple[Tokens, ...]
     completion_ids: tuple[Tokens, ...]
     random_state: Tensor | None
+    processes: tuple["Batch", ...] = ()
+
+    @property
+    def draws(self) -> tuple["Batch", ...]:
+        """What each process drew and scored of it."""
+        return self.processes or (self,)
 
     @property
     def prompts(self) -> tuple[Any, ...]:
@@ -80,7 +86,8 @@ class Step:
     """One optimizer step: its micro-batches, and the weights before and ``after`` it.
 
     ``gradient`` is the gradient after the last micro-batch, ``taken`` the one that the optimizer
-    used.
+    used. In several processes, those of the micro-batches that were made at once follow each other,
+    and ``digests`` are of the weights and gradients of each process.
     """
 
     number: int
@@ -90,6 +97,7 @@ class Step:
     gradient: Tensors = field(default_factory=dict)
     taken: Tensors = field(default_factory=dict)
     after: Tensors = field(default_factory=dict)
+    digests: Sequence[Mapping[str, str]] = ()
 
 
 @dataclass(eq=False)
@@ -101,7 +109,7 @@ class Trace:
     functions. ``rows`` are the logged rows, each with the number of the last step that it covers,
     and ``tables`` TRL's tables of completions, by the same number. ``error`` is what ended the run
     early. The trained policy is in the folder ``saved``, if there is one, and ``run`` is what a
-    recipe's run returned. In step ``nan_at`` a NaN was planted.
+    recipe's run returned. In step ``nan_at`` a NaN was planted. ``processes`` trained together.
     """
 
     name: str
@@ -117,6 +125,7 @@ class Trace:
     run: TrainingRun | None
     error: Exception | None
     nan_at: int | None = None
+    processes: int = 1
 
     @property
     def groups(self) -> int:
@@ -128,6 +137,12 @@ class Trace:
         """The number of steps that were asked for."""
         steps = int(self.config.max_steps)
         return steps if steps > 0 else int(self.trainer.state.max_steps)
+
+    @property
+    def last(self) -> int:
+        """The step to end with: the last one, or that in which a user's callback stops the run."""
+        stopped = self.recipe is None and self.trainer.control.should_training_stop
+        return int(self.trainer.state.global_step) if stopped else self.planned
 
     @property
     def steps_per_batch(self) -> int:

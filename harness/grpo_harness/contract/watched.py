@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from grpo_harness.contract import processes
 from grpo_harness.contract.exclusions import exclusions
 from grpo_harness.contract.invariant import INVARIANTS, BrokenInvariantError, NotLookedAtError
 from grpo_harness.contract.observer import Observer
@@ -49,6 +51,9 @@ OF_ONE_RUN = (
 )
 """The invariants that every run is asked."""
 
+OF_SEVERAL_PROCESSES = ("every_process_has_the_same_weights",)
+"""The invariants that a run of several processes is asked beside these."""
+
 ON_REQUEST = ("weights_move", "constant_reward_changes_nothing")
 """Invariants that hold of some runs: of one with a large rate, of one with a constant reward."""
 
@@ -77,21 +82,38 @@ def watch(
     With ``resume`` it continues from that checkpoint. In the step ``nan_at`` (from 1) the model's
     log-probabilities for the loss are replaced by NaN.
 
-    Raises ``TypeError`` for anything else, and ``ValueError`` for a trainer that has trained, or
-    one of several processes.
+    In several processes (``torchrun``, ``accelerate launch``) each watches its own trainer and asks
+    it the same; process 0 checks what all have seen, and has the report.
+
+    Raises ``TypeError`` for anything else, and ``ValueError`` for a trainer that has trained, has
+    too few prompts for a step, or has its weights spread over processes.
     """
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(f"watch takes a GRPOTrainer, or one of a subclass, not {brief(trainer)}")
+    _require_trainable(trainer)
+    return Watched(trainer, resume, nan_at)
+
+
+def _require_trainable(trainer: Any) -> None:
+    """Raise ``ValueError`` for a trainer that could be watched in vain only."""
     if trainer.state.global_step:
         raise ValueError(
             f"the trainer has already trained {trainer.state.global_step} steps: build a new one, "
             "and watch it before it trains"
         )
-    if trainer.args.world_size > 1:
+    kind = trainer.accelerator.distributed_type
+    if kind in {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}:
         raise ValueError(
-            f"the trainer is one of {trainer.args.world_size} processes: watch it in one process"
+            f"{kind.value} spreads the trainer's weights and gradients over processes: watch it "
+            "without, where every process has the whole model"
         )
-    return Watched(trainer, resume, nan_at)
+    prompts = trainer.args.generation_batch_size // trainer.args.num_generations
+    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else prompts
+    if rows < prompts:
+        raise ValueError(
+            f"the data set has {rows} prompts, and a batch of completions asks {prompts}: "
+            "no step would be made"
+        )
 
 
 _LEFT_OUT: dict[str, None] = {}
@@ -122,7 +144,9 @@ class Watched:
         self._resume, self._nan_at = resume, nan_at
         # It has just been seeded: it trains as if it did so at once.
         self._random = _random_state()
-        self._seen: tuple[Trace, Oracle] | None = None
+        several = trainer.accelerator.num_processes > 1
+        self._every = (*OF_ONE_RUN, *(OF_SEVERAL_PROCESSES if several else ()))
+        self._seen: tuple[Trace, Oracle | None] | None = None
         self._crash: Exception | None = None
         self._said: dict[str, str] = {}
         self._failed: set[str] = set()
@@ -141,11 +165,16 @@ class Watched:
         but = dict(but or {})
         for name in (*names, *but):
             self._check(name, beside)
-        asked = list(dict.fromkeys((*(names or OF_ONE_RUN), *but)))
-        for name in asked:
-            self._ask(name, beside)
+        asked = list(dict.fromkeys((*(names or self._every), *but)))
+        run, oracle = self._trained()
+        other = None if beside is None else beside._trained()[0]
+        if oracle is not None:
+            for name in asked:
+                self._ask(name, run, other, oracle)
+            _LEFT_OUT.update(dict.fromkeys(self._lines()))
+        said = processes.shared((self._said, self._failed, self.not_looked_at))
+        self._said, self._failed, self.not_looked_at = said
         left_out = self.not_looked_at
-        _LEFT_OUT.update(dict.fromkeys(self._lines()))
         wrong = [
             self._said[name]
             for name in asked
@@ -163,13 +192,15 @@ class Watched:
         ]
         if wrong:
             head = f"{type(self.trainer).__name__}: {len(wrong)} of {len(asked)} invariants differ"
+            if oracle is None:
+                raise AssertionError(f"{head}: process 0 has the report")
             raise AssertionError("\n\n".join([head, *wrong, self.report()]))
 
     def report(self) -> str:
         """Return what was not looked at: one line for each setting, with its invariants."""
         if not self.not_looked_at:
             return "The contract looked at every invariant of one run."
-        head = f"The contract does not look at {len(self.not_looked_at)} of {len(OF_ONE_RUN)}:"
+        head = f"The contract does not look at {len(self.not_looked_at)} of {len(self._every)}:"
         return "\n".join([head, *(f"- {line}" for line in self._lines())])
 
     def _lines(self) -> list[str]:
@@ -180,7 +211,7 @@ class Watched:
 
     def _check(self, name: str, beside: Watched | None) -> None:
         """Raise ``ValueError`` unless this run can be asked the invariant of that name."""
-        known = (*OF_ONE_RUN, *ON_REQUEST, NAN, *OF_TWO_RUNS)
+        known = (*self._every, *ON_REQUEST, NAN, *OF_TWO_RUNS)
         if name not in known:
             if name in INVARIANTS:
                 raise ValueError(f"{name} is of the recipes' runs: no trainer can be asked it")
@@ -191,15 +222,12 @@ class Watched:
         if name == NAN and self._nan_at is None:
             raise ValueError(f"{name} needs a NaN: plant it with watch(trainer, nan_at=2)")
 
-    def _ask(self, name: str, beside: Watched | None) -> None:
+    def _ask(self, name: str, run: Trace, other: Trace | None, oracle: Oracle) -> None:
         """Ask the invariant of that name; keep what it says."""
-        run, oracle = self._trained()
         if name in self.not_looked_at or (name in self._said and name not in OF_TWO_RUNS):
             return
         check = INVARIANTS[name]
-        others: list[Any] = []
-        if name in OF_TWO_RUNS and beside is not None:
-            others.append(beside._trained()[0])
+        others: list[Any] = [other] if name in OF_TWO_RUNS else []
         if "oracle" in inspect.signature(check).parameters:
             others.append(oracle)
         try:
@@ -213,7 +241,8 @@ class Watched:
             self._failed.add(name)
             self._said[name] = f"{name}: it cannot be checked: {type(error).__name__}: {error}"
 
-    def _trained(self) -> tuple[Trace, Oracle]:
+    def _trained(self) -> tuple[Trace, Oracle | None]:
+        """Train once; return the run of all processes, and, in process 0, its oracle."""
         if self._crash is not None:
             raise AssertionError("the training crashed, as the first check says")
         if self._seen is None:
@@ -222,15 +251,14 @@ class Watched:
             except Exception as error:
                 self._crash = error
                 step = self.trainer.state.global_step + 1
-                raise AssertionError(
-                    f"the training of {type(self.trainer).__name__} crashed in step {step}: "
-                    f"{one_line(error)}"
-                ) from error
+                where = processes.crashed(f"step {step}: {one_line(error)}")
+                name = type(self.trainer).__name__
+                raise AssertionError(f"the training of {name} crashed in {where}") from error
         return self._seen
 
-    def _train(self) -> tuple[Trace, Oracle]:
+    def _train(self) -> tuple[Trace, Oracle | None]:
         trainer = self.trainer
-        oracle = Oracle.of_trainer(trainer)
+        oracle = Oracle.of_trainer(trainer) if processes.first() else None
         _set_random_state(self._random)
         error = None
         with _logging_every_step(trainer.args):
@@ -244,8 +272,10 @@ class Watched:
                 error = raised
             finally:
                 seen.leave()
+        if not seen.steps:
+            raise ValueError("no step was made")
         out = Path(trainer.args.output_dir)
-        run = seen.trace(type(trainer).__name__, out, error)
+        run = processes.joined(seen.trace(type(trainer).__name__, out, error))
         if error is None:
             run.saved = out / "watched"
             trainer.save_model(str(run.saved))

@@ -43,8 +43,8 @@ def every_update_is_adamws(run: Trace) -> None:
     second.
     """
     require(
-        [step.number for step in run.steps] == list(range(1, run.planned + 1)),
-        f"updates were made in steps {[step.number for step in run.steps]}, of {run.planned}",
+        [step.number for step in run.steps] == list(range(1, run.last + 1)),
+        f"updates were made in steps {[step.number for step in run.steps]}, of {run.last}",
     )
     for update in updates(run):
         for name, before in update.step.weights.items():
@@ -65,6 +65,16 @@ def only_updates_move_the_weights(run: Trace) -> None:
     starts = [*(step.weights for step in run.steps[1:]), run.after]
     for step, start in zip(run.steps, starts, strict=True):
         _same(f"after step {step.number}", start, step.after)
+
+
+@invariant("gradients that are not averaged, or a process that trains by itself")
+def every_process_has_the_same_weights(run: Trace) -> None:
+    """All processes have the same gradient in each step, and the same weights, to the bit."""
+    for step in run.steps:
+        for what, right in step.digests[0].items() if step.digests else ():
+            for n, digests in enumerate(step.digests):
+                same = digests[what] == right
+                require(same, f"step {step.number}: the {what} of processes 0 and {n} differ")
 
 
 @invariant("a schedule that is not the recipe's, or a rate that is logged after the scheduler")

@@ -5,7 +5,7 @@ from typing import Literal, Protocol
 from grpo_harness.engines.engine import EngineError
 from grpo_harness.policy.policy import Policy
 
-Mode = Literal["auto", "one", "all"]
+Mode = Literal["auto", "one", "all", "none"]
 
 
 class Holder(Protocol):
@@ -23,8 +23,8 @@ class Holder(Protocol):
 class Residents:
     """The engines of a run whose weights are in memory.
 
-    ``mode`` is ``one``, ``all``, or ``auto``: as many as fit into the device's memory. Two policies
-    with different files must not have the same weights in memory.
+    ``mode`` is ``one``, ``all``, ``none``, or ``auto``: as many as fit into the device's memory.
+    Two policies with different files must not have the same weights in memory.
     """
 
     def __init__(self, mode: Mode = "auto") -> None:
@@ -33,7 +33,15 @@ class Residents:
         self._known: dict[str, Policy] = {}
 
     def make_room(self, engine: Holder) -> None:
-        """Release weights, the longest held first, before ``engine`` loads its own."""
+        """Release weights, the longest held first, before ``engine`` loads its own.
+
+        Raises ``EngineError`` if none are to be loaded.
+        """
+        if self._mode == "none":
+            raise EngineError(
+                f"{engine.policy.checkpoint} would be loaded, and --grpo-rescore loads no weights: "
+                "leave out the test, or the option"
+            )
         while self._held and self._mode != "all" and (self._mode == "one" or not engine.fits()):
             self._held[0].close()
 

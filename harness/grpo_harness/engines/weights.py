@@ -88,17 +88,30 @@ def load_weights(policy: Policy, device: torch.device, dtype: torch.dtype) -> Pr
     if policy.checkpoint.base:
         model, changed = merge(policy.checkpoint, model)
         _the_files_own(whole, model, changed)
-    for name, tensor in _tensors(model):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise PolicyError(
-                f"{policy.checkpoint}: the tensor {name} in {policy.checkpoint.path} holds NaN or "
-                f"infinity (read as {str(tensor.dtype).removeprefix('torch.')}); get the "
-                "checkpoint again, or name another"
-            )
+    _all_finite(policy.checkpoint, model)
     model.generation_config = GenerationConfig()
     model.eval().requires_grad_(False)
     loaded: PreTrainedModel = model.to(device)
     return loaded
+
+
+def check_loaded(policy: Policy, model: PreTrainedModel) -> None:
+    """Require that a model that was loaded elsewhere has the tensors of the policy's files.
+
+    Raises ``PolicyError`` with the tensor that is missing, different from its file, or not finite.
+    """
+    whole = policy.checkpoint.whole
+    stored: set[str] = set()
+    for path in weight_files(whole):
+        with safe_open(path, framework="pt") as file:
+            stored |= set(file.keys())
+    held = dict(_tensors(model, tied=True))
+    if stored <= held.keys():  # of some architectures they are renamed while they are read
+        there = {id(held[name]) for name in stored}
+        missing = {name for name, tensor in _tensors(model) if id(tensor) not in there}
+        _all_there(whole, {"missing_keys": missing, "mismatched_keys": (), "unexpected_keys": ()})
+    _the_files_own(whole, model)
+    _all_finite(policy.checkpoint, model)
 
 
 def loaded_digest(model: PreTrainedModel) -> str:
@@ -149,6 +162,16 @@ def _all_there(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
             raise PolicyError(
                 f"{checkpoint}: the files in {checkpoint.path} {what} "
                 f"{first}{more}; get the checkpoint again, or save it whole"
+            )
+
+
+def _all_finite(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    for name, tensor in _tensors(model):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise PolicyError(
+                f"{checkpoint}: the tensor {name} in {checkpoint.path} holds NaN or infinity (read "
+                f"as {str(tensor.dtype).removeprefix('torch.')}); get the checkpoint again, or "
+                "name another"
             )
 
 

@@ -1,6 +1,5 @@
 """The learning test's runs from nano-base: the real one, and the controls that must fail it."""
 
-import dataclasses
 import itertools
 import multiprocessing
 import tempfile
@@ -22,10 +21,10 @@ from grpo_harness.learning.judge import Answers, Learning, Limits, Trial, ends, 
 from grpo_harness.policy import load
 from grpo_harness.policy.policy import quiet
 from grpo_harness.rewards.rule import reward_func
-from grpo_harness.store import Store
+from grpo_harness.store import FILE, Store
 from grpo_harness.tasks import MATH, PROGRAMMING, task_types
-from grpo_harness.training import train
-from grpo_harness.training.recipes import RECIPES, Recipe
+from grpo_harness.training import Recipe, train
+from grpo_harness.training import load as load_recipe
 
 TRIALS = 2
 """Runs of one learning test, each with a seed of its own."""
@@ -82,20 +81,24 @@ class Condition:
         """Return the recipe for one seed, which decides problems, their order and samples."""
         seeds = self.problem_seeds
         problem_seed = seeds[seed % len(seeds)] if seeds else seed
-        return dataclasses.replace(self.recipe, seed=seed, problem_seed=problem_seed)
+        return self.recipe.with_values(seed=seed, problem_seed=problem_seed)
 
 
-_LEARN = RECIPES["learn"]
+_LEARN = load_recipe("learn")
 
 CONDITIONS = {
     "learn": Condition(_LEARN),
-    "rate zero": Condition(dataclasses.replace(_LEARN, learning_rate=0.0), trials=1),
+    "rate zero": Condition(_LEARN.with_values(learning_rate=0.0), trials=1),
     "shuffled": Condition(_LEARN, shuffled),
     "constant": Condition(_LEARN, constant, trials=1),
     "negated": Condition(_LEARN, negated, trials=1),
     "collapse": Condition(
-        dataclasses.replace(
-            RECIPES["collapse"], n_math=0, n_prog=3, prompts_per_step=3, steps=12, beta=_LEARN.beta
+        load_recipe("collapse").with_values(
+            n_math=0,
+            n_prog=3,
+            per_device_train_batch_size=24,
+            max_steps=12,
+            beta=_LEARN.values["beta"],
         ),
         problem_seeds=LONG_LISTS,
         trials=len(LONG_LISTS),
@@ -138,7 +141,7 @@ def held_out(policy: str, seed: int, k: int, device: str = "auto") -> Answers:
         groups: list[Group] = []
         for name in (MATH, *PROGRAMMING):
             questions = ask(asked, task_types()[name], PROBLEMS, settings=engine.settings())
-            store = Store(Path(folder))
+            store = Store(Path(folder) / FILE)
             groups += evaluate(questions, engine, k=k, run_seed=seed, store=store).groups
     return tuple(group.tally for group in groups)
 

@@ -24,10 +24,9 @@ from grpo_harness.logs.read import Log, LogError, reward_key
 from grpo_harness.policy import Policy, load
 from grpo_harness.rewards.functions import Batch, Reward, Rewards, Scores, completion_of
 from grpo_harness.text import escape
-from grpo_harness.training.files import RecipeFile
+from grpo_harness.training.files import Recipe
 from grpo_harness.training.job import Job, job_of, prompt_of
 from grpo_harness.training.prompts import asked, unknown
-from grpo_harness.training.recipes import Recipe
 
 PROMPTS, SAMPLES = 128, 4
 """Training prompts that the checkpoint is asked, at most, and completions of each."""
@@ -114,9 +113,7 @@ class _Asked:
     said: str
 
 
-def reconcile(
-    log: Log, recipe: Recipe | RecipeFile, *, device: str = "auto", seed: int = 0
-) -> Reconciliation:
+def reconcile(log: Log, recipe: Recipe, *, device: str = "auto", seed: int = 0) -> Reconciliation:
     """Ask the checkpoint beside ``log`` training prompts of ``recipe``, and compare its rewards.
 
     Raises ``LogError`` if the log has none of the recipe's rewards, and ``HarnessError`` for a

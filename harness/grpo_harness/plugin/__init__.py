@@ -29,6 +29,7 @@ from grpo_harness.plugin.fixtures import (  # noqa: F401
     base_policy,
     baseline,
     baselines,
+    built_in_recipes,
     engine,
     evaluate,
     evaluation,
@@ -46,13 +47,13 @@ from grpo_harness.plugin.fixtures import (  # noqa: F401
     task_type,
     trained_policy,
 )
-from grpo_harness.plugin.options import is_asked, pytest_addoption, resolved  # noqa: F401
+from grpo_harness.plugin.options import is_asked, pytest_addoption, resolved, store_file  # noqa: F401
 from grpo_harness.plugin.planning import (  # noqa: F401
     pytest_collection_finish,
     pytest_collection_modifyitems,
     pytest_generate_tests,
 )
-from grpo_harness.plugin.state import PROPERTY, RUN, Run, usage_errors
+from grpo_harness.plugin.state import PROPERTY, RUN, SEED, Run, usage_errors
 
 
 def activated(config: pytest.Config) -> Run:
@@ -60,7 +61,10 @@ def activated(config: pytest.Config) -> Run:
     if RUN not in config.stash:
         worker = getattr(config, "workerinput", None)
         seed = config.getoption("grpo_seed") if worker is None else worker[PROPERTY]
-        config.stash[RUN] = run = Run(resolved(config), _fresh() if seed is None else seed)
+        settings = resolved(config)
+        if seed is None:
+            seed = _last_seed(config) if config.getoption("grpo_rescore") else _fresh()
+        config.stash[RUN] = run = Run(settings, seed)
         from grpo_harness.plugin.summary import Summary
 
         config.pluginmanager.register(Summary(config, run), "grpo-harness-summary")
@@ -69,6 +73,16 @@ def activated(config: pytest.Config) -> Run:
 
 def _fresh() -> int:
     return secrets.randbelow(2**31)
+
+
+def _last_seed(config: pytest.Config) -> int:
+    seed = config.cache.get(SEED, None) if config.cache else None
+    if not isinstance(seed, int):
+        raise pytest.UsageError(
+            "--grpo-rescore scores the samples of an earlier run, and there is none: run pytest "
+            "without it first, or name a run by --grpo-seed"
+        )
+    return seed
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -126,8 +140,15 @@ def pytest_cmdline_main(config: pytest.Config) -> pytest.ExitCode | None:
     """Prune, or print the settings, instead of running tests, if an option says so."""
     if config.getoption("grpo_settings"):
         from grpo_harness.settings import shown
+        from grpo_harness.text import escape
 
-        for name, value, source in shown(resolved(config)):
+        own = [
+            (name, str(value), "command line" if value else "default")
+            for name in ("fresh", "rescore")
+            for value in [config.getoption(f"grpo_{name}")]
+        ]
+        store = ("store", escape(str(store_file(config)), 1000), "pytest's cache_dir")
+        for name, value, source in [*shown(resolved(config)), *own, store]:
             _say(f"{name:<27} {value:<40} {source}")
         return pytest.ExitCode.OK
     if config.getoption("grpo_prune"):

@@ -1,7 +1,8 @@
 """What the contract does not look at in watched trainers, in pytest's summary and JUnit's file.
 
 A test that is green must not hide that something has no formula. Without a watched trainer nothing
-is printed, and nothing is imported.
+is printed, and nothing is imported. A crash in one of several processes ends its tests, because the
+other processes wait for it.
 """
 
 import sys
@@ -15,10 +16,12 @@ LEFT_OUT = "grpo-harness-contract"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item) -> None:
-    """Give the test's report what its trainers were not asked."""
+    """Give the test's report what its trainers were not asked; end a run that others wait for."""
     watched = sys.modules.get("grpo_harness.contract.watched")
     if watched is not None:
         item.user_properties += [(LEFT_OUT, line) for line in watched.left_out()]
+        if watched.processes.CRASHES:
+            item.session.shouldfail = "the training of several processes crashed"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from grpo_harness.plugin.assertions import Gate
+from grpo_harness.plugin.options import draws
 from grpo_harness.plugin.planning import declared, role_of, uses
 from grpo_harness.plugin.state import RUN, carry, carry_check, carry_notices, clearly
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from grpo_harness.policy import Policy
     from grpo_harness.session import Session
     from grpo_harness.tasks import Source
-    from grpo_harness.training.files import RecipeFile
+    from grpo_harness.training.files import Recipe
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +39,7 @@ def grpo_session(
     from grpo_harness.baselines.provenance import code_digest
     from grpo_harness.reruns import Reruns
     from grpo_harness.session import Session
-    from grpo_harness.store import Store
+    from grpo_harness.store import FILE, Store
 
     cache = _cache(pytestconfig, tmp_path_factory)
     run = pytestconfig.stash[RUN]
@@ -46,7 +48,7 @@ def grpo_session(
         run_seed=run.seed,
         shares=run.shares(),
         code=code_digest(_own_plugins(pytestconfig)),
-        store=Store(cache / "samples"),
+        store=Store(cache / FILE, draws=draws(pytestconfig), run=_run_id(pytestconfig)),
         reruns=Reruns(cache),
         progress=partial(_progress, pytestconfig),
         evaluated=_kept_in(pytestconfig),
@@ -61,6 +63,12 @@ def _cache(config: pytest.Config, temporary: pytest.TempPathFactory) -> Path:
         return Path(config.cache.mkdir("grpo-harness"))
     # Switched off: earlier runs are not remembered.
     return temporary.mktemp("grpo-harness")
+
+
+def _run_id(config: pytest.Config) -> str:
+    """Return what names this run: the same in all workers of pytest-xdist."""
+    worker = getattr(config, "workerinput", {})
+    return str(worker.get("testrunuid") or uuid.uuid4().hex)
 
 
 def _kept_in(config: pytest.Config) -> Callable[[Evaluation], None]:
@@ -300,19 +308,28 @@ def gate(request: pytest.FixtureRequest, grpo_session: Session) -> Gate:
 
 
 @pytest.fixture(scope="session")
-def grpo_recipe(request: pytest.FixtureRequest) -> RecipeFile:
-    """Return each recipe that the setting ``recipe`` names."""
+def grpo_recipe(request: pytest.FixtureRequest) -> Recipe:
+    """Return each recipe that the setting ``recipe`` names, or else each built-in one.
+
+    With ``small_policy`` or ``grpo_log`` a test is about recipes that are named, and is left out
+    where there are none.
+    """
     from grpo_harness.training.files import load
 
-    path = getattr(request, "param", None)
-    if path is None:
+    recipe = getattr(request, "param", None)
+    if recipe is None:
         pytest.skip("no recipe: set recipe in [tool.grpo-harness]")
-    return clearly(lambda: load(path))
+    return clearly(lambda: load(recipe))
+
+
+@pytest.fixture(scope="session")
+def built_in_recipes() -> None:
+    """Mark a test of the built-in recipes: it is left out where the project names its own."""
 
 
 @pytest.fixture(scope="session")
 def small_policy(
-    grpo_recipe: RecipeFile,
+    grpo_recipe: Recipe,
     grpo_session: Session,
     pytestconfig: pytest.Config,
     tmp_path_factory: pytest.TempPathFactory,

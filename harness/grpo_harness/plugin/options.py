@@ -1,8 +1,12 @@
 """The options of the command line, and whether a run uses the harness."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -10,7 +14,10 @@ from grpo_harness.plugin.state import usage_errors
 from grpo_harness.settings import Settings, has_table, project_file, resolve, table_settings
 from grpo_harness.text import plain
 
-_MODES = ("strict", "skip_unproven", "record", "prune", "settings")
+if TYPE_CHECKING:
+    from grpo_harness.store import Draws
+
+_MODES = ("strict", "skip_unproven", "record", "prune", "settings", "fresh", "rescore")
 _OTHERS = ("seed", "accept_regression", "report", "greedy")
 _PATHS = ("--grpo-base", "--grpo-trained", "--grpo-baselines", "--grpo-training", "--grpo-report")
 
@@ -31,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         add(f"--grpo-{setting.name}", **told)
     add("--grpo-greedy", action="store_true", default=None, help="greedy decoding, one completion")
     add("--grpo-seed", type=int, metavar="SEED", help="repeat the run that printed this seed")
+    add("--grpo-fresh", action="store_true", help="draw all samples anew, and replace stored ones")
+    add("--grpo-rescore", action="store_true", help="score stored samples, and load no weights")
     add("--grpo-strict", action="store_true", help="UNPROVEN fails, as for a release")
     add("--grpo-skip-unproven", action="store_true", help="UNPROVEN is a skip, with its reason")
     add("--grpo-record", action="store_true", help="record baselines instead of judging")
@@ -79,6 +88,7 @@ def _check_modes(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "--grpo-record writes baselines, and --grpo-prune runs no test: leave one out"
         )
+    _check_draws(config)
     folder = config.getoption("grpo_report")
     if folder is None:
         return
@@ -90,6 +100,54 @@ def _check_modes(config: pytest.Config) -> None:
             f"--grpo-report {plain(str(folder))} is the project's own folder, or one around it: "
             "name a folder for the report alone"
         )
+
+
+def _check_draws(config: pytest.Config) -> None:
+    rescore = config.getoption("grpo_rescore")
+    if rescore and config.getoption("grpo_fresh"):
+        raise pytest.UsageError(
+            "--grpo-fresh draws all samples anew, and --grpo-rescore draws none: leave one out"
+        )
+    if rescore and not config.pluginmanager.hasplugin("cacheprovider"):
+        raise pytest.UsageError(
+            "--grpo-rescore scores what is stored in pytest's cache, which is switched off: leave "
+            "out -p no:cacheprovider"
+        )
+
+
+def draws(config: pytest.Config) -> Draws:
+    """Return which samples a run draws."""
+    if config.getoption("grpo_rescore"):
+        return "none"
+    return "all" if config.getoption("grpo_fresh") else "missing"
+
+
+def store_file(config: pytest.Config) -> Path:
+    """Return the file of the store, in pytest's cache."""
+    from grpo_harness.store import FILE
+
+    # pytest makes its cache's object only when tests are to run.
+    folder = Path(os.path.expandvars(config.getini("cache_dir"))).expanduser()
+    return config.rootpath / folder / "d" / "grpo-harness" / FILE
+
+
+def store_of(arguments: Sequence[str]) -> Path | None:
+    """Return the file of the store that a run of pytest with some arguments would use.
+
+    If pytest cannot start with them, it prints why, and there is none.
+    """
+
+    class Asked:
+        file: Path | None = None
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_cmdline_main(self, config: pytest.Config) -> pytest.ExitCode:
+            self.file = store_file(config)
+            return pytest.ExitCode.OK
+
+    asked = Asked()
+    pytest.main([*arguments], plugins=[asked])
+    return asked.file
 
 
 def _check_root(config: pytest.Config) -> None:

@@ -12,10 +12,14 @@ import pytest
 
 from grpo_harness.plugin.state import Run, usage_errors
 from grpo_harness.settings import ROLES
+from grpo_harness.training.builtin import BUILT_IN
 
 _FIXTURES = "grpo_harness.plugin.fixtures"
 _CANDIDATE = "grpo_candidate"
-_RECIPE = "grpo_recipe"
+_RECIPE, _BUILT_IN = "grpo_recipe", "built_in_recipes"
+_OF_ONES_OWN = ("small_policy", "grpo_log")
+"""Fixtures of tests that the built-in recipes are not for."""
+
 NONE = -1
 """The value of ``grpo_candidate`` that means the base policy."""
 
@@ -70,8 +74,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             run_for(_CANDIDATE, range(len(labels)), labels)
     if "task_type" in open_ones:
         run_for("task_type", settings.tasks, settings.tasks)
-    if _RECIPE in open_ones and settings.recipes:
-        run_for(_RECIPE, settings.recipes, [path.stem for path in settings.recipes])
+    own = settings.recipes
+    if _RECIPE in open_ones and (own or not _is_of_ones_own(metafunc.definition)):
+        run_for(_RECIPE, own or BUILT_IN, [path.stem for path in own] or BUILT_IN)
+
+
+def _is_of_ones_own(item: Any) -> bool:
+    return any(uses(item, name) for name in _OF_ONES_OWN)
 
 
 def declared(item: pytest.Item) -> list[str]:
@@ -117,7 +126,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out tests that judge a training, rewards, slices or tasks where there are none.
 
     While recording, run only tests that record, and one for each baseline. They are chosen among
-    those that ``-k`` and ``-m`` leave, which may lack a baseline's first test.
+    those that ``-k`` and ``-m`` leave, which may lack a baseline's first test. While only stored
+    samples are scored, run only tests that need no more.
     """
     if config.getoption("grpo_record"):
         recording: dict[tuple[Any, int, Any], pytest.Item] = {}
@@ -125,6 +135,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if records(item):
                 recording.setdefault(judged(item), item)
         kept = list(recording.values())
+    elif config.getoption("grpo_rescore"):
+        kept = [item for item in items if _rescores(item) and not _idle(config, item)]
     else:
         kept = [item for item in items if not _idle(config, item)]
     if left := set(items) - set(kept):
@@ -132,14 +144,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+def _rescores(item: pytest.Item) -> bool:
+    """Tell whether a test asks for evaluations, and for no weights."""
+    return uses(item, "evaluate") and not (uses(item, "engine") or uses(item, "sample"))
+
+
 def _idle(config: pytest.Config, item: pytest.Item) -> bool:
-    """Tell whether a test judges what there is not: a training, parts of a task, several tasks."""
+    """Tell whether a test judges what there is not: a training, a recipe, parts of a task."""
     from grpo_harness.plugin import activated
 
     if uses(item, "grpo_log") and activated(config).settings.training is None:
         return True
-    if uses(item, _RECIPE):
+    if uses(item, _RECIPE) and _is_of_ones_own(item):
         return not activated(config).settings.recipes
+    if uses(item, _BUILT_IN):
+        return bool(activated(config).settings.recipes)
     names = set(declared(item))
     if not names:
         return False

@@ -40,6 +40,10 @@ RUN: pytest.StashKey[Run] = pytest.StashKey()
 """The key of the run's state in pytest's stash."""
 
 
+SEED = "grpo-harness/seed"
+"""The key of the last run's seed in pytest's cache."""
+
+
 def carry(node: pytest.Item, kind: str, row: dict[str, Any]) -> None:
     """Attach a row to a test; it reaches the report from any process."""
     node.user_properties.append((PROPERTY, json.dumps({"kind": kind, **row})))

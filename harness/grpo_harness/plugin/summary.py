@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_harness.plugin.planning import asked
-from grpo_harness.plugin.state import Run, rows, usage_errors
+from grpo_harness.plugin.state import SEED, Run, rows, usage_errors
 from grpo_harness.text import escape, plain, together
 
 if TYPE_CHECKING:
@@ -144,9 +144,15 @@ class Summary:
             self._passed.add(report.nodeid)
         # Each phase of a test adds properties; the last one has them all.
         if report.when == "teardown":
-            self._rows += rows(report)
+            self._keep(list(rows(report)))
         if reasons := _unproven(report):
             self._tell_junit(report, reasons)
+
+    def _keep(self, carried: list[dict[str, Any]]) -> None:
+        self._rows += carried
+        cache = getattr(self._config, "cache", None)
+        if cache and any(row["kind"] == "evaluation" for row in carried):
+            cache.set(SEED, self._run.seed)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep the errors of collection."""

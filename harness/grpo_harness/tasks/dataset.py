@@ -171,7 +171,7 @@ class DatasetSource(Source):
             _quiet(),
             tempfile.TemporaryDirectory() as cache,
         ):
-            table = self._table(cache)
+            table = self.table(cache)
             if any(name.startswith("__index_level_") for name in table.column_names):
                 raise ValueError(
                     "its first line has fewer fields than others: quote texts with commas"
@@ -187,7 +187,7 @@ class DatasetSource(Source):
                 )
         yield from rows
 
-    def _table(self, cache: str) -> Any:
+    def table(self, cache: str) -> Any:
         """Return the data set, a ``datasets.Dataset``."""
         import datasets
 

@@ -1,15 +1,18 @@
 """Train a policy by a recipe, with TRL's GRPOTrainer.
 
 =================  ===================================================================
-``recipes.py``     the settings of a GRPO run, and the named recipes
-``config.py``      a recipe -> one exact GRPOConfig
-``files.py``       a recipe in a file: TRL's YAML and a block of our own
-``recorded.py``    the recorded configs of the recipes, and what has changed since
+``builtin.py``     the built-in recipes: files in ``recipes/``
+``keys.py``        the keys of a recipe, and what each may be
+``reading.py``     YAML, read safely and without losing a key
+``config.py``      a GRPOConfig: shown, and tried before weights are loaded
+``files.py``       a recipe: TRL's YAML and a block of our own -> one exact GRPOConfig
+``recorded.py``    the recorded configs of recipes, and what has changed since
 ``curves.py``      what a training logged, as files
 ``resources.py``   what a training took: time, tokens, memory
 ``unfinished.py``  a training's checkpoints until it is finished
 ``trainer.py``     TRL's GRPOTrainer with checks
 ``shrunk.py``      a policy's own architecture and tokenizer, but small
+``data.py``        the rows that a recipe trains and evaluates on
 ``job.py``         what one run trains: a recipe with everything that it names
 ``prompts.py``     which prompts each step asked, as far as a recipe tells
 ``run.py``         one training run
@@ -23,18 +26,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_harness.training.config import resolve
     from grpo_harness.training.curves import Row
+    from grpo_harness.training.files import Recipe, load
     from grpo_harness.training.run import TrainingRun, train
     from grpo_harness.training.trainer import TrainingError
 
-__all__ = ["Row", "TrainingError", "TrainingRun", "resolve", "train"]
+__all__ = ["Recipe", "Row", "TrainingError", "TrainingRun", "load", "train"]
 
 _HOME = {
+    "Recipe": "files",
     "Row": "curves",
     "TrainingError": "trainer",
     "TrainingRun": "run",
-    "resolve": "config",
+    "load": "files",
     "train": "run",
 }
 

@@ -1,9 +1,5 @@
-"""A recipe in a file: the YAML that ``trl grpo --config`` takes, and one block of our own.
+"""A recipe: the YAML that ``trl grpo --config`` takes, and one block of our own."""
 
-TRL drops a key that it does not know without a word. Here it is an error, with the right name.
-"""
-
-import dataclasses
 import importlib
 import json
 import math
@@ -11,19 +7,16 @@ import os
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from enum import Enum
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 import yaml
-from msgspec import Meta
 from trl.scripts.grpo import GRPOScriptArguments, make_parser
 from trl.scripts.utils import DatasetMixtureConfig
 from trl.trainer.grpo_config import GRPOConfig
@@ -33,32 +26,14 @@ from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.gate.inputs import brief
 from grpo_harness.rewards.functions import RewardFunction, load_reward
 from grpo_harness.tables import converted
+from grpo_harness.tasks import Problem, make_problems
 from grpo_harness.text import escape, one_line
-from grpo_harness.training.config import CHECKPOINTING, resolve, right_name
-from grpo_harness.training.recipes import Recipe
+from grpo_harness.training.builtin import BUILT_IN, path_of
+from grpo_harness.training.config import CHECKPOINTING
+from grpo_harness.training.keys import BLOCK, OF_THE_BLOCK, Block, RecipeError, check_keys, refused
+from grpo_harness.training.reading import content_of
 
-BLOCK = "grpo_harness"
-"""The key of the block with what TRL has no word for."""
-
-_CLASSES = (GRPOScriptArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig)
-_FIELDS = frozenset(f.name for of in _CLASSES for f in dataclasses.fields(of) if f.init)
-_MOST_BYTES = 1 << 20
 _SMOKE_COMPLETIONS, _SMOKE_TOKENS = 64, 32
-
-_REFUSED = {
-    "trust_remote_code": "code in a checkpoint is never run",
-    "resume_from_checkpoint": "a run continues from its own last checkpoint by itself",
-    "push_to_hub": "push the finished folder, when its log and its policy have been judged",
-    "datasets": "name one data set, or module:function of a function that mixes several",
-    "dataset_streaming": "a run is repeated to the digit, which a stream is not",
-    "load_in_8bit": "quantized weights are not supported",
-    "load_in_4bit": "quantized weights are not supported",
-    "eval_strategy": "the trained policy is evaluated by the suites",
-    **dict.fromkeys(
-        ("save_only_model", "ignore_data_skip"), "a resumed run is the same as an uninterrupted one"
-    ),
-}
-"""Keys of TRL's that a run here cannot have, and why."""
 
 _OF_TRL = {
     "accuracy_reward": "trl.rewards:accuracy_reward",
@@ -68,76 +43,38 @@ _OF_TRL = {
 """Names of rewards that TRL's command knows."""
 
 
-def _kinds() -> Mapping[str, Any]:
-    """Return what each key may be: as TRL declares it, or the narrower range that can be trained.
+class Parsed(NamedTuple):
+    """What TRL's own parser makes of a recipe."""
 
-    TRL itself checks only what is a text in the file.
-    """
-    found: dict[str, Any] = {}
-    for of in _CLASSES:
-        for name, hint in get_type_hints(of).items():
-            enums = (k for k in get_args(hint) if isinstance(k, type) and issubclass(k, Enum))
-            found[name] = next(enums, hint)
-    ranges = get_type_hints(Recipe, include_extras=True)
-    found |= {name: ranges[name] for name in found.keys() & ranges.keys() & _RANGED}
-    from_1, from_0 = ranges["gradient_accumulation_steps"], ranges["epsilon"]
-    found |= dict.fromkeys(
-        ("num_iterations", "steps_per_generation", "per_device_train_batch_size"), from_1
-    )
-    found |= dict.fromkeys(("epsilon_high", "max_grad_norm", "weight_decay"), from_0)
-    optional = ("steps_per_generation", "epsilon_high", "max_completion_length")
-    found |= {name: found[name] | None for name in optional}
-    # Declared as less than what TRL takes.
-    found |= {"lora_target_modules": list[str] | str | None, "scale_rewards": str | bool}
-    return found
-
-
-_RANGED = {
-    "num_generations", "max_completion_length", "gradient_accumulation_steps", "learning_rate",
-    "epsilon", "beta", "temperature", "top_p", "seed", "save_steps",
-}  # fmt: skip
-"""Keys that a built-in recipe has too, whose ranges are the same."""
-
-_KINDS = _kinds()
-
-
-class RecipeError(HarnessError, ValueError):
-    """A recipe cannot be used. One line: the recipe or its file, the key and what it may be."""
-
-
-class Block(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The block ``grpo_harness`` of a recipe's file.
-
-    ``n_math`` and ``n_prog`` are numbers of generated problems, for a recipe without
-    ``dataset_name``; they are scored by the rule reward where ``reward_funcs`` names none.
-    """
-
-    trainer: Annotated[
-        str | None, Meta(description="a subclass of GRPOTrainer as module:Class")
-    ] = None
-    n_math: Annotated[int, Meta(ge=0, description="a number of generated problems")] = 0
-    n_prog: Annotated[int, Meta(ge=0, description="a number of generated problems")] = 0
-    problem_seed: Annotated[int, Meta(description="a seed")] = 0
-    max_prompt_length: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="a number of tokens from 1 on")
-    ] = None
+    script: GRPOScriptArguments
+    config: GRPOConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
 
 
 @dataclass(frozen=True)
-class RecipeFile:
-    """The recipe in a file; ``values`` are TRL's keys, overrides included.
+class Recipe:
+    """The settings of a GRPO run; ``values`` are TRL's keys, overrides included.
 
-    Raises ``RecipeError``.
+    The batch is that of one process, as TRL reads it. A checkpoint to resume from is kept every
+    ``save_steps`` steps, or at the next end of a generation batch. Raises ``RecipeError``.
     """
 
+    name: str
     path: Path
     values: Mapping[str, Any]
     block: Block
+    env: Mapping[str, str]
 
     @property
-    def name(self) -> str:
-        """The file's name, by which the recipe's records are found."""
-        return self.path.stem
+    def built_in(self) -> bool:
+        """Tell whether it is one of the built-in recipes, or was made of one."""
+        return self.path in BUILT_IN.values()
+
+    @property
+    def where(self) -> str:
+        """What messages call it: its file, or the name of a built-in one."""
+        return f"recipe {self.name!r}" if self.built_in else str(self.path)
 
     @property
     def policy(self) -> str:
@@ -145,43 +82,65 @@ class RecipeFile:
         name, revision = self.values["model_name_or_path"], self.values.get("model_revision")
         return f"{name}@{revision}" if revision and revision != "main" else str(name)
 
+    def with_values(self, **changes: Any) -> "Recipe":
+        """Return this recipe with other values, of TRL's keys or of the block's."""
+        return _checked(self, changes)
+
+    def problems(self) -> list[Problem]:
+        """Return the generated problems, in their order."""
+        block = self.block
+        return make_problems(block.n_math, block.n_prog, block.problem_seed)
+
     @cached_property
-    def parsed(self) -> tuple[Any, Any, Any]:
-        """The script's arguments, the ``GRPOConfig`` and the ``ModelConfig``, as TRL reads them."""
-        return self._parsed({})
+    def parsed(self) -> Parsed:
+        """The recipe as TRL reads it."""
+        found = self._parsed({})
+        _check_config(self.where, found.config)
+        return found
 
     def config(self, out: Path, *, device: str = "auto") -> GRPOConfig:
-        """Return the exact ``GRPOConfig`` of a run into ``out`` on ``device``."""
+        """Return the exact ``GRPOConfig`` of a run into ``out`` on ``device`` (auto, cpu, cuda)."""
         cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+        if "use_cpu" in self.values:
+            cuda = cuda and not self.parsed.config.use_cpu
         ours: dict[str, Any] = {
             "output_dir": str(out),
             "report_to": self.values.get("report_to", "none"),
             "logging_nan_inf_filter": False,
             "disable_tqdm": True,
+            # The run saves by itself, at the end of a generation batch.
             "save_strategy": "no",
+            "save_total_limit": self.values.get("save_total_limit", 2),
             "use_cpu": not cuda,
         }
         if not cuda:
             ours |= {"bf16": False, "fp16": False, CHECKPOINTING: False}
             ours["dataloader_pin_memory"] = False
-        found: GRPOConfig = self._parsed(ours)[1]
-        return found
+        elif not self.values.keys() & {"bf16", "fp16"} and not torch.cuda.is_bf16_supported():
+            ours |= {"bf16": False, "fp16": True}
+        return self._parsed(ours).config
 
     def beside(self) -> dict[str, Any]:
-        """Return what the file says beside the config: data, rewards, model, adapter, block."""
-        script, _, model = self.parsed
-        said = {**asdict(script), **asdict(model), **msgspec.structs.asdict(self.block)}
+        """Return what is said beside the config: data, rewards, model, block, environment."""
+        script, _, model, mixture = self.parsed
+        block = msgspec.structs.asdict(self.block)
+        said = {**asdict(script), **asdict(model), **asdict(mixture), **block, "env": self.env}
         plain: dict[str, Any] = json.loads(json.dumps(said, default=str))
         return plain
 
-    def small(self, policy: str) -> "RecipeFile":
+    def kept(self) -> dict[str, Any]:
+        """Return the recipe as it is kept beside the result."""
+        block = msgspec.structs.asdict(self.block)
+        return {"name": self.name, "file": self.values, "block": block, "env": self.env}
+
+    def small(self, policy: str) -> "Recipe":
         """Return this recipe for a smoke run from ``policy``: few steps, short completions.
 
         Everything that a step computes with stays: groups, accumulation, iterations, rewards and
         weights, loss, schedule, optimizer. A batch of more than 64 completions becomes the smallest
         one that its groups allow.
         """
-        config = self.parsed[1]
+        config: Any = self.parsed.config
         window, groups = config.steps_per_generation, config.num_generations
         batch = config.per_device_train_batch_size
         if batch * window > _SMOKE_COMPLETIONS:
@@ -195,13 +154,16 @@ class RecipeFile:
             "steps_per_generation": window,
             "logging_steps": 1,
         }
-        left = {"model_revision", "generation_batch_size", "use_vllm"}
+        left = {
+            *("model_revision", "generation_batch_size", "use_vllm"),
+            *("eval_strategy", "eval_on_start"),
+        }
         values = {key: value for key, value in self.values.items() if key not in left}
         return replace(self, values={**values, **changes})
 
     def rewards(self) -> list[RewardFunction | str]:
         """Load the rewards that ``reward_funcs`` names; a name of a model stays a name."""
-        script = self.parsed[0]
+        script = self.parsed.script
         found: list[RewardFunction | str] = []
         if script.reward_model_name_or_path:
             found.append(script.reward_model_name_or_path)
@@ -215,7 +177,7 @@ class RecipeFile:
             try:
                 found.append(load_reward(_OF_TRL.get(name, name)))
             except HarnessError as error:
-                raise RecipeError(f"{self.path}: reward_funcs: {error}") from error
+                raise RecipeError(f"{self.where}: reward_funcs: {error}") from error
         return found
 
     def trainer(self, base: type) -> type:
@@ -223,21 +185,19 @@ class RecipeFile:
         if self.block.trainer is None:
             return base
         module, _, name = self.block.trainer.partition(":")
+        named = f"{self.where}: {BLOCK}.trainer '{escape(self.block.trainer)}'"
         with user_code(
             lambda error: RecipeError(
-                f"{self.path}: {BLOCK}.trainer '{escape(self.block.trainer or '')}' is not the "
-                f"module:Class of a trainer that can be imported ({one_line(error)})"
+                f"{named} is not the module:Class of a trainer that can be imported "
+                f"({one_line(error)})"
             )
         ):
             found = getattr(importlib.import_module(module), name)
         if not (isinstance(found, type) and issubclass(found, base)):
-            raise RecipeError(
-                f"{self.path}: {BLOCK}.trainer '{escape(self.block.trainer)}' is no subclass of "
-                f"{base.__name__}"
-            )
+            raise RecipeError(f"{named} is no subclass of {base.__name__}")
         return found
 
-    def _parsed(self, ours: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    def _parsed(self, ours: Mapping[str, Any]) -> Parsed:
         values = {"output_dir": "unused", "use_cpu": True, "bf16": False, **self.values, **ours}
         parser = make_parser()
 
@@ -252,155 +212,90 @@ class RecipeFile:
                 with warnings.catch_warnings():
                     # TRL's own default has a name that is deprecated in transformers.
                     warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-                    script, config, model, _ = parser.parse_args_and_config(["--config", str(file)])
+                    return Parsed(*parser.parse_args_and_config(["--config", str(file)]))
             except Exception as error:  # its own checks, and those of libraries that it needs
                 raise RecipeError(
-                    f"{self.path}: TRL {version('trl')} refuses it ({one_line(error)}): fix that "
+                    f"{self.where}: TRL {version('trl')} refuses it ({one_line(error)}): fix that "
                     "key"
                 ) from error
-        return script, config, model
 
 
-def resolved(
-    recipe: Recipe | RecipeFile, out: Path = Path("out"), *, device: str = "auto"
-) -> GRPOConfig:
-    """Return the exact ``GRPOConfig`` of a recipe, built in or in a file."""
-    if isinstance(recipe, RecipeFile):
-        return recipe.config(out, device=device)
-    return resolve(recipe, out, device=device)
+def load(recipe: str | Path, changes: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()) -> Recipe:
+    """Read a recipe: a built-in one by its name, or the one in a .yaml file.
 
-
-def load(path: Path, changes: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()) -> RecipeFile:
-    """Read a recipe's file; ``changes`` are values that replace those of the file.
-
-    As TRL does, it puts the working folder on Python's path and sets the variables of ``env``.
-    Raises ``RecipeError`` and ``SettingsError``.
+    ``changes`` are values that replace those of the file, of TRL's keys or of the block's. As TRL
+    does, it puts the working folder on Python's path and sets the variables of ``env``. Raises
+    ``RecipeError``, ``SettingsError`` and, for an unknown name, ``ValueError``.
     """
-    content = {**_content(path), **dict(changes)}
-    given = content.pop(BLOCK, {})
-    if not isinstance(given, Mapping):
-        raise RecipeError(f"{path}: {BLOCK} is {escape(repr(given), 60)}: it must be a mapping")
-    if not all(isinstance(key, str) for key in given):
-        raise RecipeError(f"{path}: a key of {BLOCK} is no text: quote it")
-    block = converted(dict(given), Block, lambda _: f"{path}: {BLOCK} ")
-    env = content.pop("env", {})
-    if not isinstance(env, Mapping):
-        raise RecipeError(f"{path}: env is {escape(repr(env), 60)}: it must be a mapping")
+    path = path_of(recipe)
+    name = path.stem
+    where = f"recipe {name!r}" if path in BUILT_IN.values() else str(path)
+    content = {**content_of(path), **{k: v for k, v in dict(changes).items() if k == BLOCK}}
+    block = _mapping(where, BLOCK, content.pop(BLOCK, {}))
+    env = _mapping(where, "env", content.pop("env", {}))
     try:
-        os.environ.update({str(key): str(value) for key, value in env.items()})
+        os.environ.update(env := {str(key): str(value) for key, value in env.items()})
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: env has no possible variables ({one_line(error)})") from error
-    for key, value in content.items():
-        if key not in _FIELDS:
-            raise RecipeError(
-                f"{path}: TRL {version('trl')} has no {escape(repr(key), 80)}, which it would drop "
-                f"without a word: use {right_name(str(key), sorted(_FIELDS | {BLOCK, 'env'}))}"
-            )
-        if key in _REFUSED and value not in (None, False, "no", []):
-            raise RecipeError(f"{path}: {key} cannot be set here: {_REFUSED[key]}")
-        if not _is_finite(value):
-            raise RecipeError(f"{path}: {key} is {escape(brief(value), 80)}: it must be finite")
-        if why := _unlike(key, value):
-            raise RecipeError(f"{path}: {key} is {escape(brief(value), 80)}: it must be {why}")
-    if not isinstance(content.get("model_name_or_path"), str):
-        raise RecipeError(f"{path}: model_name_or_path must name the policy to train")
-    generated = block.n_math + block.n_prog > 0
-    if generated == bool(content.get("dataset_name")):
-        raise RecipeError(
-            f"{path} must name its problems, once: dataset_name, or n_math and n_prog of {BLOCK}"
-        )
-    names = content.get("reward_funcs") or content.get("reward_model_name_or_path")
-    if not (names or generated):
-        raise RecipeError(f"{path}: reward_funcs must name the rewards of the data set")
+        raise RecipeError(f"{where}: env has no possible variables ({one_line(error)})") from error
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    found = RecipeFile(path, content, block)
-    _check_config(path, found.parsed[1])
+    bare = Recipe(name, path, content, converted(block, Block, lambda _: f"{where}: {BLOCK} "), env)
+    found = _checked(bare, {k: v for k, v in dict(changes).items() if k != BLOCK})
+    assert found.parsed  # what TRL refuses is said here
     return found
 
 
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_is_finite, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+def _checked(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with some changes. Raises ``RecipeError`` for what no run is made of."""
+    where = recipe.where
+    of_block = {key: value for key, value in changes.items() if key in OF_THE_BLOCK}
+    values = {**recipe.values, **{k: v for k, v in changes.items() if k not in OF_THE_BLOCK}}
+    check_keys(where, values)
+    block = converted(
+        {**msgspec.structs.asdict(recipe.block), **of_block}, Block, lambda _: f"{where}: {BLOCK} "
+    )
+    if not isinstance(values.get("model_name_or_path"), str):
+        raise RecipeError(f"{where}: model_name_or_path must name the policy to train")
+    sources = (
+        bool(values.get("dataset_name")),
+        bool(values.get("datasets")),
+        (generated := block.n_math + block.n_prog > 0),
+    )
+    if sum(sources) != 1:
+        raise RecipeError(
+            f"{where} must name its problems, once: dataset_name, datasets, or n_math and n_prog "
+            f"of {BLOCK}"
+        )
+    if not (values.get("reward_funcs") or values.get("reward_model_name_or_path") or generated):
+        raise RecipeError(f"{where}: reward_funcs must name the rewards of the data set")
+    return replace(recipe, values=values, block=block)
 
 
-def _unlike(key: str, value: Any) -> str:
-    """Return what the value of a key must be, if it is something else, or an empty text."""
-    kind = _KINDS[key]
-    if isinstance(value, str) and bool in (kind, *get_args(kind)):  # such as yes, which TRL reads
-        return ""
-    try:
-        msgspec.convert(value, kind, strict=False)
-    except msgspec.ValidationError:
-        if isinstance(kind, type) and issubclass(kind, Enum):
-            return f"one of {', '.join(str(member.value) for member in kind)}"
-        for each in (kind, *get_args(kind)):
-            for meta in getattr(each, "__metadata__", ()):
-                return str(meta.description)
-        return f"of the type {kind.__name__ if isinstance(kind, type) else kind}"
-    except TypeError:  # a declaration that msgspec does not know
-        pass
-    return ""
+def _mapping(where: str, key: str, given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{where}: {key} is {escape(repr(given), 60)}: it must be a mapping")
+    if key == BLOCK and not all(isinstance(name, str) for name in given):
+        raise RecipeError(f"{where}: a key of {key} is no text: quote it")
+    return dict(given)
 
 
-def _check_config(path: Path, config: GRPOConfig) -> None:
+def _check_config(where: str, config: GRPOConfig) -> None:
     """Raise ``RecipeError`` for what TRL accepts, and no run here can have."""
     for name, value in vars(config).items():
         if name.endswith("_kwargs") and not isinstance(value, Mapping | None):
-            raise RecipeError(f"{path}: {name} is {escape(brief(value), 80)}: it must be a mapping")
+            raise RecipeError(
+                f"{where}: {name} is {escape(brief(value), 80)}: it must be a mapping"
+            )
     init = config.model_init_kwargs
     if isinstance(init, Mapping) and init.get("trust_remote_code"):
-        raise RecipeError(
-            f"{path}: model_init_kwargs has trust_remote_code, which cannot be set here: "
-            f"{_REFUSED['trust_remote_code']}"
-        )
+        has = "has trust_remote_code, which cannot be set here"
+        raise refused(where, "model_init_kwargs", has, "trust_remote_code")
     if config.logging_strategy != "steps":
-        raise RecipeError(f"{path}: logging_strategy must be steps, by which a run is judged")
+        raise RecipeError(f"{where}: logging_strategy must be steps, by which a run is judged")
     if config.save_strategy not in ("steps", "no"):
-        raise RecipeError(f"{path}: save_strategy must be steps, with their number in save_steps")
+        raise RecipeError(f"{where}: save_strategy must be steps, with their number in save_steps")
     if 0 < config.max_steps < config.logging_steps:
         raise RecipeError(
-            f"{path}: logging_steps is {config.logging_steps:g}, and of {config.max_steps} steps "
+            f"{where}: logging_steps is {config.logging_steps:g}, and of {config.max_steps} steps "
             "none would be logged: lower it"
         )
-
-
-def assignment(text: str) -> tuple[str, Any]:
-    """Read ``key=value`` of the command line; the value is YAML. Raises ``RecipeError``."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"--set {escape(text, 80)}: write key=value")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {escape(text, 80)}: the value is not YAML") from error
-
-
-def _content(path: Path) -> dict[Any, Any]:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise RecipeError("larger than 1 MiB")
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 — a SafeLoader
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{path} cannot be read as YAML ({one_line(error)}): fix it") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} must be a mapping from TRL's keys to values")
-    return content
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
-    """A safe loader that refuses a key that is there twice, of which one would be lost."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        # Keys that are no scalars are refused by the base class, and << is no key.
-        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        merge = "tag:yaml.org,2002:merge"
-        keys = Counter(self.construct_object(key) for key in scalars if key.tag != merge)
-        for key, times in keys.items():
-            if times > 1:
-                line = node.start_mark.line + 1
-                raise RecipeError(f"the mapping of line {line} has {escape(repr(key), 60)} twice")
-        return super().construct_mapping(node, deep)

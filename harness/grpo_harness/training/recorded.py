@@ -1,4 +1,4 @@
-"""The recorded configs of the named recipes, and what has changed since.
+"""The recorded configs of recipes, and what has changed since.
 
 A default that changes in an upgrade of TRL or transformers shows as a difference with a name. The
 recorded configs are the project's, in git beside its baselines:
@@ -6,40 +6,26 @@ recorded configs are the project's, in git beside its baselines:
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from grpo_harness.errors import HarnessError
 from grpo_harness.training.config import settings
-from grpo_harness.training.files import RecipeFile, resolved
-from grpo_harness.training.recipes import Recipe
+from grpo_harness.training.files import Recipe
 
 FOLDER = "recipes"
 """The folder below the baselines that holds ``<name>.json`` for each recipe."""
 
-_OF_THE_MACHINE = {
-    "output_dir",
-    "run_name",
-    "logging_dir",
-    "local_rank",
-    "bf16",
-    "fp16",
-    "use_cpu",
-    "dataloader_pin_memory",
-    "activation_checkpointing",
-    "gradient_checkpointing",
-    "per_device_train_batch_size",
-}
-"""Keys that depend on the folder, the device or the number of processes, not on the recipe."""
-
-_OF_EXPERTS = {"router_aux_loss_coef"}
-"""Keys that mean nothing for a dense model, which all built-in recipes train."""
-
+_OF_THE_MACHINE = ("local_rank", "use_cpu", "dataloader_pin_memory")
+"""Keys that depend on the machine, not on the recipe."""
 
 _AS_WRITTEN = ("bf16", "fp16", "activation_checkpointing", "gradient_checkpointing")
-"""Keys that the device may overrule: of a file, what it says is recorded."""
+"""Keys that the device may overrule: what the recipe says is recorded."""
+
+_OF_EXPERTS = ("router_aux_loss_coef",)
+"""Keys that mean nothing for a dense model, which all built-in recipes train."""
 
 
 def path_of(name: str, baselines: Path) -> Path:
@@ -64,16 +50,12 @@ def recorded(name: str, baselines: Path) -> Mapping[str, Any]:
     raise HarnessError(f"{path} is not a recorded config: take it from git again")
 
 
-def differences(
-    recipe: Recipe | RecipeFile, against: Mapping[str, Any], *, device: str = "auto"
-) -> list[str]:
+def differences(recipe: Recipe, against: Mapping[str, Any], *, device: str = "auto") -> list[str]:
     """List how the config of ``recipe`` differs from the ``recorded`` one, key by key.
 
-    Keys that depend on the folder, the device or the number of processes are left out. Raises as
-    ``resolve``.
+    Keys that depend on the folder or the device are left out. Raises ``RecipeError``.
     """
-    left_out = _left_out(recipe)
-    was = {key: of for key, of in against["config"].items() if key not in left_out}
+    was = {key: of for key, of in against["config"].items() if not _left_out(recipe, key)}
     now = _portable(recipe, device)
     return sorted(
         [f"{key} is new: {now[key]!r}" for key in now.keys() - was.keys()]
@@ -86,7 +68,7 @@ def differences(
     )
 
 
-def record(recipe: Recipe | RecipeFile, baselines: Path) -> Path:
+def record(recipe: Recipe, baselines: Path) -> Path:
     """Record the current config of ``recipe``, with the versions, and return the file."""
     config = _portable(recipe, "cpu")
     path = path_of(recipe.name, baselines)
@@ -97,16 +79,12 @@ def record(recipe: Recipe | RecipeFile, baselines: Path) -> Path:
     return path
 
 
-def _portable(recipe: Recipe | RecipeFile, device: str) -> dict[str, Any]:
-    """Return what a recipe means on every machine: its config, and what a file names beside it."""
-    values = settings(resolved(recipe, device=device))
-    if isinstance(recipe, RecipeFile):
-        values |= recipe.beside() | {key: recipe.values.get(key) for key in _AS_WRITTEN}
-    return {key: value for key, value in values.items() if key not in _left_out(recipe)}
+def _portable(recipe: Recipe, device: str) -> dict[str, Any]:
+    """Return what a recipe means on every machine: its config, and what it names beside it."""
+    values = settings(recipe.config(Path("out"), device=device)) | recipe.beside()
+    values |= {key: recipe.values.get(key) for key in _AS_WRITTEN}
+    return {key: value for key, value in values.items() if not _left_out(recipe, key)}
 
 
-def _left_out(recipe: Recipe | RecipeFile) -> Collection[str]:
-    if isinstance(recipe, RecipeFile):
-        # The batch of a file is that of one process, as TRL reads it.
-        return _OF_THE_MACHINE - {"per_device_train_batch_size", *_AS_WRITTEN}
-    return _OF_THE_MACHINE | _OF_EXPERTS
+def _left_out(recipe: Recipe, key: str) -> bool:
+    return key in _OF_THE_MACHINE or (recipe.built_in and key in _OF_EXPERTS)

@@ -1,8 +1,8 @@
 """One run: a recipe, trained from a policy on disk to a policy on disk.
 
-A recipe has all settings of a run: a built-in one, or a file in TRL's format. A run that
-ended early continues from its last checkpoint when the same run is started again. Several
-processes, started by torch's or accelerate's launcher, train one policy together.
+A recipe has all settings of a run. A run that ended early continues from its last checkpoint when
+the same run is started again. Several processes, started by torch's or accelerate's launcher, train
+one policy together.
 """
 
 import dataclasses
@@ -26,16 +26,17 @@ from transformers.utils import logging
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from grpo_harness.errors import HarnessError
+from grpo_harness.engines.weights import check_loaded
+from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.policy import TRAINED_ON, load
 from grpo_harness.policy.policy import quiet
 from grpo_harness.rewards.functions import RewardFunction
-from grpo_harness.text import one_line
+from grpo_harness.text import escape, one_line
 from grpo_harness.training.config import checkpointing, settings
 from grpo_harness.training.curves import Row, write_curves
-from grpo_harness.training.files import RecipeFile
+from grpo_harness.training.files import Recipe
 from grpo_harness.training.job import Job, job_of
-from grpo_harness.training.recipes import Recipe
+from grpo_harness.training.keys import BLOCK
 from grpo_harness.training.resources import Resources, peak_memory, resources, write_resources
 from grpo_harness.training.trainer import (
     Progress,
@@ -45,6 +46,7 @@ from grpo_harness.training.trainer import (
     check_finite,
     checked,
     guarded,
+    raised_in,
     save_every,
     writing,
 )
@@ -68,7 +70,7 @@ class TrainingRun:
 
 
 def train(
-    recipe: Recipe | RecipeFile,
+    recipe: Recipe,
     out: Path,
     *,
     device: str = "auto",
@@ -113,13 +115,13 @@ def train(
     # Only the first of several processes writes.
     unfinished = Unfinished(out, identity) if config.process_index == 0 else None
     try:
-        watch = Watch(save_every(config, job.save_steps), progress if unfinished else None)
+        watch = Watch(save_every(config, int(config.save_steps)), progress if unfinished else None)
         trainer = _trainer(job, watch)
         model = cast("PreTrainedModel", trainer.model)
         trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
         before = {n: p.detach().to("cpu", copy=True) for n, p in trained}
         trainer.unfinished = unfinished
-        _go(job.name, trainer, model, notice)
+        _go(job, trainer, model, notice)
         # All processes must call these two, because each has a part of the result.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         peak = max(gather_object([peak_memory(cuda=not config.use_cpu)]))
@@ -139,7 +141,7 @@ def train(
                 )
                 write_resources(took, result)
                 record = {
-                    "recipe": job.recipe,
+                    "recipe": job.recipe.kept(),
                     "config": settings(config),
                     "base": {"name": policy.name, "fingerprint": str(policy.fingerprint)},
                     "fingerprint": fingerprint,
@@ -165,12 +167,12 @@ def train(
     return TrainingRun(out, tuple(watch.rows), moved, fingerprint, took, model)
 
 
-def build(recipe: RecipeFile, out: Path, *, device: str = "auto") -> GRPOTrainer:
+def build(recipe: Recipe, out: Path, *, device: str = "auto") -> GRPOTrainer:
     """Return the trainer of a recipe's file as TRL would make it, not yet trained.
 
     It is of the file's own class, without the checks of `train`. Raises as `train` does.
     """
-    return _made(job_of(recipe, Path(out), device=device))
+    return _made(job := job_of(recipe, Path(out), device=device), job.trainer)
 
 
 def _trainer(job: Job, watch: Watch) -> Trainer:
@@ -179,36 +181,46 @@ def _trainer(job: Job, watch: Watch) -> Trainer:
         reward if isinstance(reward, str) else checked(reward, alone=alone)
         for reward in job.rewards
     ]
-    trainer = _made(replace(job, trainer=guarded(job.trainer), rewards=tuple(rewards)), [watch])
+    trainer = _made(replace(job, rewards=tuple(rewards)), guarded(job.trainer), [watch])
     trainer.remove_callback(PrinterCallback)
     return cast("Trainer", trainer)
 
 
-def _made(job: Job, callbacks: Sequence[TrainerCallback] = ()) -> GRPOTrainer:
-    try:
-        with quiet(), _renamed():
-            return job.trainer(
-                model=job.model,
-                reward_funcs=list(job.rewards),
-                args=job.config,
-                train_dataset=job.rows,
-                processing_class=job.policy.tokenizer,
-                callbacks=list(callbacks),
-                peft_config=job.peft,
-            )
-    except Exception as error:  # its own checks, and those of libraries that it needs
-        raise TrainingError(_refused(job.name, error)) from error
+def _made(
+    job: Job, trainer: type[GRPOTrainer], callbacks: Sequence[TrainerCallback] = ()
+) -> GRPOTrainer:
+    # Its own checks, those of libraries that it needs, and a constructor of the user's own.
+    with user_code(lambda error: _refused(job, error)), quiet(), _renamed():
+        made = trainer(
+            model=job.model,
+            reward_funcs=list(job.rewards),
+            args=job.config,
+            train_dataset=job.rows,
+            eval_dataset=job.evaluated,
+            processing_class=job.policy.tokenizer,
+            callbacks=list(callbacks),
+            peft_config=job.peft,
+        )
+    if isinstance(job.model, str) and job.peft is None:
+        check_loaded(job.policy, cast("PreTrainedModel", made.model))
+    return made
 
 
-def _refused(name: str, error: Exception) -> str:
-    return (
-        f"recipe {name!r}: the trainer of TRL {version('trl')} refuses it ({one_line(error)}): fix "
-        "it, or install what it needs"
+def _refused(job: Job, error: BaseException) -> TrainingError:
+    where, own = job.recipe.where, job.recipe.block.trainer
+    if own is not None and raised_in(job.trainer, error):
+        return TrainingError(
+            f"{where}: {BLOCK}.trainer '{escape(own)}' cannot be made ready ({one_line(error)}): "
+            "fix it"
+        )
+    return TrainingError(
+        f"{where}: the trainer of TRL {version('trl')} refuses it ({one_line(error)}): fix it, or "
+        "install what it needs"
     )
 
 
 def _go(
-    name: str, trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] | None
+    job: Job, trainer: Trainer, model: PreTrainedModel, notice: Callable[[str], None] | None
 ) -> None:
     start: list[Any] = [None]
     if trainer.unfinished is not None:
@@ -232,7 +244,7 @@ def _go(
         if trainer.begun or isinstance(error, HarnessError):
             raise
         if folder is None:
-            raise TrainingError(_refused(name, error)) from error
+            raise _refused(job, error) from error
         raise TrainingError(
             f"{folder} cannot be read ({one_line(error)}): remove it, and the same command "
             "continues from the one before"

@@ -3,8 +3,10 @@
 An error in one of them ends the run with one line that names the step.
 """
 
+import inspect
 import math
 import shutil
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -40,14 +42,21 @@ class TrainingError(HarnessError):
     """A run cannot continue. One line: the step, what happened and what to do."""
 
 
+class OwnCodeError(TrainingError):
+    """A reward or a trainer of the user's own raised something in a step: its cause."""
+
+    shows_cause = True
+
+
 class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
     """TRL's trainer, with checkpoints that are checked to be complete and of this run.
 
     ``unfinished`` is where they are kept, in the first process; ``epochs_done`` is the number of
     epochs that a resumed run has finished, and ``begun`` tells that training has started and
-    nothing more is read.
+    nothing more is read. ``own`` is the class that the recipe names.
     """
 
+    own: type[GRPOTrainer] = GRPOTrainer
     unfinished: Unfinished | None = None
     epochs_done = 0
     begun = False
@@ -61,18 +70,28 @@ class Trainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
         step = self.state.global_step + 1
         try:
             return super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call, unused-ignore]
+        except HarnessError:
+            raise
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"step {step}: out of memory ({one_line(error)}): raise "
                 "gradient_accumulation_steps, which takes fewer completions at once"
             ) from error
-        except ValueError as error:
+        except Exception as error:
+            if raised_in(self.own, error):
+                raise OwnCodeError(
+                    f"step {step}: {self.own.__name__} raised {one_line(error)}"
+                ) from error
+            self._explain(step, error)
+            raise
+
+    def _explain(self, step: int, error: Exception) -> None:
+        """Raise ``TrainingError`` for an error that a change of the recipe can help."""
+        if isinstance(error, ValueError):
             raise TrainingError(
                 f"step {step}: TRL {version('trl')} refuses the recipe ({one_line(error)}): fix it"
             ) from error
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
+        if isinstance(error, RuntimeError) and "probability tensor" in str(error):
             raise TrainingError(
                 f"step {step}: the policy's probabilities are not numbers any more: lower the "
                 "learning rate"
@@ -101,7 +120,15 @@ def guarded(of: type[GRPOTrainer]) -> type[Trainer]:
     """Return a trainer's class with the checks of `Trainer`, before the methods of its own."""
     if issubclass(Trainer, of):
         return Trainer
-    return type(of.__name__, (Trainer, of), {})
+    return type(of.__name__, (Trainer, of), {"own": of})
+
+
+def raised_in(of: type[GRPOTrainer], error: BaseException) -> bool:
+    """Tell whether an error came through the module of a trainer of the user's own."""
+    if of is GRPOTrainer:
+        return False
+    file = inspect.getsourcefile(of)
+    return any(frame.filename == file for frame in traceback.extract_tb(error.__traceback__))
 
 
 @contextmanager
@@ -148,7 +175,7 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Passes every logged step on, requests checkpoints, and ends the run at a bad figure."""
 
     def __init__(self, save_every: int, progress: Progress | None) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[dict[str, float]] = []
         self._save_every = save_every
         self._progress = progress
 
@@ -159,7 +186,9 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 f"logging_steps is {state.logging_steps}, and of {state.max_steps} steps none "
                 "would be logged: lower it"
             )
-        self.rows = [{"step": row["step"], **row} for row in state.log_history if "loss" in row]
+        self.rows = []
+        for row in state.log_history:
+            self._keep(row["step"], row)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Request a checkpoint when one is due; the last step is followed by the result instead."""
@@ -180,9 +209,9 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
         **kwargs: Any,
     ) -> None:
         """Keep the row of a step. Raises ``TrainingError`` for a figure that is not finite."""
-        if logs is None or "loss" not in logs:  # the summary at the end
+        row = None if logs is None else self._keep(state.global_step, logs)
+        if row is None:
             return
-        row = {"step": state.global_step, **logs}
         for name in ("loss", "grad_norm", "reward"):
             # A step that reuses completions has no reward of its own. The trainer logs None for a
             # number that JSON does not have.
@@ -192,9 +221,17 @@ class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 raise TrainingError(
                     f"step {row['step']}: {name} is {value}, which no step recovers from: {what}"
                 )
-        self.rows.append(row)
         if self._progress is not None:
             self._progress(row)
+
+    def _keep(self, step: int, logs: Mapping[str, float]) -> dict[str, float] | None:
+        """Return the new row of a step; the figures of an evaluation join that of their step."""
+        if "loss" in logs:
+            self.rows.append({"step": step, **logs})
+            return self.rows[-1]
+        if self.rows and self.rows[-1]["step"] == step:  # not the summary at the end
+            self.rows[-1] |= {k: v for k, v in logs.items() if k.startswith("eval_")}
+        return None
 
 
 def checked(reward: RewardFunction, *, alone: bool = True) -> RewardFunction:
@@ -211,7 +248,8 @@ def checked(reward: RewardFunction, *, alone: bool = True) -> RewardFunction:
         try:
             yield
         except RewardError as error:
-            raise TrainingError(str(error)) from error.__cause__
+            kind = OwnCodeError if error.__cause__ is not None else TrainingError
+            raise kind(str(error)) from error.__cause__
 
     def place(kwargs: Mapping[str, Any]) -> str:
         return f"step {kwargs['trainer_state'].global_step + 1}"
