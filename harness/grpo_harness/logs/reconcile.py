@@ -145,7 +145,7 @@ def reconcile(log: Log, recipe: Recipe, *, device: str = "auto", seed: int = 0) 
         then = [row[key] for row in prompts.logged if key in row]
         if prompts.exact and then:
             logged = fmean(then)
-            # The same prompts on both sides: what remains is that completions are drawn.
+            # The same prompts on both sides: what remains are draws, and that policies wobble.
             within = fmean([variance(group) for group in scored if len(group) > 1] or [0.0])
             drawn = sum(map(len, scored))
             trained_on = drawn / SAMPLES * (job.config.num_generations or 1)
@@ -253,7 +253,7 @@ def _earned(
 def _wobble(series: Sequence[tuple[int, float]], last: Sequence[float]) -> float:
     """Return the variance by which one policy of a run differs from the mean of the last ones.
 
-    A policy that is trained at a high rate changes from step to step; the checkpoint is one of them.
+    At a high rate the policy changes from step to step, and the checkpoint is one of these.
     """
     near = [value for _, value in series[-2 * max(len(last), 2) :]]
     steps = fmean((b - a) ** 2 for a, b in pairwise(near)) / 2
