@@ -119,6 +119,9 @@ class Answers:
     def settings(self):
         return {"temperature": self.temperature}
 
+    def remarks(self):
+        return {}
+
     def identity(self):
         return {"engine": "answers"}
 

@@ -26,6 +26,9 @@ class Scripted:
     def settings(self):
         return {"scripted": True}
 
+    def remarks(self):
+        return {}
+
     def identity(self):
         return {"engine": "scripted"}
 

@@ -69,6 +69,9 @@ class Drawn:
     def settings(self):
         return {"temperature": 0.8}
 
+    def remarks(self):
+        return {}
+
     def identity(self):
         return {"engine": "drawn"}
 

@@ -16,7 +16,7 @@ from grpo_harness.logs.reconcile import _trend, reconcile
 from grpo_harness.policy import PolicyName, find
 from grpo_harness.training import train
 from grpo_harness.training.files import load
-from grpo_harness.training.prompts import asked
+from grpo_harness.training.order import asked
 
 pytestmark = pytest.mark.heavy  # several trainings
 

@@ -259,6 +259,9 @@ class TestWriting:
             def settings(self):
                 return {}
 
+            def remarks(self):
+                return {}
+
             def identity(self):
                 return {}
 

@@ -77,26 +77,27 @@ PATCHES = {
         "test_rewards_belong_to_their_completions",
         "rewards are given to other completions",
     ),
-    "right_padding": (
+    "positions_of_another_row": (
         """
-        from transformers import PreTrainedTokenizerBase
-        own = PreTrainedTokenizerBase.pad
-        def pad(self, batch, padding_side="left", **how):
-            return own(self, batch, padding_side="right", **how)
-        PreTrainedTokenizerBase.pad = pad
+        from contextlib import contextmanager
+        from grpo_harness.engines.shared import SharedCache
+        own = SharedCache.drawing
+        @contextmanager
+        def drawing(self):
+            with own(self) as positions:
+                yield positions * 0 + positions.max()
+        SharedCache.drawing = drawing
         """,
         "test_an_answer_does_not_depend_on_its_batch",
         "an answer depends on its batch",
     ),
     "no_mask": (
         """
-        from transformers import PreTrainedTokenizerBase
-        own = PreTrainedTokenizerBase.pad
-        def pad(self, *args, **how):
-            batch = own(self, *args, **how)
-            batch["attention_mask"] = batch["attention_mask"] * 0 + 1
-            return batch
-        PreTrainedTokenizerBase.pad = pad
+        from grpo_harness.engines.shared import _Rows
+        own = _Rows.__init__
+        def init(self, slots, drawn, seen, *more):
+            own(self, slots, drawn, seen | True, *more)
+        _Rows.__init__ = init
         """,
         "test_an_answer_does_not_depend_on_its_batch",
         "an answer depends on its batch",

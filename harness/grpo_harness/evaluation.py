@@ -389,7 +389,8 @@ def evaluate(
                 drawn = engine.sample(requests, progress)
                 samples.add(dict(zip(keys, drawn, strict=True)))
             groups += scored(questions, asked, [samples[key] for key, _ in part])
-    return Evaluation(questions, engine.identity(), run_seed, k, tuple(groups))
+    drawn_by = {**engine.identity(), **engine.remarks()}
+    return Evaluation(questions, drawn_by, run_seed, k, tuple(groups))
 
 
 def _class(engine: Engine) -> str:

@@ -5,6 +5,12 @@
 ``adapters.py``      merge an adapter into the model of its base
 ``weights.py``       load a policy's weights, and check them against its files
 ``residency.py``     which policies' weights are in memory at once
-``transformers.py``  an engine that uses transformers, on this machine
+``completions.py``   where a completion ends, and the sample that its tokens are
+``draw.py``          the next token of each row, by one uniform number
+``shared.py``        attention over prompts that rows share: a cache of transformers
+``decoding.py``      draw many rows: prompts read once a group, ended rows leave
+``shareable.py``     whether a model can do that: asked of its config, then tried
+``generate.py``      draw by transformers' own ``generate``, for the other models
+``transformers.py``  the engine of transformers, on this machine
 ===================  ==================================================================
 """

@@ -134,6 +134,9 @@ class Engine(AbstractContextManager["Engine"], Protocol):
     def identity(self) -> dict[str, Any]:
         """Return engine, device and number format: samples of another identity are not reused."""
 
+    def remarks(self) -> dict[str, str]:
+        """Return what a report should say of how samples were drawn, by its subject."""
+
     def drawing(self, sampling: Sampling) -> "Engine":
         """Return an engine of the same policy and weights that draws otherwise."""
 

@@ -26,7 +26,7 @@ from grpo_harness.rewards.functions import Batch, Reward, Rewards, Scores, compl
 from grpo_harness.text import escape
 from grpo_harness.training.files import Recipe
 from grpo_harness.training.job import Job, job_of, prompt_of
-from grpo_harness.training.prompts import asked, unknown
+from grpo_harness.training.order import asked, has_own_order
 
 PROMPTS, SAMPLES = 128, 4
 """Training prompts that the checkpoint is asked, at most, and completions of each."""
@@ -166,10 +166,19 @@ def reconcile(log: Log, recipe: Recipe, *, device: str = "auto", seed: int = 0) 
     return Reconciliation(str(folder), tuple(found), left_out, prompts.said)
 
 
+def _unknown_order(job: Job, log: Log) -> str:
+    """Return why the prompts of a run's steps are not known, or an empty text."""
+    if has_own_order(job.trainer):
+        return f"the trainer {job.trainer.__name__} has an order of its own"
+    if log.processes not in (None, job.config.world_size):
+        return f"it was trained by {log.processes} processes"
+    return ""
+
+
 def _asked(job: Job, log: Log, seed: int) -> _Asked:
     """Choose the prompts of the last steps, back to a fifth of the run; or else random ones."""
     n = len(job.rows)
-    if why := unknown(job, log.processes):
+    if why := _unknown_order(job, log):
         rows = Random(seed).sample(range(n), min(PROMPTS, n))
         return _Asked(rows, (), False, f"{len(rows)} random training prompts: {why}")
     rewarded = [row for row in log.rows if "reward" in row]

@@ -203,8 +203,14 @@ class Report:
             policies = shared.setdefault(settings, [])
             if row["policy"] not in policies:
                 policies.append(row["policy"])
+        remarks = {
+            f"{row['policy']}: prompts are {said}"
+            for row in self._sorted(self.evaluations)
+            if (said := row.get("engine", {}).get("prompts"))
+        }
         return [
-            f"sampling of {together(policies)}: {settings}" for settings, policies in shared.items()
+            *(f"sampling of {together(names)}: {how}" for how, names in shared.items()),
+            *sorted(remarks),
         ]
 
     def _sorted(self, rows: Mapping[Any, Row]) -> list[Row]:

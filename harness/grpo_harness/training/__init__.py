@@ -14,7 +14,7 @@
 ``shrunk.py``      a policy's own architecture and tokenizer, but small
 ``data.py``        the rows that a recipe trains and evaluates on
 ``job.py``         what one run trains: a recipe with everything that it names
-``prompts.py``     which prompts each step asked, as far as a recipe tells
+``order.py``       which training prompts each step asks
 ``run.py``         one training run
 ``processes.py``   several processes that train one policy
 =================  ===================================================================

@@ -1,4 +1,4 @@
-"""Which training prompts each step asked, as far as a recipe tells: TRL's sampler is seeded."""
+"""Which training prompts each step asks: TRL's sampler is seeded."""
 
 import math
 from collections.abc import Iterator
@@ -8,19 +8,10 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from grpo_harness.training.job import Job
 
-
-def unknown(job: Job, processes: int | None) -> str:
-    """Return why the prompts of a run's steps are not known, or an empty text.
-
-    ``processes`` is the number that trained it, if that is known.
-    """
-    if job.trainer._get_train_sampler is not GRPOTrainer._get_train_sampler:
-        return f"the trainer {job.trainer.__name__} has an order of its own"
-    if processes not in (None, job.config.world_size):
-        return f"it was trained by {processes} processes"
-    return ""
+def has_own_order(trainer: type[GRPOTrainer]) -> bool:
+    """Tell whether a class of trainers asks problems in another order than TRL's."""
+    return trainer._get_train_sampler is not GRPOTrainer._get_train_sampler
 
 
 def asked(config: GRPOConfig, n: int) -> Iterator[tuple[int, list[int]]]:
