@@ -1,6 +1,7 @@
 """A recipe in a file of TRL's format: what it names is what is trained, and nothing is dropped."""
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -25,6 +26,7 @@ from tests.projects import run
 
 REWARDS = """
 import asyncio
+from datasets import Dataset
 from trl import GRPOTrainer
 
 CALLS = []
@@ -49,6 +51,20 @@ def odd(solution, **_):
 
 def raises(**_):
     raise KeyError("oops")
+
+def pictures():
+    rows = {"prompt": list("abcd"), "image": ["a.png"] * 4, "solution": ["1"] * 4}
+    return Dataset.from_dict(rows)
+
+def _spoken(*parts):
+    prompt = [{"role": "user", "content": [{"type": part, part: "a"} for part in parts]}]
+    return Dataset.from_list([{"prompt": prompt, "solution": str(i)} for i in range(4)])
+
+def shown():
+    return _spoken("text", "image")
+
+def parts():
+    return _spoken("text")
 
 class Ours(GRPOTrainer):
     SEEN = []
@@ -90,6 +106,10 @@ RECIPE = {
     "logging_steps": 1,
     "output_dir": "elsewhere",
 }
+
+
+CYCLE = {}
+CYCLE["itself"] = CYCLE
 
 
 def rows(n=24):
@@ -259,12 +279,25 @@ def test_values_are_taken_as_trl_takes_them(write, tmp_path):
         ({"max_completion_length": 0}, "max_completion_length is 0"),
         ({"temperature": 0}, "temperature is 0: it must be a finite number above 0"),
         ({"top_p": 2}, "top_p is 2"),
+        ({"min_p": 7}, "min_p is 7: it must be a number from 0 to 1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0: it must be a finite number above 0"),
+        ({"delta": -1}, "delta is -1: it must be a finite number above 0"),
+        ({"seed": 2**32}, r"seed is 4294967296: it must be a whole number .* below 2\*\*32"),
+        ({"logging_steps": -1}, "logging_steps is -1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1"),
+        ({"max_steps": 0}, "max_steps is 0: it must be a whole number from 1 on, or -1 with"),
+        ({"max_steps": -5}, "max_steps is -5"),
+        ({"generation_kwargs": {"top_kk": 5}}, "generation_kwargs has 'top_kk', which transf"),
+        ({"datasets": ["a.jsonl"], "dataset_name": None}, "list of mappings, each with the path"),
+        ({"datasets": [{"name": "a"}], "dataset_name": None}, "list of mappings, each with"),
+        ({"model_init_kwargs": CYCLE}, "what begins in line 6 contains itself"),
         ({"save_steps": 0.5}, "save_steps is 0.5: it must be a whole number"),
         ({"save_strategy": "epoch"}, "save_strategy must be steps"),
         ({"logging_strategy": "no"}, "logging_strategy must be steps"),
         ({"logging_steps": 10}, "logging_steps is 10, and of 2 steps none"),
         ({"lr_scheduler_type": "cosin"}, "must be one of linear, cosine,"),
-        ({"eval_strategy": False}, "eval_strategy is False: it must be one of no,"),
+        ({"eval_strategy": False}, "eval_strategy is False: it must be one of no,.*, in quotes"),
         ({"reward_funcs": "team_rewards.short"}, r"must be of the type list\[str\] \| None"),
         ({"reward_funcs": [3]}, r"reward_funcs is \[3\]"),
         ({"reward_weights": 1.0}, "reward_weights is 1.0"),
@@ -344,6 +377,9 @@ def test_a_file_that_is_no_recipe(text, said, tmp_path):
         ({"lr_scheduler_kwargs": {"foo": 1}}, "ours.yaml: lr_scheduler_type and lr_scheduler_kw"),
         ({"use_vllm": True}, "ours.yaml: use_vllm needs a package"),
         ({"eval_strategy": "epoch"}, "eval_strategy needs a test split, and train.jsonl"),
+        ({"dataset_name": "team_rewards:pictures"}, "ours.yaml: the data set has the column image"),
+        ({"dataset_name": "team_rewards:shown"}, "ours.yaml: the prompt of .* has images, and"),
+        ({"dataset_name": "team_rewards:parts"}, "ours.yaml: the prompt of .* template cannot be"),
     ],
 )
 def test_what_the_file_names_must_be_there(write, changes, said, tmp_path):
@@ -394,7 +430,7 @@ def test_a_reward_that_raises_names_the_step(write, tmp_path):
 # ------------------------------------------------------------------ the command
 
 
-def test_the_command_overrides_what_the_file_says(write, tmp_path, capsys):
+def test_the_command_overrides_what_the_file_says(write, tmp_path, capsys, monkeypatch):
     write(max_steps=50)
     command = ["train", "ours.yaml", "--out", "out", "--steps", "1", "--set", "beta=0.5",
                "--set", "lr_scheduler_type=constant", "--device", "cpu"]  # fmt: skip
@@ -405,6 +441,9 @@ def test_the_command_overrides_what_the_file_says(write, tmp_path, capsys):
     assert (config["beta"], config["lr_scheduler_type"], config["max_steps"]) == (
         0.5, "constant", 1,
     )  # fmt: skip
+    monkeypatch.setenv("OURS", "0")
+    assert load("ours.yaml", [("env", {"OURS": 2})]).env == {"OURS": "2"}
+    assert os.environ["OURS"] == "2"
     assert main(["train", "ours.yaml", "--out", "new", "--set", "kl_coef=1"]) == 2
     assert "use beta" in capsys.readouterr().err
     assert main(["train", "ours.yaml", "--out", "x", "--steps", "0"]) == 2
@@ -439,7 +478,15 @@ def test_assignments_are_yaml():
     assert assignment("a=[1.0, 2]") == ("a", [1.0, 2])
     assert assignment("a=true") == ("a", True)
     assert assignment("a=b=c") == ("a", "b=c")
-    for wrong in ("a", "=1", "a=["):
+    for wrong in (
+        "a",
+        "=1",
+        "a=[",
+        "a={b: 1, b: 2}",
+        "a=&x [*x]",
+        "a=2024-99-99",
+        "a=" + "[" * 4000,
+    ):
         with pytest.raises(ValueError, match="--set"):
             assignment(wrong)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 import yaml
+from transformers import GenerationConfig
 from trl.scripts.grpo import GRPOScriptArguments, make_parser
 from trl.scripts.utils import DatasetMixtureConfig
 from trl.trainer.grpo_config import GRPOConfig
@@ -230,7 +231,8 @@ def load(recipe: str | Path, changes: Mapping[str, Any] | Sequence[tuple[str, An
     path = path_of(recipe)
     name = path.stem
     where = f"recipe {name!r}" if path in BUILT_IN.values() else str(path)
-    content = {**content_of(path), **{k: v for k, v in dict(changes).items() if k == BLOCK}}
+    ours = {k: v for k, v in dict(changes).items() if k in (BLOCK, "env")}
+    content = {**content_of(path), **ours}
     block = _mapping(where, BLOCK, content.pop(BLOCK, {}))
     env = _mapping(where, "env", content.pop("env", {}))
     try:
@@ -240,7 +242,7 @@ def load(recipe: str | Path, changes: Mapping[str, Any] | Sequence[tuple[str, An
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     bare = Recipe(name, path, content, converted(block, Block, lambda _: f"{where}: {BLOCK} "), env)
-    found = _checked(bare, {k: v for k, v in dict(changes).items() if k != BLOCK})
+    found = _checked(bare, {k: v for k, v in dict(changes).items() if k not in ours})
     assert found.parsed  # what TRL refuses is said here
     return found
 
@@ -290,6 +292,17 @@ def _check_config(where: str, config: GRPOConfig) -> None:
     if isinstance(init, Mapping) and init.get("trust_remote_code"):
         has = "has trust_remote_code, which cannot be set here"
         raise refused(where, "model_init_kwargs", has, "trust_remote_code")
+    drawing: Any = config.generation_kwargs or {}
+    for name in sorted(drawing.keys() - vars(GenerationConfig()).keys(), key=str):
+        raise RecipeError(
+            f"{where}: generation_kwargs has {escape(repr(name), 80)}, which transformers "
+            f"{version('transformers')} would not use: name a field of GenerationConfig"
+        )
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise RecipeError(
+            f"{where}: max_steps is {config.max_steps}: it must be a whole number from 1 on, or "
+            "-1 with num_train_epochs"
+        )
     if config.logging_strategy != "steps":
         raise RecipeError(f"{where}: logging_strategy must be steps, by which a run is judged")
     if config.save_strategy not in ("steps", "no"):

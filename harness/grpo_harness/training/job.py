@@ -19,16 +19,18 @@ from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config
 
 from grpo_harness.engines.weights import device_of, load_weights
-from grpo_harness.policy import Policy, load
+from grpo_harness.policy import Policy, PolicyError, load
 from grpo_harness.policy.policy import quiet
 from grpo_harness.rewards.functions import RewardFunction, reward_name
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.tasks import Problem
 from grpo_harness.text import digest, escape, one_line
 from grpo_harness.training.config import check_usable
-from grpo_harness.training.data import generated, read_data
+from grpo_harness.training.data import Data, generated, read_data
 from grpo_harness.training.files import Recipe
 from grpo_harness.training.keys import RecipeError
+
+_ONLY_TEXT = "a policy here reads text alone: leave it out"
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ def job_of(
     policy = load(recipe.policy)
     data = data or generated(recipe, policy)
     _check_enough(recipe.where, config, len(data.problems))
+    prompts = _prompts(recipe.where, policy, config, data)
     most = recipe.block.max_prompt_length
     if most is not None:
-        prompts = [prompt_of(policy, config, row["prompt"]) for row in data.rows]
         _check_lengths(recipe.where, policy, data.problems, prompts, most)
     return Job(
         recipe=recipe,
@@ -160,6 +162,23 @@ def _check_rewards(where: str, config: GRPOConfig, rewards: Sequence[RewardFunct
                 f"{where}: reward_model_name_or_path '{escape(name)}' is not a model that can be "
                 f"loaded ({one_line(error)})"
             ) from error
+
+
+def _prompts(where: str, policy: Policy, config: GRPOConfig, data: Data) -> list[str]:
+    """Return all prompts as the policy sees them. Raises ``RecipeError`` for one that it cannot."""
+    for name in sorted({"image", "images"} & {*data.rows.column_names}):
+        raise RecipeError(f"{where}: the data set has the column {name}, and {_ONLY_TEXT}")
+    prompts = []
+    for problem, prompt in zip(data.problems, data.rows["prompt"], strict=True):
+        contents = [] if isinstance(prompt, str) else [of.get("content") for of in prompt]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
+            raise RecipeError(f"{where}: the prompt of {problem.id} has images, and {_ONLY_TEXT}")
+        try:
+            prompts.append(prompt_of(policy, config, prompt))
+        except PolicyError as error:
+            raise RecipeError(f"{where}: the prompt of {problem.id}: {error}") from error
+    return prompts
 
 
 def _check_enough(where: str, config: GRPOConfig, problems: int) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import msgspec
 from msgspec import Meta
 from trl.scripts.grpo import GRPOScriptArguments
-from trl.scripts.utils import DatasetMixtureConfig
+from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.model_config import ModelConfig
 
@@ -110,6 +110,15 @@ _Positive = Annotated[
     float, Meta(gt=0, le=sys.float_info.max, description="a finite number above 0")
 ]
 _Share = Annotated[float, Meta(gt=0, le=1, description="a number above 0 and up to 1")]
+_Part = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
+_Seed = Annotated[int, Meta(ge=0, lt=2**32, description="a whole number from 0 on, below 2**32")]
+_Mixture = Annotated[
+    list[DatasetConfig],
+    Meta(
+        description="a list of mappings, each with the path of a data set and, if needed, its "
+        "name, data_dir, data_files, split, columns or fraction"
+    ),
+]
 
 _RANGES: Mapping[str, Any] = {
     "num_generations": _From2,
@@ -117,11 +126,17 @@ _RANGES: Mapping[str, Any] = {
     "steps_per_generation": _From1 | None,
     "temperature": _Positive,
     "top_p": _Share,
+    "min_p": _Part | None,
     "epsilon_high": _Finite | None,
+    "delta": _Positive | None,
+    "data_seed": _Seed | None,
+    "seed": _Seed,
+    "datasets": _Mixture,
     **dict.fromkeys(
         ("gradient_accumulation_steps", "num_iterations", "per_device_train_batch_size"), _From1
     ),
-    **dict.fromkeys(("seed", "save_steps"), _From0),
+    **dict.fromkeys(("save_steps", "top_k", "dataloader_num_workers"), _From0),
+    **dict.fromkeys(("repetition_penalty", "logging_steps", "num_train_epochs"), _Positive),
     **dict.fromkeys(("learning_rate", "epsilon", "beta", "max_grad_norm", "weight_decay"), _Finite),
     # Declared as less than what TRL takes.
     "lora_target_modules": list[str] | str | None,
@@ -200,7 +215,9 @@ def _unlike(key: str, value: Any) -> str:
         msgspec.convert(value, kind, strict=False)
     except msgspec.ValidationError:
         if isinstance(kind, type) and issubclass(kind, Enum):
-            return f"one of {', '.join(str(member.value) for member in kind)}"
+            known = f"one of {', '.join(str(member.value) for member in kind)}"
+            # YAML reads no and yes, without quotes, as false and true.
+            return f"{known}, in quotes" if isinstance(value, bool) else known
         for each in (kind, *get_args(kind)):
             for meta in getattr(each, "__metadata__", ()):
                 return str(meta.description)

@@ -31,13 +31,25 @@ def assignment(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise RecipeError(f"--set {escape(text, 80)}: write key=value")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {escape(text, 80)}: the value is not YAML") from error
+        return key.strip(), yaml.load(value, _Loader)  # noqa: S506 — a SafeLoader
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(
+            f"--set {escape(text, 80)}: the value is not YAML ({one_line(error)})"
+        ) from error
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
-    """A safe loader that refuses a key that is there twice, of which one would be lost."""
+    """A safe loader that refuses a key that is there twice, of which one would be lost.
+
+    It also refuses what contains itself, which has no end.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        node = super().compose_node(parent, index)
+        if node.end_mark is None:  # of an alias: what it names has not ended yet
+            line = node.start_mark.line + 1
+            raise RecipeError(f"what begins in line {line} contains itself")
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         # Keys that are no scalars are refused by the base class, and << is no key.
