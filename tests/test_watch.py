@@ -112,6 +112,8 @@ LEFT_OUT = {
     "top_entropy_quantile": {"top_entropy_quantile": 0.5},
     "repetition_penalty": {"repetition_penalty": 1.1},
     "a data set that is streamed": {"trainer": made.Streamed},
+    "log-probabilities that the model's forward does not return: the trainer computes them by "
+    "itself": {"trainer": made.OwnLogps, "temperature": 0.7},
     "an optimizer or a schedule of your own": {"trainer": made.OwnOptimizer},
     "reward models": {"trainer": made.Judged},
     "a rollout function": {"trainer": made.Rolled},

@@ -111,6 +111,18 @@ class OnePrompt(GRPOTrainer):
         super().__init__(train_dataset=again, **arguments)
 
 
+class OwnLogps(GRPOTrainer):
+    """Takes log-probabilities of the model's logits by itself."""
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, **arguments
+    ):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+        values = torch.log_softmax(logits[:, -logits_to_keep:] / self.temperature, -1)
+        own = values.gather(-1, input_ids[:, -logits_to_keep:, None])[..., 0]
+        return own, -(values.exp() * values).sum(-1), None
+
+
 class Stopped(GRPOTrainer):
     """A callback ends the run after two steps."""
 

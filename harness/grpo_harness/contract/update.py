@@ -6,6 +6,7 @@ from grpo_harness.contract.conventions import Conventions
 from grpo_harness.contract.invariant import (
     GRADIENT_TOLERANCE,
     BrokenInvariantError,
+    NotLookedAtError,
     average,
     distance,
     equal,
@@ -25,6 +26,12 @@ ROUNDING = 2e-5
 def log_probabilities_are_the_policys(run: Trace, oracle: Oracle) -> None:
     """Each token has the same log-probability in a padded batch as without padding."""
     g, temperature = run.config.num_generations, run.config.temperature
+    shown = [part.log_probabilities for step in run.steps for part in step.micro_batches]
+    if run.recipe is None and all(values is None for values in shown):
+        raise NotLookedAtError(
+            "log-probabilities that the model's forward does not return: the trainer computes "
+            "them by itself"
+        )
     for step in run.steps:
         with torch.no_grad():
             right, _ = oracle.log_probabilities(step.weights, step.batch, temperature)
