@@ -31,8 +31,7 @@ import trl
 
 from grpo_harness.training import load, train
 from grpo_harness.training.builtin import BUILT_IN
-from grpo_harness.training.config import settings
-from grpo_harness.training.recorded import differences, recorded
+from grpo_harness.training.recorded import differences, portable, recorded
 
 policy, folder, baselines = sys.argv[1:]
 assert Path(trl.__file__).is_relative_to(folder), trl.__file__
@@ -48,7 +47,7 @@ short = smoke.with_values(
 print(json.dumps({
     "version": version("trl"),
     "configs": {
-        name: settings(load(name).config(Path("out"), device="cpu")) for name in BUILT_IN
+        name: portable(load(name), "cpu") for name in BUILT_IN
     },
     "differences": [
         (text.split()[0], text)

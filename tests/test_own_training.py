@@ -55,7 +55,8 @@ def guarded(own_repository, tmp_path_factory):
     runs.append(f"{TRAIN.format('train.yaml', 'runs/first')} --steps 1")
     write(team, "faults/adapter/train.yaml", ADAPTER)
     runs.append(TRAIN.format("faults/adapter/train.yaml", "runs/adapter"))
-    runs.append(f"{TRAIN.format('faults/adapter/train.yaml', 'runs/first-adapter')} --steps 1")
+    another = TRAIN.format("faults/adapter/train.yaml", "runs/another-adapter")
+    runs.append(f"{another} --set learning_rate=0.05")
     with ThreadPoolExecutor() as pool:
         done = [*pool.map(lambda part: team.harness(*part), (runs[::2], runs[1::2]))]
     assert all(status == 0 for part in done for status, _ in part), done
@@ -274,7 +275,7 @@ def with_another_tokenizer(team, run):
 
 
 def with_another_adapter(team, run):
-    shutil.copy(team.folder / "runs" / "first-adapter" / "adapter_model.safetensors", run)
+    shutil.copy(team.folder / "runs" / "another-adapter" / "adapter_model.safetensors", run)
 
 
 CHECKPOINT_FAULTS = {

@@ -201,7 +201,9 @@ def test_your_training_goes_green(pytester, monkeypatch, capsys):
     options = ("-p", "no:xdist", "-p", "no:benchmark")
     pytester.runpytest_inprocess(*recipes.split(), *options).assert_outcomes(passed=2)
     judged = pytester.runpytest_inprocess(*runs.split(), *options).parseoutcomes()
-    assert judged.get("passed", 0) + judged.get("failed", 0) == 2
+    # By chance, and the recipe names no decisive reward.
+    assert sum(judged.get(word, 0) for word in ("passed", "failed", "unproven")) == 2
+    assert judged["skipped"] == 1
 
 
 def test_every_setting_is_documented_and_no_other():

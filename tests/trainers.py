@@ -183,7 +183,8 @@ class Rolled(GRPOTrainer):
         def rollout(prompts, trainer):
             asked = trainer.processing_class(text=prompts)["input_ids"]
             end = trainer.processing_class.eos_token_id
-            drawn = [[5 + n % 3, end] for n, _ in enumerate(prompts)]
+            texts = trainer.processing_class(text=["7", "no"])["input_ids"]
+            drawn = [[*texts[n % 2], end] for n, _ in enumerate(prompts)]
             return {"prompt_ids": asked, "completion_ids": drawn, "logprobs": None}
 
         super().__init__(rollout_func=rollout, **arguments)

@@ -489,7 +489,7 @@ def second_end_ignored(monkeypatch):
 
 
 def beginning_twice(monkeypatch):
-    monkeypatch.setattr("grpo_harness.training.job._once_special", lambda tokenizer, text: text)
+    monkeypatch.setattr("grpo_harness.training.data._once_special", lambda tokenizer, text: text)
 
 
 def template_not_saved(monkeypatch):

@@ -12,7 +12,6 @@ import pytest
 
 from grpo_harness.plugin.state import Run, usage_errors
 from grpo_harness.settings import ROLES
-from grpo_harness.training.builtin import BUILT_IN
 
 _FIXTURES = "grpo_harness.plugin.fixtures"
 _CANDIDATE = "grpo_candidate"
@@ -76,6 +75,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         run_for("task_type", settings.tasks, settings.tasks)
     own = settings.recipes
     if _RECIPE in open_ones and (own or not _is_of_ones_own(metafunc.definition)):
+        from grpo_harness.training.builtin import BUILT_IN
+
         run_for(_RECIPE, own or BUILT_IN, [path.stem for path in own] or BUILT_IN)
 
 

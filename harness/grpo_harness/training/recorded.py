@@ -56,7 +56,7 @@ def differences(recipe: Recipe, against: Mapping[str, Any], *, device: str = "au
     Keys that depend on the folder or the device are left out. Raises ``RecipeError``.
     """
     was = {key: of for key, of in against["config"].items() if not _left_out(recipe, key)}
-    now = _portable(recipe, device)
+    now = portable(recipe, device)
     return sorted(
         [f"{key} is new: {now[key]!r}" for key in now.keys() - was.keys()]
         + [f"{key} is gone: it was {was[key]!r}" for key in was.keys() - now.keys()]
@@ -70,7 +70,7 @@ def differences(recipe: Recipe, against: Mapping[str, Any], *, device: str = "au
 
 def record(recipe: Recipe, baselines: Path) -> Path:
     """Record the current config of ``recipe``, with the versions, and return the file."""
-    config = _portable(recipe, "cpu")
+    config = portable(recipe, "cpu")
     path = path_of(recipe.name, baselines)
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("trl", "transformers")}
@@ -79,7 +79,7 @@ def record(recipe: Recipe, baselines: Path) -> Path:
     return path
 
 
-def _portable(recipe: Recipe, device: str) -> dict[str, Any]:
+def portable(recipe: Recipe, device: str) -> dict[str, Any]:
     """Return what a recipe means on every machine: its config, and what it names beside it."""
     values = settings(recipe.config(Path("out"), device=device)) | recipe.beside()
     values |= {key: recipe.values.get(key) for key in _AS_WRITTEN}
