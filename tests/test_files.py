@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import warnings
@@ -437,6 +438,11 @@ def test_the_command_overrides_what_the_file_says(write, tmp_path, capsys, monke
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "step    1/1" in said
+    again = ["--steps", "2", "--set", "num_iterations=2", "--device", "cpu"]
+    assert main(["train", "ours.yaml", "--out", "again", *again]) == 0
+    assert re.search(
+        r"step    2/2  reward +\+nan  length   nan  entropy \d", capsys.readouterr().out
+    )
     config = json.loads((tmp_path / "out" / "recipe.json").read_text())["config"]
     assert (config["beta"], config["lr_scheduler_type"], config["max_steps"]) == (
         0.5, "constant", 1,

@@ -243,7 +243,8 @@ class _Steps:
             steps = round(row["step"] / row["epoch"] * self._epochs)
         left = (steps - row["step"]) * statistics.median(self._seconds[-20:])
         _say(
-            f"step {row['step']:>4}/{steps}  reward {row['reward']:+.3f}  "
+            # A step on completions of an earlier one has no reward of its own.
+            f"step {row['step']:>4}/{steps}  reward {row.get('reward', math.nan):+.3f}  "
             f"length {row.get('completions/mean_length', math.nan):5.1f}  "
             f"entropy {row.get('entropy', math.nan):.3f}  gradient {row['grad_norm']:.3f}  "
             f"{left // 60:.0f}:{left % 60:02.0f} left"
