@@ -243,6 +243,25 @@ def test_equal_runs_leave_room_for_the_noise_within_them():
     assert band([Value(1.0)] * 5, Figure("x", "x", least=0.2), 0.01).upper == pytest.approx(1.2)
 
 
+def test_what_happens_once_in_a_few_runs_is_no_alarm(tmp_path):
+    """One of two groups in one of 30 steps, and no such step in the recorded runs."""
+
+    def none(value, done):
+        return 0.0
+
+    def once(value, done):
+        return 0.5 * (done == 0.5)
+
+    def often(value, done):
+        return 0.5 * (done > 0.5)
+
+    then = recorded(tmp_path, steps=30, frac_reward_zero_std=none)
+    for change, outside in ((none, False), (once, False), (often, True)):
+        found = judge(log(9, tmp_path, steps=30, frac_reward_zero_std=change), then)
+        (finding,) = (f for f in found.findings if f.figure.name == "groups without spread")
+        assert finding.outside is outside, finding
+
+
 @pytest.mark.parametrize("m", [3, 5, 8])
 def test_one_more_run_seldom_leaves_its_bands(m, tmp_path):
     alarms, times = 0, 300

@@ -4,8 +4,9 @@ The band of a figure is the prediction interval for one more run (Student's t, f
 spread of the recorded runs). A run leaves at least one band by chance with a probability of `RISK`
 at most, over all figures together. Few runs may show a spread that is too small by chance: it is at
 least half the standard error that the runs have within themselves, which also has what differs from
-step to step and not from run to run, such as the prompts. A band that is wider than the figure has
-moved in the recorded runs is blind, and said to be.
+step to step and not from run to run, such as the prompts. The judged run's own counts too: what
+happens once in a few runs, such as a group without spread, may be in none of them. A band that is
+wider than the figure has moved in the recorded runs is blind, and said to be.
 """
 
 import math
@@ -137,7 +138,7 @@ def judge(log: Log, recorded: Recorded, risk: float = RISK) -> Judgement:
     now, runs = summed_up(log), recorded.runs
     if why := _unlike(now, runs):
         return Judgement(recorded.training, len(runs), reason=f"not comparable: {why}")
-    judged: list[tuple[Figure, float, list[Value]]] = []
+    judged: list[tuple[Figure, Value, list[Value]]] = []
     left_out = []
     for figure, value in figures(log):
         then = [Value(*run.figures[figure.name]) for run in runs if figure.name in run.figures]
@@ -146,14 +147,16 @@ def judge(log: Log, recorded: Recorded, risk: float = RISK) -> Judgement:
         elif figure.of_the_machine and {run.hardware for run in runs} != {now.hardware or ""}:
             left_out.append(f"{figure.name}, since not all runs were on hardware known as the same")
         else:
-            judged.append((figure, value.number, then))
+            judged.append((figure, value, then))
     if not judged:
         why = "no figure of this run is in all recorded ones: record this training anew"
         return Judgement(recorded.training, len(runs), reason=f"not comparable: {why}")
     found = []
-    for figure, number, then in judged:
-        limits = band(then, figure, risk / len(judged))
-        finding = Finding(figure, number, limits, moved=_moved(runs, figure, limits))
+    for figure, value, then in judged:
+        log_scale = figure.scale == "log" and value.number > 0
+        error = value.error / value.number if log_scale else value.error
+        limits = band(then, figure, risk / len(judged), error / 2)
+        finding = Finding(figure, value.number, limits, moved=_moved(runs, figure, limits))
         if finding.outside:
             finding = replace(finding, left=_left(now, runs, figure, risk))
         found.append(finding)
@@ -163,7 +166,7 @@ def judge(log: Log, recorded: Recorded, risk: float = RISK) -> Judgement:
 def band(then: Sequence[Value], figure: Figure, risk: float, spread: float = 0.0) -> Band:
     """Return the prediction interval for one more run; it leaves it with the probability risk.
 
-    The runs' own ``spread`` may be known to be larger than these few show.
+    The ``spread`` may be known to be larger than these few show.
     """
     log = figure.scale == "log" and all(value.number > 0 for value in then)
     numbers = [math.log(value.number) if log else value.number for value in then]
