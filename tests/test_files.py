@@ -317,6 +317,7 @@ def test_values_are_taken_as_trl_takes_them(write, tmp_path):
         ({"reward_funcs": None}, "reward_funcs must name"),
         ({"grpo_harness": {"n_maths": 4}}, "no key 'n_maths': did you mean n_math"),
         ({"grpo_harness": {"n_math": -1}}, "n_math is -1"),
+        ({"grpo_harness": {"n_prog": 10**10}}, "n_prog is 10000000000: it must be a whole number"),
         ({"grpo_harness": 7}, "grpo_harness is 7: it must be a mapping"),
         ({"push_to_hub": True}, "push_to_hub cannot be set here"),
         ({"load_in_4bit": True}, "quantized weights"),

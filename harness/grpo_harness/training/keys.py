@@ -33,6 +33,11 @@ class RecipeError(HarnessError, ValueError):
     """A recipe cannot be used. One line: the recipe or its file, the key and what it may be."""
 
 
+_Count = Annotated[
+    int, Meta(ge=0, le=1_000_000, description="a number of generated problems, up to 1000000")
+]
+
+
 class Block(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The block ``grpo_harness`` of a recipe's file: what TRL has no word for.
 
@@ -43,8 +48,8 @@ class Block(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     trainer: Annotated[
         str | None, Meta(description="a subclass of GRPOTrainer as module:Class")
     ] = None
-    n_math: Annotated[int, Meta(ge=0, description="a number of generated problems")] = 0
-    n_prog: Annotated[int, Meta(ge=0, description="a number of generated problems")] = 0
+    n_math: _Count = 0
+    n_prog: _Count = 0
     problem_seed: Annotated[int, Meta(description="a seed")] = 0
     max_prompt_length: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description="a number of tokens from 1 on")
