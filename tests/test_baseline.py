@@ -9,8 +9,9 @@ import pytest
 from grpo_harness.baselines.file import BaselineError, conditions, exists, load, path_of
 from grpo_harness.baselines.recording import record
 from grpo_harness.evaluation import rounded
-from grpo_harness.rewards.functions import Reward, Rewards, rewards_digest
+from grpo_harness.rewards.functions import Reward, Rewards
 from grpo_harness.rewards.rule import reward_func
+from grpo_harness.rewards.trials import rewards_digest
 from grpo_harness.rules import recorded_bounds
 from grpo_harness.tasks import task_types
 

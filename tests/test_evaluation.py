@@ -7,7 +7,8 @@ import pytest
 from grpo_harness.engines.engine import Sample, sample_seed
 from grpo_harness.evaluation import EvaluationError, ask, evaluate, rounded
 from grpo_harness.policy import load
-from grpo_harness.rewards.functions import Reward, RewardError, Rewards
+from grpo_harness.rewards.calls import RewardError
+from grpo_harness.rewards.functions import Reward, Rewards
 from grpo_harness.rewards.outcome import OUTCOMES
 from grpo_harness.rewards.rule import reward_func, rule_reward
 from grpo_harness.store import FILE, Store

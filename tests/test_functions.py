@@ -10,16 +10,9 @@ import time
 
 import pytest
 
-from grpo_harness.rewards.functions import (
-    Batch,
-    Log,
-    Reward,
-    RewardError,
-    Rewards,
-    load_reward,
-    rewards_digest,
-    score,
-)
+from grpo_harness.rewards.calls import RewardError, load_reward, score
+from grpo_harness.rewards.functions import Batch, Log, Reward, Rewards
+from grpo_harness.rewards.trials import rewards_digest
 from grpo_harness.tasks import task_types
 
 GCD = task_types()["gcd"]

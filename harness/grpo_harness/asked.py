@@ -23,7 +23,8 @@ from grpo_harness.tables import Model, SettingsError, converted
 from grpo_harness.text import escape, one_line
 
 if TYPE_CHECKING:
-    from grpo_harness.rewards.functions import Correct, RewardFunction, Rewards
+    from grpo_harness.rewards.calls import RewardFunction
+    from grpo_harness.rewards.functions import Correct, Rewards
     from grpo_harness.tasks import Source
 
 _Text = Annotated[str, Meta(min_length=1)]
@@ -364,7 +365,7 @@ def _correct(table: Data, known: Sequence[str], place: str) -> Correct | None:
 
 
 def _function(source: str | None, where: str) -> RewardFunction:
-    from grpo_harness.rewards.functions import RewardError, load_reward
+    from grpo_harness.rewards.calls import RewardError, load_reward
     from grpo_harness.rewards.rule import reward_func
 
     if source is None:

@@ -11,9 +11,10 @@ from typing import Any, Self
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
 from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.policy import SYSTEM_MESSAGE, Fingerprint, Policy
-from grpo_harness.rewards.functions import Batch, Log, Reward, Rewards, Scores, rewards_digest
+from grpo_harness.rewards.functions import Batch, Log, Reward, Rewards, Scores
 from grpo_harness.rewards.outcome import OUTCOMES, Outcome, check_answers, outcome, strictly_correct
 from grpo_harness.rewards.rule import reward_func
+from grpo_harness.rewards.trials import rewards_digest
 from grpo_harness.store import Key, Store, StoreError
 from grpo_harness.tasks import Problem, Source, check_disjoint
 from grpo_harness.text import escape, one_line, shown

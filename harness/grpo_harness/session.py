@@ -24,7 +24,8 @@ from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS, Sizes
 from grpo_harness.gate.verdicts import Plan
 from grpo_harness.policy import Policy, PolicyError, PolicyName, load
 from grpo_harness.reruns import Attempt, Reruns
-from grpo_harness.rewards.functions import Rewards, rewards_digest
+from grpo_harness.rewards.functions import Rewards
+from grpo_harness.rewards.trials import rewards_digest
 from grpo_harness.rules import RULES, Rule, Terms
 from grpo_harness.settings import Settings
 from grpo_harness.store import Store

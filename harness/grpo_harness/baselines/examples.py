@@ -20,8 +20,8 @@ from msgspec.structs import replace
 from grpo_harness.engines.engine import Sample
 from grpo_harness.errors import HarnessError
 from grpo_harness.evaluation import Completion, Evaluation, Questions, scored
-from grpo_harness.rewards.functions import alike, trials
 from grpo_harness.rewards.outcome import OUTCOMES, Outcome
+from grpo_harness.rewards.trials import alike, trials
 from grpo_harness.tasks import Source
 from grpo_harness.text import digest, escape, shown
 

@@ -12,7 +12,7 @@ from torch import nn
 from grpo_harness.contract.adam import SCHEDULES
 from grpo_harness.contract.trace import Trace
 from grpo_harness.grpo import LossType
-from grpo_harness.rewards.functions import reward_name
+from grpo_harness.rewards.calls import reward_name
 from grpo_harness.text import escape
 
 _LOSS = ("loss_equals_the_oracles", "gradient_equals_the_oracles")

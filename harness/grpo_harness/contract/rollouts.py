@@ -23,7 +23,7 @@ from grpo_harness.contract.invariant import (
 from grpo_harness.contract.oracle import Oracle, rows_of
 from grpo_harness.contract.trace import Batch, Scored, Tokens, Trace, identity
 from grpo_harness.grpo import LossType
-from grpo_harness.rewards.functions import RewardFunction
+from grpo_harness.rewards.calls import RewardFunction
 from grpo_harness.training import Recipe, Row
 
 KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step", "step_time", "entropy")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_harness.contract.policies import two_ended
-from grpo_harness.rewards.functions import RewardFunction
+from grpo_harness.rewards.calls import RewardFunction
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.training import Recipe, load
 

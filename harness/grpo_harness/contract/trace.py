@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from grpo_harness.rewards.functions import RewardFunction
+from grpo_harness.rewards.calls import RewardFunction
 from grpo_harness.training import Recipe, Row, TrainingRun
 
 Tokens = tuple[int, ...]

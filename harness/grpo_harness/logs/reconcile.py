@@ -22,7 +22,8 @@ from grpo_harness.engines.transformers import TransformersEngine
 from grpo_harness.logs.figures import FIFTH, Figure
 from grpo_harness.logs.read import Log, LogError, reward_key
 from grpo_harness.policy import Policy, load
-from grpo_harness.rewards.functions import Batch, Reward, Rewards, Scores, completion_of
+from grpo_harness.rewards.calls import completion_of
+from grpo_harness.rewards.functions import Batch, Reward, Rewards, Scores
 from grpo_harness.text import escape
 from grpo_harness.training.files import Recipe
 from grpo_harness.training.job import Job, job_of, prompt_of

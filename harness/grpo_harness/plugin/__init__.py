@@ -8,6 +8,7 @@ In reading order:
 ``planning.py``    which policies and task types each test runs for, and its rules
 ``assertions.py``  the gate's rules as a suite asserts them
 ``fixtures.py``    the fixtures for suites
+``gpus.py``        a GPU for each worker of pytest-xdist
 ``contract.py``    what the contract does not look at in watched trainers
 ``summary.py``     the terminal output before and after a run, and the report
 =================  =================================================================
@@ -17,6 +18,7 @@ fixtures is seen. Only then are the settings resolved and the summary's hooks re
 not loaded before a fixture asks for a policy, so collecting stays quick.
 """
 
+import os
 import secrets
 from typing import Any
 
@@ -47,6 +49,7 @@ from grpo_harness.plugin.fixtures import (  # noqa: F401
     task_type,
     trained_policy,
 )
+from grpo_harness.plugin.gpus import see_one
 from grpo_harness.plugin.options import is_asked, pytest_addoption, resolved, store_file  # noqa: F401
 from grpo_harness.plugin.planning import (  # noqa: F401
     pytest_collection_finish,
@@ -62,6 +65,8 @@ def activated(config: pytest.Config) -> Run:
         worker = getattr(config, "workerinput", None)
         seed = config.getoption("grpo_seed") if worker is None else worker[PROPERTY]
         settings = resolved(config)
+        if worker is not None:
+            see_one(os.environ, worker["workerid"], settings.device)
         if seed is None:
             seed = _last_seed(config) if config.getoption("grpo_rescore") else _fresh()
         config.stash[RUN] = run = Run(settings, seed)

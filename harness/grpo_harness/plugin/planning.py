@@ -197,7 +197,7 @@ def _try_rewards(run: Run, session: pytest.Session) -> None:
 
     Raises ``pytest.UsageError``, except in a worker of pytest-xdist, where each test says it.
     """
-    from grpo_harness.rewards.functions import try_on
+    from grpo_harness.rewards.trials import try_on
 
     if hasattr(session.config, "workerinput"):
         return

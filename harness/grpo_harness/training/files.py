@@ -25,7 +25,7 @@ from trl.trainer.model_config import ModelConfig
 
 from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.gate.inputs import brief
-from grpo_harness.rewards.functions import RewardFunction, load_reward
+from grpo_harness.rewards.calls import RewardFunction, load_reward
 from grpo_harness.tables import converted
 from grpo_harness.tasks import Problem, make_problems
 from grpo_harness.text import escape, one_line

@@ -21,7 +21,7 @@ from trl.trainer.utils import get_peft_config
 from grpo_harness.engines.weights import device_of, load_weights
 from grpo_harness.policy import Policy, PolicyError, load
 from grpo_harness.policy.policy import quiet
-from grpo_harness.rewards.functions import RewardFunction, reward_name
+from grpo_harness.rewards.calls import RewardFunction, reward_name
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.tasks import Problem
 from grpo_harness.text import digest, escape, one_line

@@ -30,7 +30,7 @@ from grpo_harness.engines.weights import check_loaded
 from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.policy import TRAINED_ON, load
 from grpo_harness.policy.policy import quiet
-from grpo_harness.rewards.functions import RewardFunction
+from grpo_harness.rewards.calls import RewardFunction
 from grpo_harness.text import escape, one_line
 from grpo_harness.training.config import checkpointing, settings
 from grpo_harness.training.curves import Row, write_curves

@@ -23,7 +23,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from grpo_harness.errors import HarnessError
 from grpo_harness.gate.inputs import brief
 from grpo_harness.policy.policy import quiet
-from grpo_harness.rewards.functions import (
+from grpo_harness.rewards.calls import (
     RewardError,
     RewardFunction,
     reward_name,
