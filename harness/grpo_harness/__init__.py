@@ -21,6 +21,7 @@ files of a package, in the order of its own table.
 ``report/``        rows -> tables for a terminal, Markdown and JSON
 ``tables.py``      a table of settings as a checked model, with messages
 ``asked.py``       what a run asks: each task with its rewards and sampling
+``served.py``      which policies are served, and where
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
 ``session.py``     what the tests of one run share
 ``grpo/``          GRPO in plain torch: to read, and as the oracle for TRL

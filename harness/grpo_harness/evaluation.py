@@ -8,7 +8,7 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Self
 
-from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
+from grpo_harness.engines.engine import Engine, EngineError, Progress, Request, Sample, sample_seed
 from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.policy import SYSTEM_MESSAGE, Fingerprint, Policy
 from grpo_harness.rewards.functions import Batch, Log, Reward, Rewards, Scores, rewards_digest
@@ -386,7 +386,11 @@ def evaluate(
                 progress(len(part) - len(missing))
             for start in range(0, len(missing), _CHUNK):
                 keys, requests = zip(*missing[start : start + _CHUNK], strict=True)
-                drawn = engine.sample(requests, progress)
+                try:
+                    drawn = engine.sample(requests, progress)
+                except EngineError as error:
+                    samples.add({keys[number]: of for number, of in error.drawn.items()})
+                    raise
                 samples.add(dict(zip(keys, drawn, strict=True)))
             groups += scored(questions, asked, [samples[key] for key, _ in part])
     drawn_by = {**engine.identity(), **engine.remarks()}

@@ -144,9 +144,17 @@ class Session:
         return policy
 
     def engine(self, policy: Policy) -> Engine:
-        """Return the configured engine of a policy. It loads the weights when it draws."""
-        key = str(policy.fingerprint)
-        if key not in self._engines:
+        """Return the configured engine of a policy: its servers, or one that loads its weights.
+
+        It loads them when it draws.
+        """
+        endpoint = self.settings.served.get(policy.checkpoint.name)
+        key = f"{policy.fingerprint} {endpoint}"
+        if key not in self._engines and endpoint is not None:
+            from grpo_harness.engines.server import ServerEngine
+
+            self._engines[key] = ServerEngine(policy, self.settings.sampling, endpoint)
+        elif key not in self._engines:
             # Imported late: it loads torch, which a run that only collects does not need.
             from grpo_harness.engines.transformers import TransformersEngine
 

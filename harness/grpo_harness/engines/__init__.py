@@ -2,6 +2,9 @@
 
 ===================  ==================================================================
 ``engine.py``        the interface of every engine
+``endpoint.py``      where a policy is served: its addresses, model and key
+``client.py``        HTTP to servers: shared work, retries, adaptive concurrency
+``server.py``        the engine of a served policy: any OpenAI-compatible server
 ``adapters.py``      merge an adapter into the model of its base
 ``weights.py``       load a policy's weights, and check them against its files
 ``residency.py``     which policies' weights are in memory at once

@@ -27,7 +27,7 @@ MARKER = "grpo"
 
 if TYPE_CHECKING:
     from grpo_harness.policy import PolicyName
-    from grpo_harness.settings import Role
+    from grpo_harness.served import Role
 
 
 def uses(item: Any, name: str) -> bool:
