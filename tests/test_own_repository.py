@@ -1,11 +1,7 @@
 """A team's own repository: its data, rewards, training and tests, judged by an installed wheel."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,62 +9,19 @@ from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.heavy
 
-FILES = Path(__file__).parent / "own_repository"
 T, R, D = "pyproject.toml", "our/rewards.py", "our/data.py"
 
 
-class Team:
-    """A repository, and the Python of an environment that has the wheel installed."""
-
-    def __init__(self, folder, python):
-        self.folder, self.python = folder, python
-
-    def python_run(self, *arguments):
-        """Run Python in the repository, in a process of its own."""
-        env = {k: v for k, v in os.environ.items() if k not in ("CI", "GITHUB_STEP_SUMMARY")}
-        return subprocess.run(
-            [self.python, *arguments],
-            cwd=self.folder,
-            env={**env, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-        )
-
-    def pytest(self, *arguments):
-        """Run pytest; return its exit status, and what it said in one line."""
-        # -P: the repository is not on the path because of the way in which pytest is started.
-        done = self.python_run("-P", "-m", "pytest", *arguments)
-        return done.returncode, " ".join((done.stdout + done.stderr).split())
-
-    def commit(self, message):
-        """Commit everything."""
-        author = ("-c", "user.name=Team", "-c", "user.email=team@example.org")
-        for command in (["add", "."], [*author, "commit", "--quiet", "-m", message]):
-            subprocess.run(["git", *command], check=True, cwd=self.folder)
-
-    def replace(self, file, old, new):
-        """Replace a text that is in a file once."""
-        text = (self.folder / file).read_text()
-        assert text.count(old) == 1
-        (self.folder / file).write_text(text.replace(old, new))
-
-
 @pytest.fixture(scope="module")
-def recorded(installed, tmp_path_factory):
-    """The repository with its policies trained and its baselines recorded and committed."""
-    folder = tmp_path_factory.mktemp("team") / "repository"
-    shutil.copytree(FILES, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    team = Team(folder, installed)
-    subprocess.run(["git", "init", "--quiet"], check=True, cwd=folder)
-    team.commit("Data, rewards, training and tests")
-    trained = team.python_run("train.py")
-    assert trained.returncode == 0, trained.stderr[-3000:]
+def recorded(own_repository, tmp_path_factory):
+    """The repository with its baselines recorded and committed."""
+    team = own_repository.copy(tmp_path_factory.mktemp("recorded"))
     status, said = team.pytest("--grpo-record", "--grpo-seed=1")
     assert status == 0, said
-    files = {str(path.relative_to(folder)) for path in folder.glob("baselines/*/*")}
+    files = {str(path.relative_to(team.folder)) for path in team.folder.glob("baselines/*/*")}
     assert files == {
         f"baselines/{policy}/two-steps.{kind}"
-        for policy in ("base", "trained")
+        for policy in ("base", "latest")
         for kind in ("json", "examples.jsonl")
     }
     team.commit("Baselines")
@@ -78,9 +31,7 @@ def recorded(installed, tmp_path_factory):
 @pytest.fixture
 def team(recorded, tmp_path):
     """A copy of the repository to change."""
-    left = shutil.ignore_patterns(".pytest_cache", "__pycache__")
-    shutil.copytree(recorded.folder, tmp_path / "repository", ignore=left)
-    return Team(tmp_path / "repository", recorded.python)
+    return recorded.copy(tmp_path)
 
 
 def test_unchanged_it_is_green(recorded):
@@ -90,13 +41,13 @@ def test_unchanged_it_is_green(recorded):
     report = json.loads((recorded.folder / "report" / "report.json").read_text())
     accuracy = {e["policy"]: e["accuracy"] for e in report["evaluations"]}
     assert 0.1 < accuracy["policies/base"] < 0.9
-    assert 0.1 < accuracy["policies/trained"] < 0.95
+    assert 0.1 < accuracy["checkpoints/latest"] < 0.95
     rules = {check["rule"] for check in report["checks"]}
     assert rules == {
         *("accuracy", "length", "truncation", "unparsable", "reward", "no_loss"),
         *("rewards.accuracy", "rewards.form", "rewards.overlong"),
     }
-    lines = (recorded.folder / "report/samples/trained--two-steps.jsonl").read_text()
+    lines = (recorded.folder / "report/samples/latest--two-steps.jsonl").read_text()
     for row in map(json.loads, lines.splitlines()):
         scores, text = row["rewards"], row["completion"]
         right = f"<answer>{row['wanted']}</answer>"
@@ -107,6 +58,11 @@ def test_unchanged_it_is_green(recorded):
 
 
 LENIENT = "ANSWER.search(text) or re.search(r'([0-9]+)', text)"
+MIXED = """for text in _texts(completions)]
+    third = len(found) // 3
+    found[:third] = [*found[1:third], *found[: min(third, 1)]]
+    return [
+"""
 SOME = "[None if c == 'farm' else s for s, c in zip(_punish(completion_ids), kwargs['category'])]"
 SHUFFLED = """
     table = Dataset.from_list(list(islice(different(random.Random(1)), 400)))
@@ -120,6 +76,10 @@ SHUFFLED = """
     [
         # Seen because the bare solution, the column that `answer` names, is scored too.
         pytest.param(R, "ANSWER.search(text)", LENIENT, "reward", id="a lenient reward"),
+        pytest.param(
+            *(R, "for text in _texts(completions)]\n    return [\n", MIXED, "reward"),
+            id="a third of the rewards shuffled",
+        ),
         pytest.param(R, "_punish(completion_ids)", SOME, "reward", id="None for a category"),
         pytest.param(
             T, "[1.0, 0.2, 0.5]", "[1.0, 0.4, 0.5]", "weight of form was 0.2", id="a weight"
@@ -131,7 +91,7 @@ SHUFFLED = """
             id="a shuffled column",
         ),
         pytest.param(
-            *("policies/trained/chat_template.jinja", "assistant", "Assistant"),
+            *("checkpoints/latest/chat_template.jinja", "assistant", "Assistant"),
             *("chat_template was",),
             id="the chat template",
         ),
@@ -147,16 +107,16 @@ def test_a_change_is_named(team, file, old, new, named):
 
 
 def test_a_worse_checkpoint_fails(team):
-    file = team.folder / "policies" / "trained" / "model.safetensors"
+    file = team.folder / "checkpoints" / "latest" / "model.safetensors"
     weights = load_file(file)
     torch.manual_seed(0)
     for name, tensor in weights.items():
-        weights[name] = tensor + 0.3 * tensor.std() * torch.randn_like(tensor)
+        weights[name] = tensor + 1.0 * tensor.std() * torch.randn_like(tensor)
     save_file(weights, file, metadata={"format": "pt"})
     status, said = team.pytest("--grpo-seed=2")
     assert status == 1, said
     for rule in ("accuracy", "reward", "reward accuracy"):
-        assert f"FAIL: {rule} of policies/trained on two-steps" in said
+        assert f"FAIL: {rule} of checkpoints/latest on two-steps" in said
     assert "wanted '" in said
     assert "wanted 'None'" not in said
     assert "FAIL: accuracy of policies/base" not in said

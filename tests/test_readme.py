@@ -25,7 +25,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-GATE, TABLE, DATA = blocks("toml")
+GATE, TABLE, DATA, GUARD = blocks("toml")
 SUITE, ROMAN, REWARDS, REWARDS_SUITE, WATCH = blocks("python")
 (ROW,) = blocks("json")
 
@@ -160,8 +160,10 @@ FILES = {
 """The files that the README's recipe names."""
 
 
-def test_the_recipe_and_the_commands_train_record_and_judge(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.heavy  # eight trainings
+def test_your_training_goes_green(pytester, monkeypatch, capsys):
+    """The files and the commands as they stand there, of few steps."""
+    tmp_path = pytester.path
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in [name for name in sys.modules if name.split(".")[0] == "our"]:
         monkeypatch.delitem(sys.modules, name)
@@ -174,11 +176,16 @@ def test_the_recipe_and_the_commands_train_record_and_judge(tmp_path, monkeypatc
         re.sub("^(dataset|reward)_.*\n", "", recipe, flags=re.MULTILINE) + block
     )
     train, warm = re.findall(r"^grpo-harness (train train\.yaml .*)$", README, re.MULTILINE)
-    record, judge = re.findall(r"^grpo-harness (log .*)$", README, re.MULTILINE)
+    config = "recipes --record"
+    assert f"\ngrpo-harness {config}\n" in README
+    record, judge, ask = re.findall(r"^grpo-harness (log .*)$", README, re.MULTILINE)
+    recipes, runs = re.findall(r"^pytest (--pyargs .*\.test_\w+)$", README, re.MULTILINE)
     few = ["--steps", "6", "--device", "cpu"]
     assert main([*train.split(), *few]) == 0
     assert main([*warm.split(), "--device", "cpu"]) == 0
     assert main(["train", "own.yaml", "--out", "own", "--steps", "1", "--device", "cpu"]) == 0
+    (tmp_path / "pyproject.toml").write_text(GUARD)
+    assert main(config.split()) == 0
     for seed in range(1, 6):
         out = ["--out", f"runs/seed{seed}", "--set", f"seed={seed}"]
         assert main(["train", "train.yaml", *out, *few]) == 0
@@ -189,6 +196,12 @@ def test_the_recipe_and_the_commands_train_record_and_judge(tmp_path, monkeypatc
     assert ": train against 5 recorded runs" in said
     assert "gain of reward: " in said
     assert (tmp_path / "curves.png").is_file()
+    assert main([*ask.split(), "--device", "cpu"]) in (0, 1)
+    assert ": checkpoints/latest against the last steps of its log" in capsys.readouterr().out
+    options = ("-p", "no:xdist", "-p", "no:benchmark")
+    pytester.runpytest_inprocess(*recipes.split(), *options).assert_outcomes(passed=2)
+    judged = pytester.runpytest_inprocess(*runs.split(), *options).parseoutcomes()
+    assert judged.get("passed", 0) + judged.get("failed", 0) == 2
 
 
 def test_every_setting_is_documented_and_no_other():

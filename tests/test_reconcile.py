@@ -90,8 +90,8 @@ def test_the_trained_policy_earns_what_was_logged(home, recipe, seed):
 
 def test_the_prompts_of_each_step_are_those_that_the_trainer_asked(home, recipe):
     """The run wrote down the prompts that its reward got."""
-    rows = [json.loads(line)["prompt"] for line in (home / "train.jsonl").open()]
-    seen = [json.loads(line) for line in (home / "run-asked.jsonl").open()]
+    rows = [json.loads(line)["prompt"] for line in (home / "train.jsonl").read_text().splitlines()]
+    seen = [json.loads(line) for line in (home / "run-asked.jsonl").read_text().splitlines()]
     config = recipe.config(home / "unused", device="cpu")
     found = [*islice(asked(config, len(rows)), len(seen))]
     assert len(found) == 25, "a generation each step"
@@ -114,8 +114,8 @@ def test_the_prompts_are_known_for_other_schedules(changes, home, recipe):
     short = load(home / "ours.yaml", steps)
     name = "-".join(map(str, changes.values()))
     train(short, home / f"schedule-{name}", device="cpu")
-    rows = [json.loads(line)["prompt"] for line in (home / "train.jsonl").open()]
-    seen = [json.loads(line) for line in (home / "asked.jsonl").open()]
+    rows = [json.loads(line)["prompt"] for line in (home / "train.jsonl").read_text().splitlines()]
+    seen = [json.loads(line) for line in (home / "asked.jsonl").read_text().splitlines()]
     found = islice(asked(short.config(home / "unused", device="cpu"), len(rows)), len(seen))
     assert [[step, [rows[i] for i in own for _ in range(8)]] for step, own in found] == seen
     assert len(seen) > 1

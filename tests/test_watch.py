@@ -320,3 +320,23 @@ def test_a_green_test_says_what_was_not_looked_at(pytester):
     assert 'value="optimizer sgd (every_update_is_adamws)"' in (
         pytester.path / "out.xml"
     ).read_text("utf-8")
+
+
+def test_rewards_that_do_not_differ_are_named(tmp_path):
+    """Advantages of 0 are right whatever a trainer makes of rewards, and tell nothing."""
+
+    def reward_none_of_them(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    run = watch(made.build(tmp_path / "one", rewards=reward_none_of_them))
+    run.holds()
+    assert list(run.not_looked_at) == ["advantages_are_group_relative"]
+    assert "rewards that are the same within every group" in run.report()
+    with pytest.raises(AssertionError, match="advantages_are_group_relative is not looked at"):
+        run.holds("advantages_are_group_relative")
+
+    both = [made.reward_digits, reward_none_of_them]
+    run = watch(made.build(tmp_path / "two", rewards=both, reward_weights=[1.0, 0.5]))
+    run.holds()
+    assert "every group: reward_none_of_them (reward_weights)" in run.report()
+    run.holds("advantages_are_group_relative")

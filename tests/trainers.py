@@ -30,9 +30,9 @@ def reward_digits(completions, **kwargs):
 
 
 def reward_answer(completions, answer, **kwargs):
-    """Whether the data set's own answer is in the text."""
+    """Whether its length is odd where the data set's own answer is: earned half of the time."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [float(a in text) for text, a in zip(texts, answer, strict=True)]
+    return [float(len(text) % 2 == int(a) % 2) for text, a in zip(texts, answer, strict=True)]
 
 
 def reward_length(completion_ids, **kwargs):

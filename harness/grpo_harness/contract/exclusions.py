@@ -3,14 +3,17 @@
 An invariant that such a setting touches is left out, by name: it neither passes nor fails.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from grpo_harness.contract.adam import SCHEDULES
+from grpo_harness.contract.trace import Trace
 from grpo_harness.grpo import LossType
+from grpo_harness.rewards.functions import reward_name
+from grpo_harness.text import escape
 
 _LOSS = ("loss_equals_the_oracles", "gradient_equals_the_oracles")
 _FIGURES = (*_LOSS, "figures_of_the_policy_are_the_oracles", "on_policy_the_ratio_is_one")
@@ -145,6 +148,32 @@ def exclusions(trainer: Any) -> Mapping[str, str]:
             for name in dict.fromkeys(names):
                 left_out.setdefault(name, []).append(what.format(args=trainer.args))
     return {name: ", ".join(why) for name, why in left_out.items()}
+
+
+def unvaried(run: Trace) -> Mapping[str, str]:
+    """Return what a run cannot tell because rewards are the same within each of its groups.
+
+    Where all are, every advantage is 0, however it is computed. Where those of one function are,
+    the advantages are the same with any weight of it.
+    """
+    batches = list(dict.fromkeys(step.batch for step in run.steps))
+    g = int(run.config.num_generations)
+    same = "rewards that are the same within every group"
+    if not any(_varies(batch.rewards, g) for batch in batches):
+        return {"advantages_are_group_relative": f"{same}: start from a policy that earns others"}
+    flat = [
+        reward_name(reward)
+        for place, reward in enumerate(run.rewards)
+        if (scored := [b.scored[place].rewards for b in batches if place in b.scored])
+        and not any(_varies(rewards, g) for rewards in scored)
+    ]
+    return {"reward_weights": f"{same}: {', '.join(map(escape, flat))}"} if flat else {}
+
+
+def _varies(rewards: Sequence[float | None], g: int) -> bool:
+    """Tell whether some group of ``g`` completions has two rewards."""
+    groups = (rewards[i : i + g] for i in range(0, len(rewards), g))
+    return any(len(set(group) - {None}) > 1 for group in groups)
 
 
 def _half(trainer: Any) -> bool:

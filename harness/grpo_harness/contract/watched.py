@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from grpo_harness.contract import processes
-from grpo_harness.contract.exclusions import exclusions
+from grpo_harness.contract.exclusions import exclusions, unvaried
 from grpo_harness.contract.invariant import INVARIANTS, BrokenInvariantError, NotLookedAtError
 from grpo_harness.contract.observer import Observer
 from grpo_harness.contract.oracle import Oracle
@@ -276,6 +276,7 @@ class Watched:
             raise ValueError("no step was made")
         out = Path(trainer.args.output_dir)
         run = processes.joined(seen.trace(type(trainer).__name__, out, error))
+        self.not_looked_at = {**unvaried(run), **self.not_looked_at}
         if error is None:
             run.saved = out / "watched"
             trainer.save_model(str(run.saved))

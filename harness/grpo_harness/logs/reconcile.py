@@ -10,7 +10,7 @@ that is not the training's is named as such.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from random import Random
 from statistics import fmean, variance
 from typing import Literal
@@ -145,11 +145,13 @@ def reconcile(log: Log, recipe: Recipe, *, device: str = "auto", seed: int = 0) 
         then = [row[key] for row in prompts.logged if key in row]
         if prompts.exact and then:
             logged = fmean(then)
-            # The same prompts on both sides: what remains is that completions are drawn.
+            # The same prompts on both sides: what remains are draws, and that policies wobble.
             within = fmean([variance(group) for group in scored if len(group) > 1] or [0.0])
             drawn = sum(map(len, scored))
             trained_on = drawn / SAMPLES * (job.config.num_generations or 1)
-            error = math.sqrt(within * (1 / drawn + 1 / trained_on))
+            error = math.sqrt(
+                within * (1 / drawn + 1 / trained_on) + _wobble(log.series(key), then)
+            )
         else:
             value = Figure("", key).of(log)
             assert value is not None, "two steps logged it"
@@ -255,6 +257,16 @@ def _earned(
     )
     scores = rewards.score(batch, job.name)
     return [scores[i : i + SAMPLES] for i in range(0, len(scores), SAMPLES)]
+
+
+def _wobble(series: Sequence[tuple[int, float]], last: Sequence[float]) -> float:
+    """Return the variance by which one policy of a run differs from the mean of the last ones.
+
+    At a high rate the policy changes from step to step, and the checkpoint is one of these.
+    """
+    near = [value for _, value in series[-2 * max(len(last), 2) :]]
+    steps = fmean((b - a) ** 2 for a, b in pairwise(near)) / 2
+    return steps * (1 + 1 / len(last))
 
 
 def _trend(series: Sequence[float]) -> float:

@@ -1,17 +1,16 @@
-"""Teach a tiny policy to answer (policies/base), then train it with GRPO (policies/trained)."""
+"""Teach a tiny policy to answer (policies/base): GRPO (train.yaml) starts from it."""
 
 import random
 from pathlib import Path
 
 import torch
 from our.data import training_rows
-from our.rewards import accuracy, form, overlong
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
 
 import grpo_harness.nano
 
 START = Path(grpo_harness.nano.__file__).parent / "base"
+LAYERS = 2
 FORMS = ("<answer>{}</answer>",) * 6 + ("{}", "The answer is {}.", "It is <answer>{}</answer>")
 
 
@@ -45,38 +44,14 @@ def teach(model, tokenizer, rows, steps, batch=32, learning_rate=2e-3):
 
 
 def main():
-    """Write both policies."""
+    """Write the policy: the first layers of nano-base, taught."""
     torch.manual_seed(0)
-    rows = training_rows()
     tokenizer = AutoTokenizer.from_pretrained(START)
-    model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32)
-    teach(model, tokenizer, rows.to_list(), steps=120)
+    few = {"num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS}
+    model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32, **few)
+    teach(model, tokenizer, training_rows().to_list(), steps=120)
     model.save_pretrained("policies/base")
     tokenizer.save_pretrained("policies/base")
-    arguments = GRPOConfig(
-        output_dir="policies/run",
-        use_cpu=True,
-        bf16=False,
-        max_steps=20,
-        learning_rate=3e-4,
-        per_device_train_batch_size=128,
-        num_generations=8,
-        max_completion_length=40,
-        reward_weights=[1.0, 0.2, 0.5],
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        seed=0,
-    )
-    trainer = GRPOTrainer(
-        model="policies/base",
-        reward_funcs=[accuracy, form, overlong],
-        args=arguments,
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    trainer.save_model("policies/trained")
 
 
 if __name__ == "__main__":
