@@ -136,7 +136,9 @@ class Client:
         for server in self._servers:
             server.outstanding = 0
         self._waiting.clear()
-        http = httpx2.AsyncClient(auth=authorize, limits=limits, timeout=patience)
+        # Certificates take a while to load, and plain HTTP has none.
+        secure = any(url.startswith("https:") for url in endpoint.urls)
+        http = httpx2.AsyncClient(auth=authorize, limits=limits, timeout=patience, verify=secure)
         async with http as self._http:
             yield
 
@@ -153,8 +155,9 @@ class Client:
         Returns an answer, also one that refuses the request. Raises ``EngineError`` when the
         request has failed too often.
         """
+        failed_at: set[str] = set()
         for _ in range(_TRIES):
-            server = await self._take()
+            server = await self._take(failed_at)
             began = time.monotonic()
             try:
                 answer, failure = await self._attempt(f"{server.url}/{path}", body)
@@ -165,6 +168,7 @@ class Client:
                 if wait is not None and wait > _LONGEST_WAIT:
                     raise EngineError(f"{failure}; it asks to wait {wait:.0f} s: run again then")
                 server.failed(began, wait)
+                failed_at.add(server.url)
             finally:
                 server.outstanding -= 1
                 self._wake()
@@ -201,12 +205,17 @@ class Client:
         wait = _seconds(response.headers.get("Retry-After"))
         return Answer(url, response.status_code, text, wait)
 
-    async def _take(self) -> _Server:
-        """Return a server that may have one more request: the least busy; wait for one."""
+    async def _take(self, failed_at: set[str]) -> _Server:
+        """Wait for a server that may have one more request, and return the least busy.
+
+        It is one at which the request has not failed, unless it has failed at all of them.
+        """
         loop = asyncio.get_running_loop()
+        if len(failed_at) == len(self._servers):
+            failed_at.clear()
         while True:
             now = time.monotonic()
-            free = [server for server in self._servers if server.room(now)]
+            free = [s for s in self._servers if s.room(now) and s.url not in failed_at]
             if free:
                 server = min(free, key=lambda server: server.outstanding / server.limit)
                 server.outstanding += 1

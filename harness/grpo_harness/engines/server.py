@@ -74,6 +74,7 @@ class ServerEngine:
         self.endpoint = endpoint
         self.client = Client(endpoint)
         self._sampling = sampling
+        self._taken: set[str] = set()
         self._left_out: set[str] = set()
         self._about: dict[str, Any] = {}
 
@@ -109,9 +110,10 @@ class ServerEngine:
 
     def remarks(self) -> dict[str, str]:
         """Say which fields of a request the server does not take."""
-        fields = sorted(self._left_out)
-        said = f"without {together(fields)}, which the server does not take"
-        return {"requests": said} if fields else {}
+        if not self._left_out:
+            return {}
+        names = together(sorted(self._left_out))
+        return {"requests": f"without {names}, which the server does not take"}
 
     def sample(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Sample]:
         """Draw one sample per request, in the order of the requests.
@@ -127,7 +129,12 @@ class ServerEngine:
 
         async def draw_all() -> None:
             async with self.client.open():
-                tasks = [asyncio.ensure_future(draw(*of)) for of in enumerate(requests)]
+                # The first alone, until it is known which fields the server takes.
+                alone = 0 if self._taken >= self.fields().keys() - self._left_out else 1
+                for number in range(alone):
+                    await draw(number, requests[number])
+                others = list(enumerate(requests))[alone:]
+                tasks = [asyncio.ensure_future(draw(*of)) for of in others]
                 try:
                     await asyncio.gather(*tasks)
                 finally:
@@ -190,6 +197,7 @@ class ServerEngine:
             body = {name: body[name] for name in body if name not in self._left_out}
             answer = await self.answered(body)
             if answer.status not in (400, 422):
+                self._taken |= body.keys()
                 return self._sample(answer)
             self._refused(answer, body)
 
@@ -200,11 +208,11 @@ class ServerEngine:
         """
         named = {name for name in body if re.search(rf"\b{name}\b", answer.body)}
         named -= {"prompt"}
-        spare = self._dispensable(body["prompt"]) & body.keys()
+        spare = (self._dispensable(body["prompt"]) & body.keys()) - self._taken
         wanted = named - spare
-        if not wanted and self._left_out.isdisjoint(body) and (named or spare):
+        if not wanted and spare:
             self._left_out |= named or spare
-        elif wanted or self._left_out.isdisjoint(body):
+        else:
             fields = together([f"{name} = {json.dumps(body[name])}" for name in sorted(wanted)])
             what = f" does not take {fields}:" if wanted else ":"
             raise EngineError(f"{self.policy.checkpoint} as served{what} {answer}")
