@@ -228,10 +228,9 @@ class ServerEngine:
                 "OpenAI-compatible server's?"
             ) from None
         (choice,) = read.choices
-        text, truncated = choice.text, choice.finish_reason == "length"
         stopped = self._stopped(choice, answer)
-        if stopped is not None:
-            text, truncated = text[:stopped], False
+        truncated = choice.finish_reason == "length" and stopped is None
+        text = choice.text[:stopped]
         ids = choice.token_ids or ()
         if not ids:
             ids = self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
