@@ -37,12 +37,8 @@ class Server:
     ):
         self.engine = TransformersEngine(policy, Sampling(), device="cpu")
         self.name, self.faults, self.refuses = name, faults, refuses
-        self.serial, self.delay, self.tells, self.alter = (
-            serial,
-            delay,
-            tells,
-            alter or (lambda body: body),
-        )
+        self.serial, self.delay, self.tells = serial, delay, tells
+        self.alter = alter or (lambda body: body)
         self.about = about or {"id": name, "owned_by": "tests", "created": time.time()}
         self.asked, self.headers, self.requests, self.at_once, self.most = [], [], 0, 0, 0
         self._lock = threading.Lock()

@@ -162,7 +162,7 @@ def test_what_fails_for_good_is_one_error(policy, requests, fault):
             served(policy, server).sample(requests[:4])
         said = str(caught.value)
         assert server.url in said
-        assert "asked 6 times" in said
+        assert "so it was 6 times" in said
         assert len(said) < 800
         assert said.isprintable()
         assert server.requests <= 6 * 4

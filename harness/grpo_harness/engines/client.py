@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import httpx2
 
 _TRIES = 6
-"""How often a request is sent at most."""
+"""How often a request is sent at most, and how often in a row all servers may fail."""
 
 _PAUSE = 1.0
 """Seconds that a server is left alone after its first failure."""
@@ -134,7 +134,7 @@ class Client:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         patience = httpx2.Timeout(None, connect=min(10, endpoint.seconds))
         for server in self._servers:
-            server.outstanding = 0
+            server.outstanding, server.opens = 0, 0.0
         self._waiting.clear()
         # Certificates take a while to load, and plain HTTP has none.
         secure = any(url.startswith("https:") for url in endpoint.urls)
@@ -169,11 +169,13 @@ class Client:
                     raise EngineError(f"{failure}; it asks to wait {wait:.0f} s: run again then")
                 server.failed(began, wait)
                 failed_at.add(server.url)
+                if all(server.failures >= _TRIES for server in self._servers):
+                    break
             finally:
                 server.outstanding -= 1
                 self._wake()
         raise EngineError(
-            f"{failure}; it was asked {_TRIES} times: see whether the server runs, then run again "
+            f"{failure}; so it was {_TRIES} times: see whether the server runs, then run again "
             "with the same --grpo-seed, which goes on from here"
         )
 
