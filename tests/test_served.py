@@ -1,6 +1,7 @@
 """A project whose policies are served: what it sets, and what its runs say and keep."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,8 @@ def pair():
     with (
         Server(load("nano-base"), faults=faults) as base,
         Server(load("nano-trained"), "latest", faults=faults) as trained,
+        base.engine,
+        trained.engine,
     ):
         yield base, trained
 
@@ -123,29 +126,23 @@ def pair():
 def test_a_served_pair_is_judged_by_its_recorded_baselines(pytester, pair, monkeypatch):
     base, trained = pair
     monkeypatch.setenv(KEY, SECRET)
+    monkeypatch.setattr("grpo_harness.engines.transformers.load_weights", None)
     (pytester.path / "pyproject.toml").write_text(
         PROJECT.format(baselines=ROOT / "baselines", base=base.url, trained=trained.url)
     )
-    suites = [ROOT / "suites" / f"test_{name}.py" for name in ("accuracy", "policies", "engine")]
-    # No checkpoint is read into memory: this ends the run if one is.
-    pytester.makeconftest(
-        "import grpo_harness.engines.transformers as t\\n"
-        "def refuse(*_): raise AssertionError('weights')\\n"
-    )
+    for name in ("accuracy", "policies"):
+        shutil.copy(ROOT / "suites" / f"test_{name}.py", pytester.path)
     options = ["--grpo-seed=3", "--grpo-report=report", "--junitxml=junit.xml", "-l", "-rA"]
-    done = run(pytester, *options, "--log-level=DEBUG", *map(str, suites))
+    done = run(pytester, *options, "--log-level=DEBUG", failed=0, passed=5, deselected=6)
     text = done.stdout.str() + done.stderr.str()
-    counts = done.parseoutcomes()
-    assert counts.get("failed", 0) == counts.get("errors", 0) == 0, text[-3000:]
     assert re.search(r"gcd +nano-trained +64 × 4 .* (PASS|UNPROVEN)", text)
-    for file in (*pytester.path.rglob("report/*"), pytester.path / "junit.xml"):
-        if file.is_file():
-            assert SECRET.encode() not in file.read_bytes()
+    files = [*pytester.path.glob("report/**/*"), pytester.path / "junit.xml"]
+    for file in (file for file in files if file.is_file()):
+        assert SECRET.encode() not in file.read_bytes()
     assert SECRET not in text
     assert {of["Authorization"] for of in trained.headers} == {f"Bearer {SECRET}"}
     asked = base.requests + trained.requests
-    again = run(pytester, *options, str(suites[0]))
-    assert again.parseoutcomes().get("failed", 0) == 0
+    run(pytester, *options, "test_accuracy.py", failed=0, passed=2, deselected=4)
     assert base.requests + trained.requests == asked  # all of it was stored
 
 
@@ -167,9 +164,7 @@ def test_what_was_drawn_before_an_error_is_stored(pytester, monkeypatch):
             "    assert evaluate(trained_policy, all_task_types[0]).n == 64\n"
         )
         failed = run(pytester, "--grpo-seed=3", failed=1)
-        failed.stdout.fnmatch_lines(
-            [f"E*{server.url}/completions answered 500: *so it was 6 times*"]
-        )
+        failed.stdout.fnmatch_lines([f"{server.url}/completions answered 500: *so it was 6 times*"])
         assert "\x1b[31mmemory" not in failed.stdout.str()
         broken[0], had = False, len(server.asked)
         run(pytester, "--grpo-seed=3", passed=1)
