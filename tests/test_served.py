@@ -133,16 +133,19 @@ def test_a_served_pair_is_judged_by_its_recorded_baselines(pytester, pair, monke
     for name in ("accuracy", "policies"):
         shutil.copy(ROOT / "suites" / f"test_{name}.py", pytester.path)
     options = ["--grpo-seed=3", "--grpo-report=report", "--junitxml=junit.xml", "-l", "-rA"]
-    done = run(pytester, *options, "--log-level=DEBUG", failed=0, passed=5, deselected=6)
-    text = done.stdout.str() + done.stderr.str()
-    assert re.search(r"gcd +nano-trained +64 × 4 .* (PASS|UNPROVEN)", text)
+    done = run(pytester, *options, "--log-level=DEBUG")
+    text, counts = done.stdout.str() + done.stderr.str(), done.parseoutcomes()
+    # So few samples may leave a check unproven.
+    assert counts["passed"] + counts.get("unproven", 0) == 5, text[-5000:]
+    assert re.search(r"gcd +nano-trained .* (PASS|UNPROVEN)", text)
     files = [*pytester.path.glob("report/**/*"), pytester.path / "junit.xml"]
     for file in (file for file in files if file.is_file()):
         assert SECRET.encode() not in file.read_bytes()
     assert SECRET not in text
     assert {of["Authorization"] for of in trained.headers} == {f"Bearer {SECRET}"}
     asked = base.requests + trained.requests
-    run(pytester, *options, "test_accuracy.py", failed=0, passed=2, deselected=4)
+    counts = run(pytester, *options, "test_accuracy.py").parseoutcomes()
+    assert counts["passed"] + counts.get("unproven", 0) == 2
     assert base.requests + trained.requests == asked  # all of it was stored
 
 
