@@ -151,6 +151,10 @@ class Questions:
         """Tell whether a completion can be correct."""
         return self.rewards.judge_answers(self.task_type)
 
+    def first(self, n: int) -> Self:
+        """Return the first ``n`` questions."""
+        return replace(self, problems=self.problems[:n], prompts=self.prompts[:n])
+
     def content(self, i: int) -> str:
         """Return a digest of what problem ``i`` has beside its prompt, or an empty text."""
         return self.task_type.content(self.problems[i])

@@ -171,6 +171,8 @@ def _idle(config: pytest.Config, item: pytest.Item) -> bool:
         return bool(activated(config).settings.recipes)
     if uses(item, "engine") and _is_served(config, item):
         return True
+    if uses(item, "admission") and not _is_served(config, item):
+        return True
     names = set(declared(item))
     if not names:
         return False
