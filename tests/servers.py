@@ -6,6 +6,8 @@ import time
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import torch
+
 from grpo_harness.engines.engine import Request, Sampling
 from grpo_harness.engines.transformers import TransformersEngine
 
@@ -31,11 +33,12 @@ class Server:
         refuses=(),
         delay=0.0,
         serial=False,
+        dtype="float32",
         tells=("usage", "token_ids", "stop_reason"),
         about=None,
         alter=None,
     ):
-        self.engine = TransformersEngine(policy, Sampling(), device="cpu")
+        self.engine = TransformersEngine(policy, Sampling(), device="cpu", dtype=dtype)
         self.name, self.faults, self.refuses = name, faults, refuses
         self.serial, self.delay, self.tells = serial, delay, tells
         self.alter = alter or (lambda body: body)
@@ -144,7 +147,7 @@ class Server:
             stop=tuple(body.get("stop", ())),
         )
         with self._lock:
-            if "logprobs" in body:
+            if {"logprobs", "prompt_logprobs"} & body.keys():
                 return self._scored(body)
             engine = self.engine.drawing(sampling)
             (sample,) = engine.sample([Request(body["prompt"], body.get("seed", 0))])
@@ -161,14 +164,17 @@ class Server:
         return {"model": body["model"], "choices": [choice], **usage}
 
     def _scored(self, body):
-        """Echo a prompt with the log-probability of each of its tokens, as OpenAI did."""
-        import torch
-
+        """Tell the log-probability of each token of a prompt, as OpenAI did or as vLLM does."""
         tokenizer = self.engine.policy.tokenizer
         ids = tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
         with torch.inference_mode():
-            logits = self.engine.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            logits = self.engine.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         scores = [None, *logits[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()]
-        told = {"tokens": [tokenizer.decode([i]) for i in ids], "token_logprobs": scores}
-        choice = {"text": body["prompt"], "finish_reason": "length", "logprobs": told}
+        choice = {"text": body["prompt"], "finish_reason": "length"}
+        if "prompt_logprobs" in body:
+            told = [{str(i): {"logprob": of}} for i, of in zip(ids[1:], scores[1:], strict=True)]
+            choice["prompt_logprobs"] = [None, *told]
+        else:
+            drawn = [-0.5] * body["max_tokens"]
+            choice["logprobs"] = {"token_logprobs": [*scores, *drawn]}
         return {"model": body["model"], "choices": [choice]}

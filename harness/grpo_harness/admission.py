@@ -1,9 +1,9 @@
 """Does a server serve the policy that it is said to serve?
 
-The server's log-probabilities of some dozens of texts must be those of the checkpoint's own weights,
-within what half precision changes; and the tokens that it draws at a high temperature must be as
-often the likeliest ones as they should be. A server that tells no log-probabilities is compared by
-its completions, as a trained policy with its base.
+The server's log-probabilities of some dozens of texts must be those of the checkpoint's own
+weights, within what half precision changes; and the tokens that it draws at a high temperature
+must be as often the likeliest ones as they should be. A server that tells no log-probabilities is
+compared by its completions, as a trained policy with its base.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def admit(session: Session, policy: Policy) -> Admission:
         return found(*_by_completions(session, engine, local, policy))
     fault, said = _by_scores(session, policy, local, texts, scores)
     if not fault:
-        fault = _context(engine, policy, prompts, session) or _temperature(engine, local, prompts)
+        fault = _context(engine, policy, session) or _temperature(engine, local, prompts)
     return found("FAIL", fault) if fault else found("PASS", said)
 
 
@@ -182,7 +182,7 @@ def _by_completions(
     smallest = sorted(tasks, key=lambda source: length[source.name])[:2]
     if not smallest or min(_PROBLEMS, session.settings.problems) < MINIMUM_PROBLEMS:
         return "UNPROVEN", "it tells no log-probabilities, and no task judges enough answers"
-    sides = [
+    ours, theirs = (
         [
             evaluate(
                 session.questions(policy, source).first(_PROBLEMS),
@@ -194,19 +194,18 @@ def _by_completions(
             for source in smallest
         ]
         for of in (engine, local)
-    ]
+    )
     found = [
-        checks.against_base(RULES[name], *pair, Terms(_ALPHA))
-        for name in ("no_loss", "length")
-        for pair in (sides, sides[::-1])
-        if name == "no_loss" or pair is sides
+        checks.against_base(RULES["no_loss"], ours, theirs, Terms(_ALPHA)),
+        checks.against_base(RULES["no_loss"], theirs, ours, Terms(_ALPHA)),
+        checks.against_base(RULES["length"], ours, theirs, Terms(_ALPHA)),
     ]
     verdicts = {check.verdict for check in found}
     verdict: Literal["PASS", "FAIL", "UNPROVEN"] = (
         "FAIL" if "FAIL" in verdicts else "PASS" if verdicts == {"PASS"} else "UNPROVEN"
     )
-    served, weights = (fmean(e.accuracy for e in side) for side in sides)
-    tokens = [fmean(e.mean_length for e in side) for side in sides]
+    served, weights = (fmean(e.accuracy for e in side) for side in (ours, theirs))
+    tokens = [fmean(e.mean_length for e in side) for side in (ours, theirs)]
     return verdict, (
         "it tells no log-probabilities, so that a small change goes unseen; accuracy of its "
         f"completions is {served:.1%}, and {weights:.1%} by the weights; their length is "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo_harness import checks, rules
-from grpo_harness.admission import Admission, admit
 from grpo_harness.asked import Task
 from grpo_harness.baselines import file as baselines
 from grpo_harness.baselines import recording
@@ -114,7 +113,6 @@ class Session:
     _residents: Residents = field(init=False)
     _engines: dict[str, Engine] = field(default_factory=dict)
     _local: dict[str, "TransformersEngine"] = field(default_factory=dict)
-    _admissions: dict[str, Admission] = field(default_factory=dict)
     _questions: dict[tuple[str, ...], Questions] = field(default_factory=dict)
     _digests: dict[str, tuple[Rewards, Source, str]] = field(default_factory=dict)
     _evaluations: dict[tuple[str, ...], Evaluation] = field(default_factory=dict)
@@ -184,13 +182,6 @@ class Session:
                 residents=None if coarse else self._residents,
             )
         return self._local[key]
-
-    def admission(self, policy: Policy) -> Admission:
-        """Tell whether the server of a policy serves it. Raises ``HarnessError``."""
-        key = policy.name
-        if key not in self._admissions:
-            self._admissions[key] = admit(self, policy)
-        return self._admissions[key]
 
     def _engine_of(self, policy: Policy, source: Source) -> Engine:
         """Return the policy's engine, which draws as the task says."""

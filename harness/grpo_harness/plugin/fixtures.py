@@ -149,10 +149,12 @@ def policy(role: str, grpo_candidate: int, grpo_session: Session) -> Policy:
     return clearly(lambda: grpo_session.policy(role, grpo_candidate))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def admission(policy: Policy, grpo_session: Session) -> Admission:
     """Tell whether the server of ``policy`` serves it: proven once, by the checkpoint's weights."""
-    return clearly(lambda: grpo_session.admission(policy))
+    from grpo_harness.admission import admit
+
+    return clearly(lambda: admit(grpo_session, policy))
 
 
 @pytest.fixture
