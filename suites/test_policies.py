@@ -20,14 +20,16 @@ def test_logits_are_finite(engine, policy, task_type):
     )
 
 
-def test_samples_are_text(policy, task_type, sample):
-    """The policy writes text, and the same text for the same seed."""
+def test_samples_are_text(policy, task_type, sample, grpo_session):
+    """The policy writes text, and the same text for the same seed, unless a server draws it."""
     problems = task_type.problems(4)
     prompts = [problem.prompt for problem in problems]
     answers = sample(policy, prompts)
     for problem, answer in zip(problems, answers, strict=True):
         print(f"{problem.id}: {escape(answer.text)}")  # noqa: T201 - pytest shows it with -s
-    assert sample(policy, prompts) == answers, "the same seed gave other answers"
+    # Few servers draw the same text whatever else they have to do.
+    if policy.checkpoint.name not in grpo_session.settings.served:
+        assert sample(policy, prompts) == answers, "the same seed gave other answers"
     assert any(answer.text.strip() for answer in answers), f"{policy.name} answers nothing at all"
 
 

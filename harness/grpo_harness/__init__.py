@@ -21,8 +21,10 @@ files of a package, in the order of its own table.
 ``report/``        rows -> tables for a terminal, Markdown and JSON
 ``tables.py``      a table of settings as a checked model, with messages
 ``asked.py``       what a run asks: each task with its rewards and sampling
+``served.py``      which policies are served, and where
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
 ``session.py``     what the tests of one run share
+``admission.py``   does a server serve the policy that it is said to serve
 ``grpo/``          GRPO in plain torch: to read, and as the oracle for TRL
 ``training/``      a recipe -> TRL's GRPOTrainer -> a trained policy on disk
 ``logs/``          the log of a training run, judged against recorded runs

@@ -8,7 +8,7 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Self
 
-from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
+from grpo_harness.engines.engine import Engine, EngineError, Progress, Request, Sample, sample_seed
 from grpo_harness.errors import HarnessError, user_code
 from grpo_harness.policy import SYSTEM_MESSAGE, Fingerprint, Policy
 from grpo_harness.rewards.functions import Batch, Log, Reward, Rewards, Scores
@@ -151,6 +151,10 @@ class Questions:
     def judges_answers(self) -> bool:
         """Tell whether a completion can be correct."""
         return self.rewards.judge_answers(self.task_type)
+
+    def first(self, n: int) -> Self:
+        """Return the first ``n`` questions."""
+        return replace(self, problems=self.problems[:n], prompts=self.prompts[:n])
 
     def content(self, i: int) -> str:
         """Return a digest of what problem ``i`` has beside its prompt, or an empty text."""
@@ -387,7 +391,11 @@ def evaluate(
                 progress(len(part) - len(missing))
             for start in range(0, len(missing), _CHUNK):
                 keys, requests = zip(*missing[start : start + _CHUNK], strict=True)
-                drawn = engine.sample(requests, progress)
+                try:
+                    drawn = engine.sample(requests, progress)
+                except EngineError as error:
+                    samples.add({keys[number]: of for number, of in error.drawn.items()})
+                    raise
                 samples.add(dict(zip(keys, drawn, strict=True)))
             groups += scored(questions, asked, [samples[key] for key, _ in part])
     drawn_by = {**engine.identity(), **engine.remarks()}

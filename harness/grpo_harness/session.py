@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grpo_harness import checks, rules
 from grpo_harness.asked import Task
@@ -31,6 +32,9 @@ from grpo_harness.settings import Settings
 from grpo_harness.store import Store
 from grpo_harness.tasks import Source
 from grpo_harness.text import digest
+
+if TYPE_CHECKING:
+    from grpo_harness.engines.transformers import TransformersEngine
 
 Until = Callable[[Sequence[Group]], bool]
 """Tells whether a run may stop after the groups so far."""
@@ -109,6 +113,7 @@ class Session:
     _policies: dict[PolicyName, Policy | PolicyError] = field(default_factory=dict)
     _residents: Residents = field(init=False)
     _engines: dict[str, Engine] = field(default_factory=dict)
+    _local: dict[str, "TransformersEngine"] = field(default_factory=dict)
     _questions: dict[tuple[str, ...], Questions] = field(default_factory=dict)
     _digests: dict[str, tuple[Rewards, Source, str]] = field(default_factory=dict)
     _evaluations: dict[tuple[str, ...], Evaluation] = field(default_factory=dict)
@@ -145,20 +150,39 @@ class Session:
         return policy
 
     def engine(self, policy: Policy) -> Engine:
-        """Return the configured engine of a policy. It loads the weights when it draws."""
-        key = str(policy.fingerprint)
+        """Return the configured engine of a policy: that of its servers, or of its weights."""
+        endpoint = self.settings.served.get(policy.checkpoint.name)
+        if endpoint is None:
+            return self.local(policy)
+        key = f"{policy.fingerprint} {endpoint}"
         if key not in self._engines:
+            from grpo_harness.engines.server import ServerEngine
+
+            self._engines[key] = ServerEngine(policy, self.settings.sampling, endpoint)
+        return self._engines[key]
+
+    def local(self, policy: Policy, *, coarse: bool = False) -> "TransformersEngine":
+        """Return the engine of a policy's weights. It loads them when it draws.
+
+        With ``coarse`` they are in bfloat16, or in float32 if that is what they are in otherwise.
+        """
+        key = f"{policy.fingerprint}{' coarse' if coarse else ''}"
+        if key not in self._local:
             # Imported late: it loads torch, which a run that only collects does not need.
             from grpo_harness.engines.transformers import TransformersEngine
 
-            self._engines[key] = TransformersEngine(
+            dtype = self.settings.dtype
+            if coarse:
+                usual = self.local(policy).identity()["dtype"]
+                dtype = "float32" if usual == "bfloat16" else "bfloat16"
+            self._local[key] = TransformersEngine(
                 policy,
                 self.settings.sampling,
                 device=self.settings.device,
-                dtype=self.settings.dtype,
-                residents=self._residents,
+                dtype=dtype,
+                residents=None if coarse else self._residents,
             )
-        return self._engines[key]
+        return self._local[key]
 
     def _engine_of(self, policy: Policy, source: Source) -> Engine:
         """Return the policy's engine, which draws as the task says."""
@@ -217,11 +241,7 @@ class Session:
 
     def again(self, evaluation: Evaluation, run_seed: int, problems: int) -> Evaluation:
         """Ask the first ``problems`` of an evaluation's questions with another run's seed."""
-        questions = evaluation.questions
-        short = replace(
-            questions, problems=questions.problems[:problems], prompts=questions.prompts[:problems]
-        )
-        return self._draw(short, evaluation.k, run_seed)
+        return self._draw(evaluation.questions.first(problems), evaluation.k, run_seed)
 
     def baseline(self, role: str, policy: Policy, task_type: str) -> Baseline:
         """Load the policy's own baseline, or else its role's. Raises ``BaselineError``."""

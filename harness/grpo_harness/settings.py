@@ -19,8 +19,10 @@ import msgspec
 from msgspec import Meta
 
 from grpo_harness.asked import Defaults, GateTable, Task, bounds, tasks
+from grpo_harness.engines.endpoint import Endpoint
 from grpo_harness.engines.engine import Sampling
 from grpo_harness.gate.bounds import MOST_PROBLEMS, MOST_SAMPLES, Sizes
+from grpo_harness.served import Role, served
 from grpo_harness.tables import SettingsError, converted
 from grpo_harness.text import escape, one_line, plain
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from grpo_harness.policy import PolicyName
     from grpo_harness.tasks import Source
 
-Role = Literal["base", "trained"]
 ROLES: tuple[Role, ...] = ("base", "trained")
 """The roles of policies in a run."""
 
@@ -119,6 +120,10 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["auto", "bfloat16", "float16", "float32"],
         _key("auto, bfloat16, float16 or float32: the number format", "DTYPE"),
     ] = "auto"
+    serve: Annotated[
+        dict[str, Any],
+        _key("a table with a table (url, model, …) for each role or policy served", option=False),
+    ] = {}
     resident: Annotated[
         Literal["auto", "one", "all"],
         _key("auto, one or all: how many policies hold their weights at once", option=False),
@@ -164,8 +169,8 @@ class Settings:
     ``root`` is the project's folder. ``trained`` has the candidates, at least one, in the order of
     their steps. ``configured`` has the project's policies of each role; the baseline of the first
     that has one is used for a policy that has none. ``bounds`` has the project's own, by rule; a
-    task has its own over them. ``sources`` says where the value of each key
-    comes from, and ``table`` has the keys as they were set.
+    task has its own over them. ``served`` has the policies that servers draw. ``sources`` says
+    where the value of each key comes from, and ``table`` has the keys as they were set.
     """
 
     root: Path
@@ -181,6 +186,7 @@ class Settings:
     sequential: bool
     device: str
     dtype: str
+    served: Mapping[PolicyName, Endpoint]
     resident: Literal["auto", "one", "all"]
     recipes: tuple[Path, ...]
     training: Path | None
@@ -240,9 +246,10 @@ class Settings:
 def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     """Resolve the settings of a run below ``root``.
 
-    ``options`` holds what the command line set, by the names of the keys plus ``greedy``;
-    ``None`` means not set. Paths of the command line are relative to ``cwd``, those of a
-    ``pyproject.toml`` to its folder. Raises ``SettingsError``.
+    ``options`` holds what the command line set, by the names of the keys plus ``greedy``, and
+    ``serve_base`` and ``serve_trained``, lists of addresses; ``None`` means not set. Paths of the
+    command line are relative to ``cwd``, those of a ``pyproject.toml`` to its folder. Raises
+    ``SettingsError``.
     """
     from grpo_harness.policy import PolicyName
 
@@ -256,6 +263,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     table = converted(given, Table, lambda path: f"{where}{''.join(f'.{p}' for p in path[:-1])}] ")
     set_here = {name: value for name, value in options.items() if value is not None}
     greedy = bool(set_here.pop("greedy", False))
+    addresses = {role: set_here.pop(f"serve_{role}", None) for role in ROLES}
     chosen = converted(set_here, Table, lambda _: "--grpo-")
     resolved = msgspec.structs.replace(table, **{name: getattr(chosen, name) for name in set_here})
     sampling = resolved.sampling
@@ -287,6 +295,8 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         name: "command line" if name in set_here else str(file) if name in given else "default"
         for name in Table.__struct_fields__
     }
+    if any(addresses.values()):
+        sources["serve"] = "command line"
     for name in Sampling.__struct_fields__:
         in_file = name in given.get("sampling", {})
         sources[f"sampling.{name}"] = str(file) if in_file else "default"
@@ -322,6 +332,13 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         sequential=resolved.sequential,
         device=resolved.device,
         dtype=resolved.dtype,
+        served=served(
+            table.serve,
+            addresses,
+            {"base": [base], "trained": trained},
+            {name.text for names in configured.values() for name in names},
+            f"{where}.serve",
+        ),
         resident=resolved.resident,
         recipes=_recipes(resolved.recipe, home, f"{where}] recipe"),
         training=_training(resolved.training, cwd if "training" in set_here else home),
@@ -363,6 +380,11 @@ def shown(settings: Settings) -> Iterator[tuple[str, str, str]]:
             value = " ".join(
                 f"{k}={v}" for k, v in msgspec.structs.asdict(value).items() if v is not None
             )
+        elif setting.name == "serve":
+            value = ", ".join(
+                f"{name} by {' '.join(endpoint.urls)}" for name, endpoint in settings.served.items()
+            )
+            value = value or "none"
         elif setting.name == "reward":
             value = value or "the rule reward"
         elif setting.name == "trained":

@@ -85,7 +85,7 @@ def escape(text: str, limit: int = 200) -> str:
 
 def together(texts: Sequence[str]) -> str:
     """Join names as a sentence does: ``a``, ``a and b``, ``a, b and c``."""
-    return " and ".join(part for part in (", ".join(texts[:-1]), texts[-1]) if part)
+    return " and ".join(part for part in (", ".join(texts[:-1]), *texts[-1:]) if part)
 
 
 def plain(text: str) -> str:

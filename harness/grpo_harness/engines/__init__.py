@@ -2,6 +2,9 @@
 
 ===================  ==================================================================
 ``engine.py``        the interface of every engine
+``endpoint.py``      where a policy is served: its addresses, model and key
+``client.py``        HTTP to servers: shared work, retries, adaptive concurrency
+``server.py``        the engine of a served policy: any OpenAI-compatible server
 ``adapters.py``      merge an adapter into the model of its base
 ``weights.py``       load a policy's weights, and check them against its files
 ``residency.py``     which policies' weights are in memory at once
@@ -12,5 +15,6 @@
 ``shareable.py``     whether a model can do that: asked of its config, then tried
 ``generate.py``      draw by transformers' own ``generate``, for the other models
 ``transformers.py``  the engine of transformers, on this machine
+``likelihood.py``    log-probabilities of texts, by weights and by a server
 ===================  ==================================================================
 """

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo_harness.engines.engine import Sample
+from grpo_harness.engines.engine import Sample, first_end
 
 
 class Completions:
@@ -27,16 +27,18 @@ class Completions:
 
     def stopped(self, tokens: Sequence[int]) -> bool:
         """Tell whether the last tokens have a stop string."""
-        return bool(self._stop) and _end(self._text(tokens[-self._reach :]), self._stop) > 0
+        return bool(self._stop) and first_end(self._text(tokens[-self._reach :]), self._stop) > 0
 
     def sample(self, tokens: Sequence[int]) -> Sample:
         """Return the sample of all tokens that were drawn; those behind its end are left out."""
         end = next((i for i, token in enumerate(tokens) if token in self._ends), None)
         text, ids = self._text(tokens[:end]), tokens if end is None else tokens[: end + 1]
-        if stop := _end(text, self._stop):
+        if stop := first_end(text, self._stop):
             text = text[:stop]
             last = bisect_left(
-                range(len(ids)), True, key=lambda i: _end(self._text(ids[: i + 1]), self._stop) > 0
+                range(len(ids)),
+                True,
+                key=lambda i: first_end(self._text(ids[: i + 1]), self._stop) > 0,
             )
             ids = ids[: last + 1]
         return Sample(text, len(ids), truncated=end is None and not stop, ids=tuple(ids))
@@ -45,9 +47,3 @@ class Completions:
         text = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         assert isinstance(text, str)
         return text
-
-
-def _end(text: str, stop: Sequence[str]) -> int:
-    """Return where the stop string that ends first in ``text`` ends; 0 if there is none."""
-    ends = (at + len(string) for string in stop if (at := text.find(string)) >= 0)
-    return min(ends, default=0)

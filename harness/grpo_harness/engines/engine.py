@@ -2,9 +2,10 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Protocol, get_args, get_type_hints
 
 import msgspec
@@ -14,7 +15,12 @@ from grpo_harness.errors import HarnessError
 
 
 class EngineError(HarnessError):
-    """Completions cannot be drawn. One line: the policy, what happened, what to do."""
+    """Completions cannot be drawn. One line: the policy, what happened, what to do.
+
+    ``drawn`` has the samples that had been drawn before, by the numbers of their requests.
+    """
+
+    drawn: "Mapping[int, Sample]" = MappingProxyType({})
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,6 +120,18 @@ class Sample:
             raise ValueError(f"{len(self.ids)} ids of {self.tokens} tokens")
 
 
+PINNED = {
+    "num_beams": 1,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+}
+"""Settings that would change the policy's distribution, switched off whatever a checkpoint says.
+
+typical_p and similar settings act only on sampling in ``generate``. They have no effect, because
+the draw is made by what :class:`Sampling` has.
+"""
+
 Progress = Callable[[int], object]
 """Called with the number of samples that were done since the last call."""
 
@@ -148,3 +166,9 @@ def sample_seed(run: int, problem: str, sample: int) -> int:
     """Derive a sample's seed from the run's seed, the problem's id and the sample's number."""
     digest = hashlib.sha256(f"{run}|{problem}|{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
+
+
+def first_end(text: str, stop: Sequence[str]) -> int:
+    """Return where the stop string that ends first in ``text`` ends; 0 if there is none."""
+    ends = (at + len(string) for string in stop if (at := text.find(string)) >= 0)
+    return min(ends, default=0)

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from grpo_harness.engines.completions import Completions
 from grpo_harness.engines.decoding import decode
 from grpo_harness.engines.draw import DecodingError
-from grpo_harness.engines.engine import EngineError, Progress, Request, Sample, Sampling
+from grpo_harness.engines.engine import PINNED, EngineError, Progress, Request, Sample, Sampling
 from grpo_harness.engines.generate import generate
 from grpo_harness.engines.residency import Residents
 from grpo_harness.engines.shareable import cache_bytes, unshared
@@ -37,18 +37,6 @@ from grpo_harness.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_PINNED = {
-    "num_beams": 1,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,
-}
-"""Settings that would change the policy's distribution, switched off whatever a checkpoint says.
-
-typical_p and similar settings act only on sampling in ``generate``. They have no effect, because
-the draw is made here, by what :class:`Sampling` has.
-"""
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """Texts of a RuntimeError that mean out of memory, where torch has no error class for it."""
@@ -137,7 +125,7 @@ class TransformersEngine:
         """Return the sampling settings, the pinned settings and the end tokens."""
         return {
             **self._sampling.asdict(),
-            **_PINNED,
+            **PINNED,
             "eos_token_ids": list(self.policy.eos_token_ids),
         }
 
@@ -159,7 +147,7 @@ class TransformersEngine:
     def generation_config(self) -> GenerationConfig:
         """Return the generation config of ``generate``; the model's own is ignored."""
         return GenerationConfig(
-            **_PINNED,
+            **PINNED,
             # The draw happens before generate sees the logits; it only takes the maximum.
             repetition_penalty=1.0,
             max_new_tokens=self._sampling.max_new_tokens,

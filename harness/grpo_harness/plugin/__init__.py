@@ -27,6 +27,7 @@ import pytest
 # pytest finds hooks and fixtures among the names of the plugin's module.
 from grpo_harness.plugin.contract import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 from grpo_harness.plugin.fixtures import (  # noqa: F401
+    admission,
     all_task_types,
     base_policy,
     baseline,

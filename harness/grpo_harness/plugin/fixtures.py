@@ -20,6 +20,7 @@ from grpo_harness.plugin.planning import declared, role_of, uses
 from grpo_harness.plugin.state import RUN, carry, carry_check, carry_notices, clearly
 
 if TYPE_CHECKING:
+    from grpo_harness.admission import Admission
     from grpo_harness.baselines.file import Baseline
     from grpo_harness.engines.engine import Engine, Progress, Sample
     from grpo_harness.evaluation import Evaluation
@@ -146,6 +147,14 @@ def role(request: pytest.FixtureRequest, grpo_candidate: int) -> str:
 def policy(role: str, grpo_candidate: int, grpo_session: Session) -> Policy:
     """Return the base policy and each trained one in turn. Parametrized, by its role."""
     return clearly(lambda: grpo_session.policy(role, grpo_candidate))
+
+
+@pytest.fixture(scope="session")
+def admission(policy: Policy, grpo_session: Session) -> Admission:
+    """Tell whether the server of ``policy`` serves it: proven once, by the checkpoint's weights."""
+    from grpo_harness.admission import admit
+
+    return clearly(lambda: admit(grpo_session, policy))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_harness.plugin.state import usage_errors
-from grpo_harness.settings import Settings, has_table, project_file, resolve, table_settings
+from grpo_harness.settings import ROLES, Settings, has_table, project_file, resolve, table_settings
 from grpo_harness.text import plain
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         if setting.repeats:
             told["action"] = "append"
         add(f"--grpo-{setting.name}", **told)
+    for role in ROLES:
+        said = f"the {role} policy is served there, like http://HOST:PORT/v1; again for another"
+        add(f"--grpo-serve-{role}", action="append", metavar="URL", help=said)
     add("--grpo-greedy", action="store_true", default=None, help="greedy decoding, one completion")
     add("--grpo-seed", type=int, metavar="SEED", help="repeat the run that printed this seed")
     add("--grpo-fresh", action="store_true", help="draw all samples anew, and replace stored ones")
@@ -51,7 +54,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def settable() -> list[str]:
     """Return the options that decide what is drawn and judged, without ``--grpo-``."""
-    return [*(setting.name for setting in table_settings() if setting.is_option), "greedy"]
+    served = (f"serve_{role}" for role in ROLES)
+    return [*(of.name for of in table_settings() if of.is_option), "greedy", *served]
 
 
 def is_asked(config: pytest.Config) -> bool:

@@ -26,7 +26,7 @@ MARKER = "grpo"
 
 if TYPE_CHECKING:
     from grpo_harness.policy import PolicyName
-    from grpo_harness.settings import Role
+    from grpo_harness.served import Role
 
 
 def uses(item: Any, name: str) -> bool:
@@ -80,6 +80,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         run_for(_RECIPE, own or BUILT_IN, [path.stem for path in own] or BUILT_IN)
 
 
+def _is_served(config: pytest.Config, item: pytest.Item) -> bool:
+    """Tell whether the policy that a test runs for is drawn by a server."""
+    from grpo_harness.plugin import activated
+
+    settings = activated(config).settings
+    role, number, _ = judged(item)
+    return settings.policy(role or "trained", number) in settings.served
+
+
 def _is_of_ones_own(item: Any) -> bool:
     return any(uses(item, name) for name in _OF_ONES_OWN)
 
@@ -128,7 +137,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     While recording, run only tests that record, and one for each baseline. They are chosen among
     those that ``-k`` and ``-m`` leave, which may lack a baseline's first test. While only stored
-    samples are scored, run only tests that need no more.
+    samples are scored, run only tests that need no more. A test that needs weights is left out for
+    a policy that is served, which has none here.
     """
     if config.getoption("grpo_record"):
         recording: dict[tuple[Any, int, Any], pytest.Item] = {}
@@ -160,6 +170,10 @@ def _idle(config: pytest.Config, item: pytest.Item) -> bool:
         return not activated(config).settings.recipes
     if uses(item, _BUILT_IN):
         return bool(activated(config).settings.recipes)
+    if uses(item, "engine") and _is_served(config, item):
+        return True
+    if uses(item, "admission") and not _is_served(config, item):
+        return True
     names = set(declared(item))
     if not names:
         return False

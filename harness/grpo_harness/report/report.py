@@ -204,9 +204,10 @@ class Report:
             if row["policy"] not in policies:
                 policies.append(row["policy"])
         remarks = {
-            f"{row['policy']}: prompts are {said}"
+            f"{row['policy']}: {subject} are {said}"
             for row in self._sorted(self.evaluations)
-            if (said := row.get("engine", {}).get("prompts"))
+            for subject in ("prompts", "requests")
+            if (said := row.get("engine", {}).get(subject))
         }
         return [
             *(f"sampling of {together(names)}: {how}" for how, names in shared.items()),

@@ -1,0 +1,166 @@
+"""A server is admitted if it serves the policy that it is said to serve, and named if not."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo_harness.admission import admit
+from grpo_harness.policy.policy import load
+from grpo_harness.reruns import Reruns
+from grpo_harness.session import Session
+from grpo_harness.settings import resolve
+from grpo_harness.store import FILE, Store
+from tests.servers import Server
+
+NONE = (400, {"error": "this server tells no logprobs"})
+
+
+def no_logprobs(number, body):
+    return NONE if {"logprobs", "prompt_logprobs"} & body.keys() else None
+
+
+@pytest.fixture
+def admitted(tmp_path):
+    """Admit the trained policy of the embedded pair as a server serves it."""
+    from contextlib import nullcontext
+
+    def admitted(server, tasks=("gcd", "palindrome", "sort"), **options):
+        (tmp_path / "pyproject.toml").write_text(
+            f"[tool.grpo-harness]\ntasks = {list(tasks)}\nproblems = 128\n"
+        )
+        settings = resolve(tmp_path, tmp_path, {"serve_trained": [server.url], **options})
+        session = Session(
+            settings=settings,
+            run_seed=3,
+            shares={},
+            code="",
+            store=Store(tmp_path / FILE),
+            reruns=Reruns(tmp_path),
+            progress=lambda *_: nullcontext(lambda _: None),
+        )
+        return admit(session, session.policy("trained"))
+
+    return admitted
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load("nano-trained")
+
+
+@pytest.fixture(scope="module")
+def changed(policy, tmp_path_factory):
+    """A function that saves the trained policy with its weights changed by a function."""
+
+    def changed(name, change):
+        folder = tmp_path_factory.mktemp(name)
+        model = AutoModelForCausalLM.from_pretrained(policy.checkpoint.path)
+        base = AutoModelForCausalLM.from_pretrained(load("nano-base").checkpoint.path)
+        with torch.no_grad():
+            for ours, theirs in zip(model.parameters(), base.parameters(), strict=True):
+                ours.copy_(change(ours, theirs))
+        model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+        return load(str(folder))
+
+    return changed
+
+
+def test_the_policy_itself_is_admitted(admitted, policy):
+    with Server(policy) as server:
+        found = admitted(server)
+    assert found.verdict == "PASS", found.message()
+    assert "half precision explains" in found.message()
+
+
+def test_in_half_precision_too(admitted, policy):
+    with Server(policy, dtype="bfloat16") as server:
+        found = admitted(server)
+    assert found.verdict == "PASS", found.message()
+
+
+def test_the_base_in_its_place_is_named(admitted):
+    with Server(load("nano-base")) as server:
+        found = admitted(server)
+    assert found.verdict == "FAIL"
+    assert "it serves nano-base" in found.message()
+
+
+@pytest.mark.parametrize("back", [0.3, 0.1])
+def test_a_stale_checkpoint_is_named(admitted, changed, back):
+    stale = changed("stale", lambda ours, base: ours + back * (base - ours))
+    with Server(stale) as server:
+        found = admitted(server)
+    assert found.verdict == "FAIL", found.message()
+    assert "another checkpoint, such as a stale" in found.message()
+
+
+def test_a_quantized_copy_is_named(admitted, changed):
+    def eight_bits(ours, _):
+        step = ours.abs().amax(-1, keepdim=True) / 15 if ours.dim() > 1 else 1e-9
+        return (ours / step).round() * step
+
+    with Server(changed("quantized", eight_bits)) as server:
+        found = admitted(server)
+    assert found.verdict == "FAIL", found.message()
+
+
+ALTERED = {
+    "begun twice": lambda body: {**body, "prompt": "<|im_start|>" + body["prompt"]},
+    "another system message": lambda body: {
+        **body,
+        "prompt": body["prompt"].replace("helpful", "very helpful"),
+    },
+}
+
+
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+def test_altered_prompts_are_named(admitted, policy, alter):
+    with Server(policy, alter=alter) as server:
+        found = admitted(server)
+    assert found.verdict == "FAIL"
+    assert "adds to prompts, or alters them" in found.message()
+
+
+@pytest.mark.parametrize("most", [40, 180])
+def test_a_truncated_context_is_named(admitted, policy, most):
+    def cut(body):
+        ids = policy.tokenizer(body["prompt"])["input_ids"]
+        return {**body, "prompt": policy.tokenizer.decode(ids[-most:])}
+
+    with Server(policy, alter=cut) as server:
+        found = admitted(server)
+    assert found.verdict == "FAIL"
+    assert "it cuts " in found.message()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "said"), [(0, "it draws greedily"), (1.0, "the server ignores or changes")]
+)
+def test_an_ignored_temperature_is_named(admitted, policy, temperature, said):
+    with Server(policy, alter=lambda body: {**body, "temperature": temperature}) as server:
+        found = admitted(server)
+    assert found.verdict == "FAIL", found.message()
+    assert said in found.message()
+
+
+@pytest.mark.heavy
+def test_without_log_probabilities_completions_are_compared(admitted, policy):
+    with Server(policy, faults=no_logprobs) as server:
+        found = admitted(server)
+        assert found.verdict in ("PASS", "UNPROVEN"), found.message()
+        assert "tells no log-probabilities" in found.message()
+    with Server(load("nano-base"), faults=no_logprobs) as server:
+        assert admitted(server).verdict == "FAIL"
+
+
+@pytest.mark.parametrize("form", ["echo", "prompt_logprobs"])
+def test_a_server_is_asked_in_each_form(admitted, policy, form):
+    def faults(number, body):
+        wanted = form in body and body["max_tokens"] == 1
+        return NONE if {"echo", "prompt_logprobs"} & body.keys() and not wanted else None
+
+    with Server(policy, faults=faults) as server:
+        found = admitted(server, ["gcd"])
+    assert found.verdict == "PASS", found.message()
+    assert "half precision" in found.message()
