@@ -5,8 +5,10 @@ spread of the recorded runs). A run leaves at least one band by chance with a pr
 at most, over all figures together. Few runs may show a spread that is too small by chance: it is at
 least half the standard error that the runs have within themselves, which also has what differs from
 step to step and not from run to run, such as the prompts. The judged run's own counts too: what
-happens once in a few runs, such as a group without spread, may be in none of them. A band that is
-wider than the figure has moved in the recorded runs is blind, and said to be.
+happens once in a few runs, such as a group without spread, may be in none of them. Nor is it less
+than an eighth of the way that the figure goes in a run: some runs get there earlier, or go further,
+and few recorded ones may all be of one kind. A band that is wider than the figure has moved in the
+recorded runs is blind, and said to be.
 """
 
 import math
@@ -25,6 +27,9 @@ from grpo_harness.text import escape
 
 RISK = 0.05
 """The probability that an unchanged run leaves a band, over all its figures together."""
+
+_PACE = 0.12
+"""Runs differ at least by this part of the way that a figure goes in a run (standard deviation)."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,10 @@ def judge(log: Log, recorded: Recorded, risk: float = RISK) -> Judgement:
     for figure, value, then in judged:
         log_scale = figure.scale == "log" and value.number > 0
         error = value.error / value.number if log_scale else value.error
-        limits = band(then, figure, risk / len(judged), error / 2)
-        finding = Finding(figure, value.number, limits, moved=_moved(runs, figure, limits))
+        moved = _moved(runs, figure, log_scale)
+        pace = _PACE * moved if log_scale and math.isfinite(moved) else 0.0
+        limits = band(then, figure, risk / len(judged), max(error / 2, pace))
+        finding = Finding(figure, value.number, limits, moved=moved)
         if finding.outside:
             finding = replace(finding, left=_left(now, runs, figure, risk))
         found.append(finding)
@@ -195,13 +202,13 @@ def bands(runs: Sequence[RecordedRun], key: str, figure: Figure, risk: float) ->
     ]
 
 
-def _moved(runs: Sequence[RecordedRun], figure: Figure, limits: Band) -> float:
+def _moved(runs: Sequence[RecordedRun], figure: Figure, log_scale: bool) -> float:
     """Return how much the mean of the recorded curves moves in all."""
     curves = [[window.mean for window in run.curves.get(figure.key, [])] for run in runs]
     if len({len(curve) for curve in curves}) != 1 or not curves[0]:
         return 0.0
     means = [fmean(column) for column in zip(*curves, strict=True)]
-    if figure.scale == "log" and limits.lower > 0:
+    if log_scale:
         return math.log(max(means) / min(means)) if min(means) > 0 else math.inf
     return max(means) - min(means)
 
