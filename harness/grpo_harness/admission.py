@@ -139,7 +139,7 @@ def _by_scores(
     ), said
 
 
-def _context(engine: ServerEngine, policy: Policy, prompts: Sequence[str], session: Session) -> str:
+def _context(engine: ServerEngine, policy: Policy, session: Session) -> str:
     """Return what is wrong if a server cannot read the longest prompt with its completion."""
     from grpo_harness.engines.likelihood import PromptError, by_server
 

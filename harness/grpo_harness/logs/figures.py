@@ -31,8 +31,9 @@ class Figure:
     """One number of a run, from the logged series ``key``.
 
     ``part`` is the gain (the last fifth less the first), the mean of the last fifth (``end``), or
-    the mean, the median or the lowest tenth (``low``) of all steps. Figures of the scale ``log`` change by factors. Changes below
-    ``least`` are never a fault: in the figure's own unit, or as a part of it on the scale ``log``.
+    the mean, the median or the lowest tenth (``low``) of all steps. Figures of the scale ``log``
+    change by factors. Changes below ``least`` are never a fault: in the figure's own unit, or as a
+    part of it on the scale ``log``.
     """
 
     name: str
