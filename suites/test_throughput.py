@@ -1,14 +1,32 @@
-"""How fast does each policy draw completions? Measured and reported, never judged."""
+"""How fast does each policy draw completions, as a share of what the machine can do?
 
-from grpo_harness.tasks import task_types
+The share is judged against the recorded one of the same hardware, so that a slow machine is no
+regression, and a slow sampler is. ``--grpo-record -k throughput`` records it.
+"""
+
+import pytest
+
+from grpo_harness.throughput import ROUNDS, judge, record
 
 
-def test_sampling(benchmark, policy, engine, sample):
-    """Draw completions of 64 problems of the type with the longest prompts, in one batch."""
-    prompts = [problem.prompt for problem in task_types()["sort"].problems(64)]
-    answers = benchmark.pedantic(sample, args=(policy, prompts), rounds=3, warmup_rounds=1)
-    tokens = sum(answer.tokens for answer in answers)
-    benchmark.extra_info["completion_tokens"] = tokens
-    benchmark.extra_info.update(engine.identity())
-    if benchmark.stats is not None:  # pytest-benchmark is switched off under xdist
-        benchmark.extra_info["tokens_per_second"] = tokens / benchmark.stats.stats.median
+def test_throughput(benchmark, policy, throughput, throughput_file, request):
+    """Draw four completions of problems with long prompts, in turns with the products alone."""
+    from grpo_harness.plugin.assertions import conclude
+    from grpo_harness.plugin.state import carry, clearly
+
+    benchmark.pedantic(throughput.draw, setup=throughput.floor, rounds=ROUNDS, warmup_rounds=1)
+    if benchmark.stats is None:
+        pytest.skip("pytest-benchmark is switched off, as beside other workers: nothing is timed")
+    found = throughput.result(benchmark.stats.stats.data)
+    benchmark.extra_info["tokens_per_second"] = found.tokens_per_second
+    benchmark.extra_info["share_of_the_floor"] = found.share
+    if request.config.getoption("grpo_record"):
+        clearly(lambda: record(found, policy.name, throughput_file))
+        carry(request.node, "recorded", {"path": str(throughput_file), "notes": []})
+        pytest.skip(f"recorded {throughput_file}")
+    judged = clearly(lambda: judge(found, throughput_file))
+    if judged.verdict is None:
+        pytest.skip(judged.reason)
+    conclude(
+        request.node, "throughput", policy.name, judged.verdict, judged.reason, task="sampling"
+    )

@@ -28,6 +28,7 @@ files of a package, in the order of its own table.
 ``grpo/``          GRPO in plain torch: to read, and as the oracle for TRL
 ``training/``      a recipe -> TRL's GRPOTrainer -> a trained policy on disk
 ``logs/``          the log of a training run, judged against recorded runs
+``throughput.py``  how much of what the machine can do the sampler reaches
 ``plugin/``        pytest's options, fixtures, assertions, summary
 ``contract/``      what a GRPO step must compute, checked on TRL from outside
 ``learning/``      short runs -> has GRPO learned, by reward and held-out accuracy

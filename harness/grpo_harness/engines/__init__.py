@@ -15,6 +15,7 @@
 ``shareable.py``     whether a model can do that: asked of its config, then tried
 ``generate.py``      draw by transformers' own ``generate``, for the other models
 ``transformers.py``  the engine of transformers, on this machine
+``floor.py``         the time of the model's matrix products alone
 ``likelihood.py``    log-probabilities of texts, by weights and by a server
 ===================  ==================================================================
 """

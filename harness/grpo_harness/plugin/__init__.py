@@ -48,6 +48,8 @@ from grpo_harness.plugin.fixtures import (  # noqa: F401
     sample,
     small_policy,
     task_type,
+    throughput,
+    throughput_file,
     trained_policy,
 )
 from grpo_harness.plugin.gpus import see_one

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from grpo_harness.policy import Policy
     from grpo_harness.session import Session
     from grpo_harness.tasks import Source
+    from grpo_harness.throughput import Race
     from grpo_harness.training.files import Recipe
 
 
@@ -167,6 +168,32 @@ def engine(policy: Policy, grpo_session: Session) -> Engine:
 
     # It stays open: the session releases the weights if another policy needs the memory.
     return clearly(loaded)
+
+
+@pytest.fixture
+def throughput(policy: Policy, engine: Engine, grpo_session: Session) -> Race:
+    """Return the race of the policy's sampler against the floor, on the longest prompts."""
+    from grpo_harness.throughput import Race
+
+    def race() -> Race:
+        def length(source: Source) -> int:
+            return len(grpo_session.questions(policy, source).prompts[0])
+
+        longest = max(grpo_session.task_types, key=length)
+        return Race(grpo_session.local(policy), grpo_session.questions(policy, longest))
+
+    return clearly(race)
+
+
+@pytest.fixture
+def throughput_file(role: str, policy: Policy, grpo_session: Session) -> Path:
+    """Return the file of how fast ``policy`` draws, or of the configured policy of its role."""
+    from grpo_harness.throughput import path_of
+
+    settings = grpo_session.settings
+    stand_ins = settings.configured["base" if role == "base" else "trained"]
+    names = (policy.checkpoint.name, *stand_ins)
+    return path_of(settings.baselines, [name.slug for name in names])
 
 
 @pytest.fixture(scope="session")

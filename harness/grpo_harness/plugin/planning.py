@@ -114,8 +114,8 @@ def declared(item: pytest.Item) -> list[str]:
 
 
 def records(item: pytest.Item) -> bool:
-    """Tell whether a test can record a baseline."""
-    return uses(item, "evaluation") and uses(item, "baseline")
+    """Tell whether a test can record a baseline, or how fast a policy draws."""
+    return (uses(item, "evaluation") and uses(item, "baseline")) or uses(item, "throughput")
 
 
 def judged(item: pytest.Item) -> tuple[Any, int, Any]:
@@ -203,7 +203,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if (task := run.settings.tasks.get(judged(item)[2])) is None or task.asks(name)
         if total or name != "total"
     ]
-    run.files = len(session.items) if session.config.getoption("grpo_record") else 1
+    baselines = [item for item in session.items if uses(item, "baseline")]
+    run.files = len(baselines) if session.config.getoption("grpo_record") else 1
 
 
 def _try_rewards(run: Run, session: pytest.Session) -> None:
