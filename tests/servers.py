@@ -135,10 +135,10 @@ class Server:
         handler.wfile.write(content)
 
     def _completion(self, body):
-        greedy = body["temperature"] == 0
+        greedy = body.get("temperature") == 0
         sampling = Sampling(
-            temperature=body["temperature"] or 1.0,
-            top_p=body["top_p"],
+            temperature=body.get("temperature") or 1.0,
+            top_p=body.get("top_p", 1.0),
             max_new_tokens=max(1, body["max_tokens"]),
             greedy=greedy,
             top_k=None if body.get("top_k", -1) < 1 else body["top_k"],

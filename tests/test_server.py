@@ -272,7 +272,8 @@ def test_samples_that_were_drawn_before_an_error_are_handed_over(policy, request
     with Server(policy, faults=faults) as server, pytest.raises(EngineError) as caught:
         served(policy, server).sample(requests)
     drawn = caught.value.drawn
-    assert len(drawn) >= len(requests) - 8 - 1
+    # Each answer lets one more request go out, beside the eight of the start.
+    assert len(drawn) >= (len(requests) - 8) // 2 - 1
     assert all(wanted[number] == sample for number, sample in drawn.items())
     assert f"{server.url}/completions answered 400: " in str(caught.value)
 
