@@ -1,44 +1,48 @@
 """Measure how fast completions are drawn, side by side, against what the machine's products allow.
 
-``python -m tools.bench.sampling`` draws the same completions by the engine, by ``generate`` and one
-at a time, and times nothing but the model's matrix products for the same work: the floor. All in
-one run, in float32, each way after a short warm-up, so that only ratios count. With the policy
-``smollm2`` it needs ``make smollm2``.
+``python -m tools.bench.sampling`` draws the same completions by the engine, by ``generate``, by
+lm-evaluation-harness's ``hf`` backend and one at a time, and times nothing but the model's matrix
+products for the same work: the floor. All in one run, in float32, each way after a short warm-up,
+so that only ratios count. ``make bench`` installs what it needs.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import ctypes
+import gc
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from tabulate import tabulate
 
 from grpo_harness.engines.engine import Request, Sample, Sampling, sample_seed
+from grpo_harness.engines.floor import floor
 from grpo_harness.engines.transformers import TransformersEngine
 from grpo_harness.policy import load
 from grpo_harness.tasks import task_types
+from grpo_harness.training.resources import hardware
 
 _T = TypeVar("_T")
-
-_CHUNK = 1024
-"""Tokens of prompts whose products are timed at once, for the floor."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to draw: seconds, completions, and drawn tokens."""
+    """One way to draw: seconds, completions, drawn tokens, MiB on top, and seconds in the model."""
 
     name: str
     seconds: float
     completions: int
     tokens: int
+    mebibytes: float | None = None
+    model: float | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, nargs="+", default=[4, 16], help="each (4 16)")
     parser.add_argument("--tokens", type=int, default=48, help="drawn at most (48)")
     parser.add_argument("--alone", type=int, default=8, help="completions drawn one by one (8)")
+    parser.add_argument("--batch", type=int, default=64, help="rows of the other ways (64)")
     arguments = parser.parse_args(argv)
     policy, sampling = load(arguments.policy), Sampling(max_new_tokens=arguments.tokens)
     types = [*task_types().values()]
@@ -57,50 +62,87 @@ def main(argv: Sequence[str] | None = None) -> int:
         for i in range(arguments.problems)
     ]
     prompts = [policy.render(problem.prompt) for problem in problems]
-    sys.stdout.write(f"{policy.name}, {torch.get_num_threads()} threads, {platform.machine()}\n")
+    sys.stdout.write(f"{policy.name} in float32 on {hardware(cuda=False)}\n")
     with TransformersEngine(policy, sampling, device="cpu", dtype="float32") as engine:
+        clock = _Clock(engine.model)
         for k in arguments.samples:
             requests = [
                 Request(prompt, sample_seed(1, problem.id, number))
                 for problem, prompt in zip(problems, prompts, strict=True)
                 for number in range(k)
             ]
+
+            def measured(name: str, draw: Callable[[], list[Sample]]) -> Way:
+                _trim()
+                before, within = _memory("VmRSS"), clock.seconds
+                drawn, seconds = _timed(draw)
+                more = None if before is None else (_memory("VmHWM") or 0.0) - before
+                tokens = sum(sample.tokens for sample in drawn)
+                return Way(name, seconds, len(drawn), tokens, more, clock.seconds - within)
+
             engine.sample(requests[:k])
-            drawn, ours = _timed(partial(engine.sample, requests))
-            ways = [_way("this engine", ours, drawn)]
-            generated, plain = _timed(partial(_generate, engine, prompts, k, sampling))
-            ways.append(_way("generate", plain, generated))
+            samples: list[Sample] = []
+            ways = [measured("this engine", partial(_kept, samples, engine, requests))]
+            others: dict[str, Callable[[], list[Sample]]] = {
+                f"generate, {arguments.batch} rows": partial(
+                    _generate, engine, prompts, k, sampling, arguments.batch
+                )
+            }
+            if importlib.util.find_spec("lm_eval"):
+                others["lm-evaluation-harness, hf"] = partial(
+                    _lm_eval, engine, [r.prompt for r in requests], sampling, arguments.batch
+                )
             if k == min(arguments.samples) and arguments.alone:
                 few = requests[:: max(1, len(requests) // arguments.alone)][: arguments.alone]
-                alone, slow = _timed(partial(_alone, engine, few))
-                ways.append(_way("one at a time", slow, alone))
-            floor = _floor(engine.model, [len(t) for t in engine.tokens(prompts)], drawn)
-            ways.append(Way("floor", floor, len(drawn), sum(s.tokens for s in drawn)))
+                others["one at a time"] = partial(_alone, engine, few)
+            ways += [measured(name, draw) for name, draw in others.items()]
+            read = [len(ids) for ids in engine.tokens([*dict.fromkeys(prompts)])]
+            tokens = sum(sample.tokens for sample in samples)
+            ways.append(Way("floor", floor(engine.model, read, samples), len(samples), tokens))
             sys.stdout.write(f"\n{len(prompts)} problems × {k} completions\n{_table(ways)}\n")
+            sys.stdout.flush()
     return 0
 
 
-def _way(name: str, seconds: float, samples: Sequence[Sample]) -> Way:
-    return Way(name, seconds, len(samples), sum(sample.tokens for sample in samples))
+class _Clock:
+    """Counts the seconds inside a model's calls."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds = self._began = 0.0
+        model.register_forward_pre_hook(lambda *_: self._begin())
+        model.register_forward_hook(lambda *_: self._end())
+
+    def _begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self) -> None:
+        self.seconds += time.perf_counter() - self._began
 
 
 def _table(ways: Sequence[Way]) -> str:
     """Format ways by tokens a second, which count whatever ended completions earlier."""
-    floor = ways[-1].tokens / ways[-1].seconds
+    least = ways[-1].tokens / ways[-1].seconds
     ours = ways[0].tokens / ways[0].seconds
     rows = [
         (
-            way.name, way.completions, way.tokens, way.seconds, way.completions / way.seconds,
-            rate, rate / floor, ours / rate,
+            way.name, way.completions, way.tokens, f"{way.seconds:.1f}",
+            f"{way.completions / way.seconds:.2f}", f"{rate:.1f}", f"{rate / least:.0%}",
+            f"{ours / rate:.2f}", "" if way.mebibytes is None else f"{way.mebibytes:.0f}",
+            "" if way.model is None else f"{1 - way.model / way.seconds:.0%}",
         )
         for way in ways
         for rate in [way.tokens / way.seconds]
     ]  # fmt: skip
     headers = ["way", "completions", "tokens", "s", "completions/s", "tokens/s", "of the floor",
-               "this engine is ×"]  # fmt: skip
-    return tabulate(
-        rows, headers, floatfmt=("", "", "", ".1f", ".2f", ".1f", ".0%", ".2f"), tablefmt="github"
-    )
+               "this engine is ×", "peak MiB", "outside the model"]  # fmt: skip
+    return tabulate(rows, headers, disable_numparse=True, tablefmt="github")
+
+
+def _kept(
+    samples: list[Sample], engine: TransformersEngine, requests: Sequence[Request]
+) -> list[Sample]:
+    samples += engine.sample(requests)
+    return samples
 
 
 def _alone(engine: TransformersEngine, requests: Sequence[Request]) -> list[Sample]:
@@ -108,12 +150,12 @@ def _alone(engine: TransformersEngine, requests: Sequence[Request]) -> list[Samp
 
 
 def _generate(
-    engine: TransformersEngine, prompts: Sequence[str], k: int, sampling: Sampling
+    engine: TransformersEngine, prompts: Sequence[str], k: int, sampling: Sampling, rows: int
 ) -> list[Sample]:
-    """Draw by transformers' ``generate`` with ``num_return_sequences``, 64 rows at a time."""
+    """Draw by transformers' ``generate`` with ``num_return_sequences``, so many rows at a time."""
     found: list[Sample] = []
     tokenizer, model = engine.policy.tokenizer, engine.model
-    at_once = max(1, 64 // k)
+    at_once = max(1, rows // k)
     for first in range(0, len(prompts), at_once):
         ids: Any = tokenizer.pad(
             {"input_ids": engine.tokens(prompts[first : first + at_once])},
@@ -139,35 +181,52 @@ def _generate(
     return found
 
 
-@torch.inference_mode()
-def _floor(model: Any, prompts: Sequence[int], drawn: Sequence[Sample]) -> float:
-    """Return the seconds of the matrix products alone: each prompt once, each drawn token once.
+def _lm_eval(
+    engine: TransformersEngine, prompts: Sequence[str], sampling: Sampling, rows: int
+) -> list[Sample]:
+    """Draw by the ``hf`` backend of lm-evaluation-harness, of the same model in memory."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
 
-    Products of a step have as many rows as there are completions (at most 512).
-    """
-    head = model.get_output_embeddings()
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    rows = min(len(drawn), 512)
-    reading = _products(layers, _CHUNK) / _CHUNK
-    step = (_products(layers, rows) + _products([head], rows)) / rows
-    return reading * sum(prompts) + step * sum(sample.tokens for sample in drawn)
-
-
-def _products(layers: Sequence[torch.nn.Linear], rows: int) -> float:
-    """Return the least seconds of three passes through layers, for so many rows."""
-    given = {layer.in_features: torch.randn(rows, layer.in_features) for layer in layers}
-
-    def once() -> None:
-        for layer in layers:
-            torch.nn.functional.linear(given[layer.in_features], layer.weight)
-
-    return min(_timed(once)[1] for _ in range(3))
+    model = HFLM(
+        pretrained=engine.model, tokenizer=engine.policy.tokenizer, batch_size=rows, device="cpu"
+    )
+    how = {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+        "max_gen_toks": sampling.max_new_tokens,
+        "until": [],
+    }
+    asked = [Instance("generate_until", {}, (of, how), i) for i, of in enumerate(prompts)]
+    texts = model.generate_until(asked, disable_tqdm=True)
+    tokens = engine.policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    # It gives texts alone: their tokens, and the one that ended them if they are short.
+    counts = [min(len(ids) + 1, sampling.max_new_tokens) for ids in tokens]
+    return [Sample(text, n, truncated=False) for text, n in zip(texts, counts, strict=True)]
 
 
 def _timed(what: Callable[[], _T]) -> tuple[_T, float]:
     begin = time.perf_counter()
     found = what()
     return found, time.perf_counter() - begin
+
+
+def _trim() -> None:
+    """Give freed memory back, and forget the peak, where the system is Linux."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory(name: str) -> float | None:
+    """Return a figure of this process's memory in MiB, or ``None`` where there is no Linux."""
+    if sys.platform != "linux":
+        return None
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":
