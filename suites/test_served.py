@@ -3,5 +3,5 @@
 
 def test_the_server_serves_the_policy(admission):
     """Its log-probabilities are those of the checkpoint, and it draws as it is told."""
-    print(admission.message())  # noqa: T201 - `grpo-harness admit` shows it
+    print(f"\n{admission.message()}")  # noqa: T201 - `grpo-harness admit` shows it
     assert admission.verdict == "PASS", admission.message()

@@ -1,5 +1,8 @@
 """A server is admitted if it serves the policy that it is said to serve, and named if not."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -120,6 +123,26 @@ def test_altered_prompts_are_named(admitted, policy, alter):
         found = admitted(server)
     assert found.verdict == "FAIL"
     assert "adds to prompts, or alters them" in found.message()
+
+
+def test_the_command_admits_and_refuses(tmp_path, policy):
+    """With a server of the trained policy, and with one of the base in its place."""
+    (tmp_path / "pyproject.toml").write_text("[tool.grpo-harness]\ntasks = ['gcd']\n")
+
+    def admit(*options):
+        command = [sys.executable, "-m", "grpo_harness.cli", "admit", *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    with Server(policy) as right, Server(load("nano-base")) as wrong:
+        admitted = admit("--grpo-serve-trained", right.url)
+        refused = admit("--grpo-serve-trained", wrong.url)
+    assert admitted.returncode == 0, admitted.stdout + admitted.stderr
+    assert "PASS: nano-trained as served: log-probabilities of " in admitted.stdout
+    assert refused.returncode == 1, refused.stdout + refused.stderr
+    assert "FAIL: nano-trained as served: it serves nano-base" in refused.stdout
+    none = admit()
+    assert none.returncode == 2
+    assert none.stderr.startswith("grpo-harness admit: no policy is served: name a server by ")
 
 
 @pytest.mark.parametrize("most", [40, 120])

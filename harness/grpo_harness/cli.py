@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     reader = parser()
     arguments, others = reader.parse_known_args(argv)
-    if others and arguments.run not in (_settings, _store):
+    if others and arguments.run not in (_settings, _admit, _store):
         reader.error(f"unrecognized arguments: {' '.join(others)}")
     arguments.others = others
     try:
@@ -68,6 +68,15 @@ def parser() -> argparse.ArgumentParser:
         "pytest's.",
     )
     command.set_defaults(run=_settings)
+
+    command = commands.add_parser(
+        "admit",
+        help="prove that each server serves the policy that it is said to serve",
+        description="Compare every served policy with its checkpoint: the log-probabilities of "
+        "texts and the tokens that are drawn, or else completions. The exit status is 1 if a "
+        "server serves something else. All arguments are pytest's.",
+    )
+    command.set_defaults(run=_admit)
 
     command = commands.add_parser(
         "train",
@@ -149,6 +158,20 @@ def _settings(arguments: argparse.Namespace) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise HarnessError("pytest could not resolve the settings")
+
+
+def _admit(arguments: argparse.Namespace) -> int:
+    """Run the suite of served policies, as pytest would."""
+    suite = ["--pyargs", "grpo_harness.suites.test_served", "-q", "-s", "-rN"]
+    status = subprocess.run(
+        [sys.executable, "-m", "pytest", *suite, *arguments.others], check=False
+    ).returncode
+    if status == 5:
+        raise HarnessError(
+            "no policy is served: name a server by --grpo-serve-trained URL, or in "
+            "[tool.grpo-harness.serve]"
+        )
+    return min(status, 2)
 
 
 def _notes(error: BaseException) -> list[str]:
