@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 _W = TypeVar("_W", bound=Hashable)
 
-_CHUNK = 64
+_CHUNK = 128
 """Requests of a chunk at most, unless more have one prompt."""
 
 AGAIN = 2

@@ -22,6 +22,9 @@ class RayEngine:
     the run.
     """
 
+    at_once = 4096
+    """Requests that it should be given at once, whatever the number of workers."""
+
     def __init__(
         self, policy: Policy, sampling: Sampling, cluster: Cluster, residents: Residents
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -26,6 +27,9 @@ _ADDRESS = "RAY_ADDRESS"
 
 _START = 300.0
 """Seconds within which a worker must have started."""
+
+_REACH = 10.0
+"""Seconds within which the address of a cluster must take a connection."""
 
 _LOOK = 0.5
 """Seconds between two looks for chunks that take unusually long."""
@@ -251,6 +255,13 @@ class Cluster:
         return self._ray
 
 
+def _reach(address: str) -> None:
+    """Raise ``OSError`` if nothing listens at a host and port: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH).close()
+
+
 def _imported() -> Any:
     try:
         with warnings.catch_warnings():
@@ -272,6 +283,7 @@ def _join(ray: Any) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _reach(address or "")
             ray.init(address or "local", log_to_driver=False, configure_logging=False, **own)
     except Exception as error:  # Ray raises whatever its parts raise
         what = f"{_ADDRESS}={escape(address)} cannot be joined" if address else "Ray cannot start"
