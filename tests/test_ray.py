@@ -207,8 +207,13 @@ def test_what_a_removed_node_had_is_drawn_by_another(cluster, nodes, nano, reque
     (other,) = nodes.worker_nodes
     remove = Once(lambda: nodes.remove_node(other, allow_graceful=False))
     assert engine.sample(requests, remove) == alone
+    # Another may have drawn what it had before Ray notices.
+    since = time.monotonic()
+    while not cluster.lost:
+        assert time.monotonic() - since < 60
+        assert engine.sample(requests[:256]) == alone[:256]
     assert len(cluster.lost) == 1
-    assert [member.greeting is not None for member in cluster.members] == [True]
+    assert engine.sample(requests) == alone
 
 
 @pytest.fixture
@@ -219,10 +224,12 @@ def judge(nano, requests, tmp_path):
 
     def judge(engine, asked, progress=None):
         own = engine.sample
-        engine.sample = lambda requests, progress: (
-            asked.extend(requests),
-            own(requests, progress),
-        )[1]
+
+        def counted(requests, progress):
+            asked.extend(requests)
+            return own(requests, progress)
+
+        engine.sample = counted
         questions = ask(nano, gcd, 128, settings=engine.settings())
         return evaluate(questions, engine, k=4, run_seed=7, store=store, progress=progress)
 
@@ -286,13 +293,12 @@ class Deadly:
 def test_a_slow_worker_holds_nothing_up(cluster, nano, requests, alone):
     engine = on(cluster, nano)
     engine.sample(requests)
-    slow, fast = cluster.members
+    slow, _ = cluster.members
     with tenfold_slower(slow.greeting.pid):
         assert engine.sample(requests) == alone
         # Another has drawn what it is still at.
         assert (slow.at, slow.answer is None) == ("chunk", False)
         assert engine.sample(requests[:128]) == alone[:128]
-        assert (slow.at, slow.answer is None, fast.answer) == ("leftover", False, None)
     assert engine.sample(requests) == alone
     assert cluster.lost == []
 
@@ -307,9 +313,9 @@ class tenfold_slower:  # noqa: N801 - reads as a verb
     def run(self):
         while not self.over.is_set():
             os.kill(self.pid, signal.SIGSTOP)
-            time.sleep(0.09)
+            time.sleep(0.27)
             os.kill(self.pid, signal.SIGCONT)
-            time.sleep(0.01)
+            time.sleep(0.03)
 
     def __enter__(self):
         self.thread.start()
@@ -405,6 +411,7 @@ def test_a_run_says_what_it_says_without_a_cluster(own_project):
 
 @pytest.mark.heavy
 def test_an_interrupted_run_leaves_no_process(own_project):
+    own_project.makepyfile(test_own="def test_it_is_drawn(evaluation): pass")
     run = subprocess.Popen(
         [sys.executable, "-m", "pytest", "--grpo-engine=ray", "--grpo-problems=1000"],
         cwd=own_project.path,
@@ -416,7 +423,6 @@ def test_an_interrupted_run_leaves_no_process(own_project):
         assert run.poll() is None, run.stdout.read()
         time.sleep(0.2)
         started = me.children(recursive=True)
-    time.sleep(2)
     started = me.children(recursive=True)
     run.send_signal(signal.SIGINT)
     said, _ = run.communicate(timeout=60)
