@@ -152,15 +152,15 @@ def test_a_prompt_begins_once_and_any_end_token_ends_it(two_ended, grpo_session)
 
     prompts = [p.prompt for p in task_types()["math"].problems(32)]
     rendered = [two_ended.render(prompt) for prompt in prompts]
-    engine = grpo_session.engine(two_ended)
+    engine, weights = grpo_session.engine(two_ended), grpo_session.local(two_ended)
     greedy = engine.drawing(Sampling(greedy=True, max_new_tokens=8))
-    with engine, torch.inference_mode():
+    with weights, torch.inference_mode():
         samples = grpo_session.sample(two_ended, prompts)
         drawn = greedy.sample([Request(text, 0) for text in rendered], None)
         likeliest, whole = [], two_ended.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         for ids, sample in zip(whole, drawn, strict=True):
-            read = torch.tensor([[*ids, *sample.ids]], device=engine.model.device)
-            logits = engine.model(read).logits[0, len(ids) - 1 : -1]
+            read = torch.tensor([[*ids, *sample.ids]], device=weights.model.device)
+            logits = weights.model(read).logits[0, len(ids) - 1 : -1]
             likeliest.append(logits.argmax(-1).tolist())
     same = sum(list(s.ids) == tokens for s, tokens in zip(drawn, likeliest, strict=True))
     least = 0.97 if engine.identity().get("dtype", "float32") == "float32" else 0.85

@@ -20,7 +20,10 @@ from grpo_harness.tasks import Problem, Source, check_disjoint
 from grpo_harness.text import escape, one_line, shown
 
 _CHUNK = 512
-"""Samples between two writes to the store: at most these are lost by an interruption."""
+"""Samples between two writes to the store: at most these are lost by an interruption.
+
+An engine that has workers may take more at once (``at_once``).
+"""
 
 
 RULE = Rewards((Reward(reward_func),))
@@ -389,8 +392,10 @@ def evaluate(
                 raise _not_stored(questions, run_seed, len(missing), len(part), store)
             if progress is not None:
                 progress(len(part) - len(missing))
-            for start in range(0, len(missing), _CHUNK):
-                keys, requests = zip(*missing[start : start + _CHUNK], strict=True)
+            # Many workers need more at once, and draw it in the same time.
+            most = getattr(engine, "at_once", _CHUNK)
+            for start in range(0, len(missing), most):
+                keys, requests = zip(*missing[start : start + most], strict=True)
                 try:
                     drawn = engine.sample(requests, progress)
                 except EngineError as error:

@@ -34,6 +34,7 @@ from grpo_harness.tasks import Source
 from grpo_harness.text import digest
 
 if TYPE_CHECKING:
+    from grpo_harness.engines.ray_cluster import Cluster
     from grpo_harness.engines.transformers import TransformersEngine
 
 Until = Callable[[Sequence[Group]], bool]
@@ -114,6 +115,7 @@ class Session:
     _residents: Residents = field(init=False)
     _engines: dict[str, Engine] = field(default_factory=dict)
     _local: dict[str, "TransformersEngine"] = field(default_factory=dict)
+    _cluster: "Cluster | None" = None
     _questions: dict[tuple[str, ...], Questions] = field(default_factory=dict)
     _digests: dict[str, tuple[Rewards, Source, str]] = field(default_factory=dict)
     _evaluations: dict[tuple[str, ...], Evaluation] = field(default_factory=dict)
@@ -125,8 +127,10 @@ class Session:
         self._residents = Residents("none" if rescores else self.settings.resident)
 
     def close(self) -> None:
-        """Release all weights."""
+        """Release all weights, and end the workers of a cluster."""
         self._residents.close()
+        if self._cluster is not None:
+            self._cluster.close()
 
     @property
     def task_types(self) -> list[Source]:
@@ -150,15 +154,33 @@ class Session:
         return policy
 
     def engine(self, policy: Policy) -> Engine:
-        """Return the configured engine of a policy: that of its servers, or of its weights."""
+        """Return the configured engine of a policy: of its servers, a cluster or its weights."""
         endpoint = self.settings.served.get(policy.checkpoint.name)
         if endpoint is None:
-            return self.local(policy)
+            return self._on_ray(policy) if self.settings.engine == "ray" else self.local(policy)
         key = f"{policy.fingerprint} {endpoint}"
         if key not in self._engines:
             from grpo_harness.engines.server import ServerEngine
 
             self._engines[key] = ServerEngine(policy, self.settings.sampling, endpoint)
+        return self._engines[key]
+
+    def _on_ray(self, policy: Policy) -> Engine:
+        key = f"{policy.fingerprint} ray"
+        if key not in self._engines:
+            from grpo_harness.engines.ray import RayEngine
+            from grpo_harness.engines.ray_cluster import Cluster
+
+            if self._cluster is None:
+                self._cluster = Cluster(
+                    device=self.settings.device,
+                    dtype=self.settings.dtype,
+                    resident=self.settings.resident,
+                    code=drawing_digest,
+                )
+            self._engines[key] = RayEngine(
+                policy, self.settings.sampling, self._cluster, self._residents
+            )
         return self._engines[key]
 
     def local(self, policy: Policy, *, coarse: bool = False) -> "TransformersEngine":

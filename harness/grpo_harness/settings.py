@@ -113,6 +113,10 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         "baselines"
     )
     sequential: Annotated[bool, _key("stop drawing at a decision on accuracy")] = False
+    engine: Annotated[
+        Literal["local", "ray"],
+        _key("local or ray: what draws, this machine or the workers of a Ray cluster", "ENGINE"),
+    ] = "local"
     device: Annotated[
         str, _key("auto (CUDA where there is one), cpu, cuda, …", "DEVICE", min_length=1)
     ] = "auto"
@@ -184,6 +188,7 @@ class Settings:
     sampling: Sampling
     baselines: Path
     sequential: bool
+    engine: Literal["local", "ray"]
     device: str
     dtype: str
     served: Mapping[PolicyName, Endpoint]
@@ -274,6 +279,11 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
             "--grpo-greedy draws one completion per problem, so more --grpo-samples than 1 would "
             "count it several times: leave one of the two out"
         )
+    if resolved.engine == "ray" and resolved.device not in ("auto", "cpu", "cuda"):
+        raise SettingsError(
+            f"the engine ray has no device '{escape(resolved.device)}': its workers have a GPU or "
+            "a CPU each, so name auto, cuda or cpu"
+        )
     overridden = "trained" in set_here
     configured: dict[Role, Sequence[PolicyName]] = {
         "base": (PolicyName(table.base, home),),
@@ -330,6 +340,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         sampling=sampling,
         baselines=folder,
         sequential=resolved.sequential,
+        engine=resolved.engine,
         device=resolved.device,
         dtype=resolved.dtype,
         served=served(

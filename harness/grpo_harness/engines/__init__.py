@@ -16,6 +16,10 @@
 ``generate.py``      draw by transformers' own ``generate``, for the other models
 ``transformers.py``  the engine of transformers, on this machine
 ``floor.py``         the time of the model's matrix products alone
+``chunks.py``        divide requests into chunks, and hand these out to workers
+``ray_worker.py``    a worker of a Ray cluster, on its node
+``ray_cluster.py``   a Ray cluster: its workers are started, asked, lost and ended
+``ray.py``           the engine of a Ray cluster
 ``likelihood.py``    log-probabilities of texts, by weights and by a server
 ===================  ==================================================================
 """

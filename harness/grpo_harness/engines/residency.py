@@ -37,28 +37,44 @@ class Residents:
 
         Raises ``EngineError`` if none are to be loaded.
         """
-        if self._mode == "none":
-            raise EngineError(
-                f"{engine.policy.checkpoint} would be loaded, and --grpo-rescore loads no weights: "
-                "leave out the test, or the option"
-            )
+        self.permit(engine.policy)
         while self._held and self._mode != "all" and (self._mode == "one" or not engine.fits()):
             self._held[0].close()
+
+    def permit(self, policy: Policy) -> None:
+        """Raise ``EngineError`` if no weights are to be loaded."""
+        if self._mode == "none":
+            raise EngineError(
+                f"{policy.checkpoint} would be loaded, and --grpo-rescore loads no weights: "
+                "leave out the test, or the option"
+            )
 
     def take_in(self, engine: Holder, digest: str) -> None:
         """Register that ``engine`` holds weights, with their ``digest`` in memory.
 
         Raises ``EngineError`` if a policy with other files was loaded with the same weights.
         """
-        twin = self._known.setdefault(digest, engine.policy)
-        if twin.fingerprint.weights != engine.policy.fingerprint.weights:
+        self.distinguish(engine.policy, digest)
+        self._held.append(engine)
+
+    def distinguish(self, policy: Policy, digest: str) -> None:
+        """Register the ``digest`` of a policy's weights, wherever they are in memory.
+
+        Raises ``EngineError`` if a policy with other files was loaded with the same weights.
+        """
+        twin = self._known.setdefault(digest, policy)
+        if twin.fingerprint.weights != policy.fingerprint.weights:
             raise EngineError(
-                f"{engine.policy.checkpoint} ({engine.policy.fingerprint}) has the same weights "
+                f"{policy.checkpoint} ({policy.fingerprint}) has the same weights "
                 f"in memory as {twin.checkpoint} ({twin.fingerprint}), tensor by tensor, although "
                 "their files differ: one was loaded for the other, or they differ by less than "
                 "the number format can hold (--grpo-dtype)"
             )
-        self._held.append(engine)
+
+    def digest(self, policy: Policy) -> str:
+        """Return the digest of a policy's weights, which have been in memory."""
+        weights = policy.fingerprint.weights
+        return next(of for of, it in self._known.items() if it.fingerprint.weights == weights)
 
     def leave(self, engine: Holder) -> None:
         """Remove an engine that has released its weights."""

@@ -53,7 +53,13 @@ from grpo_harness.plugin.fixtures import (  # noqa: F401
     trained_policy,
 )
 from grpo_harness.plugin.gpus import see_one
-from grpo_harness.plugin.options import is_asked, pytest_addoption, resolved, store_file  # noqa: F401
+from grpo_harness.plugin.options import (  # noqa: F401
+    check_alone,
+    is_asked,
+    pytest_addoption,
+    resolved,
+    store_file,
+)
 from grpo_harness.plugin.planning import (  # noqa: F401
     pytest_collection_finish,
     pytest_collection_modifyitems,
@@ -68,6 +74,7 @@ def activated(config: pytest.Config) -> Run:
         worker = getattr(config, "workerinput", None)
         seed = config.getoption("grpo_seed") if worker is None else worker[PROPERTY]
         settings = resolved(config)
+        check_alone(config, settings)
         if worker is not None:
             see_one(os.environ, worker["workerid"], settings.device)
         if seed is None:

@@ -77,6 +77,15 @@ def resolved(config: pytest.Config) -> Settings:
         return resolve(config.rootpath, config.invocation_params.dir, options)
 
 
+def check_alone(config: pytest.Config, settings: Settings) -> None:
+    """Raise ``UsageError`` if several workers of pytest-xdist would each want the whole cluster."""
+    if settings.engine == "ray" and config.getoption("dist", "no") != "no":
+        raise pytest.UsageError(
+            "the engine ray already draws on all workers of its cluster, which the processes of "
+            "pytest-xdist would fight for: leave out -n"
+        )
+
+
 def _check_modes(config: pytest.Config) -> None:
     reason = config.getoption("grpo_accept_regression")
     if reason is not None and not (config.getoption("grpo_record") and reason.strip()):

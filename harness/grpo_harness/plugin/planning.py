@@ -80,6 +80,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         run_for(_RECIPE, own or BUILT_IN, [path.stem for path in own] or BUILT_IN)
 
 
+def _is_drawn_elsewhere(config: pytest.Config, item: pytest.Item) -> bool:
+    """Tell whether a server or a cluster draws the policy that a test runs for."""
+    from grpo_harness.plugin import activated
+
+    return activated(config).settings.engine == "ray" or _is_served(config, item)
+
+
 def _is_served(config: pytest.Config, item: pytest.Item) -> bool:
     """Tell whether the policy that a test runs for is drawn by a server."""
     from grpo_harness.plugin import activated
@@ -138,7 +145,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     While recording, run only tests that record, and one for each baseline. They are chosen among
     those that ``-k`` and ``-m`` leave, which may lack a baseline's first test. While only stored
     samples are scored, run only tests that need no more. A test that needs weights is left out for
-    a policy that is served, which has none here.
+    a policy that is served, or drawn by a cluster, which has none here.
     """
     if config.getoption("grpo_record"):
         recording: dict[tuple[Any, int, Any], pytest.Item] = {}
@@ -170,7 +177,7 @@ def _idle(config: pytest.Config, item: pytest.Item) -> bool:
         return not activated(config).settings.recipes
     if uses(item, _BUILT_IN):
         return bool(activated(config).settings.recipes)
-    if uses(item, "engine") and _is_served(config, item):
+    if uses(item, "engine") and _is_drawn_elsewhere(config, item):
         return True
     if uses(item, "admission") and not _is_served(config, item):
         return True
