@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from grpo_harness.session import Session
 
 
-def conclude(node: pytest.Item, title: str, policy: str, verdict: Verdict, said: str) -> None:
+def conclude(
+    node: pytest.Item, title: str, policy: str, reference: str, verdict: Verdict, said: str
+) -> None:
     """Count a verdict on a training: FAIL fails the test, UNPROVEN too under ``--grpo-strict``."""
     from grpo_harness.checks import Check
     from grpo_harness.text import plain
 
-    check = Check("training", title, "training", policy, "recorded runs", reason=said)
+    check = Check("training", title, "training", policy, reference, reason=said)
     carry_check(node, {**check.asdict(), "verdict": verdict})
     failing = ("FAIL", "ERROR", *(["UNPROVEN"] if node.config.getoption("grpo_strict") else []))
     if verdict in failing:
