@@ -19,7 +19,9 @@ def test_curves(grpo_log, recorded_runs, request):
         place = request.config.invocation_params.dir / folder
         place.mkdir(parents=True, exist_ok=True)
         clearly(lambda: plot(grpo_log, recorded_runs, place / "training.png"))
-    conclude(request.node, "curves", recorded_runs.training, judgement.verdict, judgement.message())
+    said = judgement.message()
+    name = recorded_runs.training
+    conclude(request.node, "curves", name, "recorded runs", judgement.verdict, said)
 
 
 def test_reward_is_not_earned_without_correctness(grpo_log, grpo_session):
@@ -33,14 +35,15 @@ def test_reward_is_not_earned_without_correctness(grpo_log, grpo_session):
         pytest.fail(found.message(), pytrace=False)
 
 
-def test_checkpoint_earns_what_was_logged(grpo_log, grpo_recipe, grpo_session):
+def test_checkpoint_earns_what_was_logged(grpo_log, grpo_recipe, grpo_session, request):
     """The saved checkpoint, asked training prompts, earns the reward of the last steps."""
     from grpo_harness.logs.reconcile import reconcile
+    from grpo_harness.plugin.assertions import conclude
     from grpo_harness.plugin.state import clearly
 
     if grpo_log.training not in (None, grpo_recipe.name):
         pytest.skip(f"the training is of the recipe {grpo_log.training}, not {grpo_recipe.name}")
     device = grpo_session.settings.device
     found = clearly(lambda: reconcile(grpo_log, grpo_recipe, device=device))
-    if found.verdict != "PASS":
-        pytest.fail(found.message(), pytrace=False)
+    name = grpo_recipe.name
+    conclude(request.node, "checkpoint", name, "its log", found.verdict, found.message())

@@ -117,6 +117,18 @@ def test_rows_are_asked_in_the_order_of_the_file_where_it_says_so(write, tmp_pat
         ({"datasets": [SUMS], "eval_strategy": "steps"}, "datasets: .*see test_split_size"),
         ({"dataset_name": "gcds.jsonl", "eval_strategy": "steps"}, ".*gcds.jsonl is one file"),
         (
+            {"dataset_name": "gcds.jsonl", "dataset_train_split": "dev"},
+            "dataset_train_split is 'dev', and gcds.jsonl is one file",
+        ),
+        (
+            {"dataset_name": "gcds.jsonl", "dataset_train_split": "train[:4]"},
+            r"dataset_train_split is 'train\[:4\]', and gcds.jsonl is one file",
+        ),
+        (
+            {"dataset_name": "saved", "dataset_train_split": "dev"},
+            "dataset_name: .*splits train, test",
+        ),
+        (
             {"dataset_name": "saved", "eval_strategy": "steps", "dataset_test_split": "dev"},
             "dataset_test_split: .*splits train, test",
         ),

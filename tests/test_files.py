@@ -20,6 +20,8 @@ from grpo_harness.tasks import check_disjoint
 from grpo_harness.tasks.dataset import DatasetSource
 from grpo_harness.training import train
 from grpo_harness.training.files import load
+from grpo_harness.training.job import job_of
+from grpo_harness.training.order import steps
 from grpo_harness.training.reading import assignment
 from grpo_harness.training.recorded import differences, record, recorded
 from grpo_harness.training.run import build
@@ -87,6 +89,10 @@ class Odd(GRPOTrainer):
         if self.state.global_step == 1:
             raise ValueError("shapes differ")
         return super().compute_loss(*args, **kwargs)
+
+class Few(GRPOTrainer):
+    def _get_train_sampler(self, dataset=None):
+        return range(self.args.per_device_train_batch_size)  # one step an epoch
 
 class Mute(GRPOTrainer):
     def log(self, logs, *args, **kwargs):
@@ -403,7 +409,15 @@ def test_what_the_file_names_must_be_there(write, changes, said, tmp_path):
             "ours.yaml: grpo_harness.trainer 'team_rewards:Late' .*KeyError: 'loader'",
         ),
         ({"grpo_harness": {"trainer": "team_rewards:Mute"}}, "step 2: .* has logged no loss"),
-        ({"max_steps": -1, "num_train_epochs": 1, "logging_steps": 99}, "of 12 steps none"),
+        (
+            {
+                "max_steps": -1,
+                "num_train_epochs": 1,
+                "logging_steps": 3,
+                "grpo_harness": {"trainer": "team_rewards:Few"},
+            },
+            "logging_steps is 3, and of 1 steps none",
+        ),
     ],
 )
 def test_what_the_trainer_refuses_is_one_clear_line(write, changes, said, tmp_path):
@@ -412,6 +426,42 @@ def test_what_the_trainer_refuses_is_one_clear_line(write, changes, said, tmp_pa
     with pytest.raises(TrainingError, match=said) as raised:
         train(load(write(**changes)), tmp_path / "out", device="cpu")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "changes", "number"),
+    [(1, {}, 12), (1.5, {}, 18), (1, {"gradient_accumulation_steps": 2, "num_iterations": 3}, 18)],
+)
+def test_a_run_of_epochs_that_would_log_nothing_is_refused_with_its_steps(
+    write, epochs, changes, number, tmp_path
+):
+    """24 rows, two at once; before the weights are loaded."""
+    changes = {"max_steps": -1, "num_train_epochs": epochs, **changes}
+    wrong = load(write(**changes, logging_steps=number + 1))
+    with pytest.raises(ValueError, match=rf"logging_steps is {number + 1}, and of {number} steps"):
+        job_of(wrong, tmp_path / "out", device="cpu")
+    right = job_of(load(write(**changes, logging_steps=number)), tmp_path / "out", device="cpu")
+    assert right.config.max_steps == -1
+
+
+def test_the_steps_of_an_epoch_are_those_that_the_trainer_takes(write, tmp_path):
+    few = {"max_steps": -1, "num_train_epochs": 0.5, "max_completion_length": 2}
+    recipe = load(write(**few, gradient_accumulation_steps=2, num_iterations=3))
+    run = train(recipe, tmp_path / "out", device="cpu")
+    assert len(run.log) == steps(recipe.config(tmp_path / "unused", device="cpu"), 24) == 9
+
+
+def test_an_adapter_of_one_kind_of_module_is_a_list_of_one(write, tmp_path):
+    """TRL makes a text of it, which PEFT takes for a pattern of whole names."""
+    for named in (["q_proj"], [".*q_proj"]):
+        recipe = load(write(use_peft=True, lora_r=2, lora_target_modules=named))
+        built = build(recipe, tmp_path / "out", device="cpu")
+        adapted = {n for n, p in built.model.named_parameters() if p.requires_grad}
+        assert adapted
+        assert all(".q_proj.lora_" in name for name in adapted)
+    recipe = load(write(use_peft=True, lora_r=2, lora_target_modules=["all-linear"]))
+    every = build(recipe, tmp_path / "out", device="cpu").model.named_parameters()
+    assert len([name for name, p in every if p.requires_grad]) > 2 * len(adapted)
 
 
 def test_a_large_file_is_read_at_once(tmp_path):

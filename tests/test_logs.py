@@ -158,8 +158,12 @@ def test_a_name_that_no_file_can_have_is_said_and_not_default(name, tmp_path, mo
         ('{"log_history": [{"loss": 1, "step": 1}, {"loss": 1, "step": 2}]}', "fewer than two"),
         ('{"log_history": [{"reward": NaN, "step": 1}]}', "reward = nan"),
         ('{"log_history": [{"loss": Infinity, "step": 1}]}', "loss = inf"),
-        ('{"log_history": [{"reward": [1], "step": 1}]}', "from which no training recovers"),
-        ('{"log_history": [{"reward": true, "step": 1}]}', "from which no training recovers"),
+        ('{"log_history": [{"reward": 1e300, "step": 1}]}', "from which no training recovers"),
+        ('{"log_history": [{"reward": [1], "step": 1}]}', r"reward = \[1\], which is no number"),
+        ('{"log_history": [{"reward": true, "step": 1}]}', "reward = True, which is no number"),
+        ('{"log_history": [{"reward": "high", "step": 1}]}', "reward = 'high', which is no number"),
+        ('{"log_history": [{"reward": 1, "step": "1"}]}', "step = '1', which is no number"),
+        ('{"log_history": [{"reward": 1, "kl": %s}]}' % ("[" * 9000), "cannot be read"),
         ('{"log_history": [{"reward": 1%s, "step": 1}]}' % ("0" * 400), "reward = 10"),
         ('{"log_history": [{"reward": 1, "step": 1%s}]}' % ("0" * 400), "step = 10"),
         ('{"log_history": [{"reward": "NaN", "step": 1}]}', "reward = 'NaN'"),
@@ -270,6 +274,26 @@ def test_one_more_run_seldom_leaves_its_bands(m, tmp_path):
         *then, now = (log(seed, tmp_path) for seed in seeds)
         alarms += judge(now, Recorded(1, "x", [summed_up(of) for of in then])).verdict == "FAIL"
     assert scipy.stats.binom.sf(alarms - 1, times, RISK) > 1e-4, f"{alarms} of {times}"
+
+
+def test_runs_of_two_kinds_seldom_leave_their_bands(tmp_path):
+    """One of six ends its entropy a fifth lower, and the recorded five are often all of a kind."""
+    alarms, times, luck = 0, 200, random.Random(4)
+
+    def entropy_of(seed):
+        end = 0.4 if luck.random() < 1 / 6 else 0.5
+        return log(seed, tmp_path, entropy=lambda x, t: 1.5 * (end / 1.5) ** t)
+
+    for time in range(times):
+        *then, now = (entropy_of(seed) for seed in range(6 * time, 6 * time + 6))
+        found = judge(now, Recorded(1, "x", [summed_up(of) for of in then]))
+        alarms += any(f.figure.name == "entropy" and f.outside for f in found.findings)
+    assert alarms <= 4, f"{alarms} of {times}"
+    cold = judge(
+        log(99, tmp_path, entropy=lambda x, t: 1.5 * (0.2 / 1.5) ** t),
+        Recorded(1, "x", [summed_up(entropy_of(seed)) for seed in range(5)]),
+    )
+    assert "entropy" in {f.figure.name for f in cold.findings if f.outside}
 
 
 # ------------------------------------------------------------------ judging
@@ -385,6 +409,22 @@ def test_times_are_judged_on_the_same_hardware_alone(tmp_path):
         other = judged(here, there, 2.0)
         assert other.verdict == "PASS"
         assert any("seconds a step" in why for why in other.left_out)
+
+
+def test_a_machine_that_others_use_too_is_no_slower_code(tmp_path):
+    """Its steps take up to four times as long most of the time, and some have it to themselves."""
+
+    def judged(factor, slow):
+        luck = random.Random(factor)
+        shared = {"step_time": lambda x, t: x * factor * luck.choice(slow)}
+        then = [summed_up(Log(tmp_path, tuple(rows(s)), None, "a", 1e9)) for s in range(5)]
+        now = Log(tmp_path, tuple(rows(9, **shared)), None, "a", 1e9)
+        found = judge(now, Recorded(1, "x", then)).findings
+        return [f.figure.name for f in found if f.outside]
+
+    assert judged(1.0, (1, 2, 3, 4)) == []
+    assert judged(1.7, (1, 2, 3, 4)) == ["seconds a step"]
+    assert judged(1.7, (1,)) == ["seconds a step"]
 
 
 @pytest.mark.parametrize(

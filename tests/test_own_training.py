@@ -27,6 +27,21 @@ LOG_FAULTS = {
 }
 """Changes of the recipe that a curve shows."""
 
+HACKED = {
+    "reward_funcs": ["our.rewards.accuracy", "our.rewards.digits"],
+    "reward_weights": [0.2, 1.0],
+    "learning_rate": 1.0e-4,
+    "per_device_train_batch_size": 32,
+    "max_steps": 30,
+}
+DIGITS = '''
+
+def digits(completions, **kwargs):
+    """The share of digits: an answer should be a number."""
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in _texts(completions)]
+'''
+"""A reward that a bare number earns more of than an answer in tags."""
+
 ADAPTER = {
     "use_peft": True,
     "lora_r": 8,
@@ -55,8 +70,12 @@ def guarded(own_repository, tmp_path_factory):
     runs.append(f"{TRAIN.format('train.yaml', 'runs/first')} --steps 1")
     write(team, "faults/adapter/train.yaml", ADAPTER)
     runs.append(TRAIN.format("faults/adapter/train.yaml", "runs/adapter"))
-    another = TRAIN.format("faults/adapter/train.yaml", "runs/another-adapter")
-    runs.append(f"{another} --set learning_rate=0.05")
+    runs.append(f"{TRAIN.format('faults/adapter/train.yaml', 'runs/first-adapter')} --steps 1")
+    rewards = team.folder / "our" / "rewards.py"
+    honest = rewards.read_text()
+    rewards.write_text(honest + DIGITS)
+    write(team, "faults/hacked/train.yaml", HACKED)
+    runs.append(TRAIN.format("faults/hacked/train.yaml", "runs/hacked"))
     with ThreadPoolExecutor() as pool:
         done = [*pool.map(lambda part: team.harness(*part), (runs[::2], runs[1::2]))]
     assert all(status == 0 for part in done for status, _ in part), done
@@ -64,6 +83,7 @@ def guarded(own_repository, tmp_path_factory):
     (_, said), (_, told) = made = team.harness("recipes --record", log)
     assert [status for status, _ in made] == [0, 0], (said, told)
     shutil.rmtree(team.folder / "faults")
+    rewards.write_text(honest)
     # Without it seconds a step are not judged: what else this machine does would decide.
     (team.folder / "checkpoints" / "latest" / "resources.json").unlink()
     team.commit("The recipe and its runs, recorded")
@@ -254,6 +274,22 @@ def test_each_fault_in_a_runs_log_is_named(guarded):
     assert re.search("^(PASS|UNPROVEN): train against 5 recorded runs$", said, re.MULTILINE), said
 
 
+def test_a_hacked_reward_is_named(guarded):
+    """The share of digits rises, and bare numbers are no answers in tags."""
+    test = f"{SUITES}.test_training_run"
+    for run, status in (("runs/hacked", 1), ("checkpoints/latest", 0)):
+        named = f"--grpo-training={run}", "-k", "without_correctness"
+        found, said = guarded.pytest("--pyargs", test, *named, "-p", "no:cacheprovider")
+        assert found == status, said
+    ((_, said),) = guarded.harness("log runs/hacked --decisive accuracy")
+    assert "FAIL: reward without correctness, from the first to the last fifth" in said
+    assert re.search(
+        r"^  decisive reward: accuracy -0\.[1-9].*\n  the total \+.*\n  digits \+",
+        said,
+        re.MULTILINE,
+    )
+
+
 def of_the_base(team, run):
     shutil.copy(team.folder / "policies" / "base" / "model.safetensors", run)
 
@@ -274,8 +310,8 @@ def with_another_tokenizer(team, run):
     (run / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
-def with_another_adapter(team, run):
-    shutil.copy(team.folder / "runs" / "another-adapter" / "adapter_model.safetensors", run)
+def with_the_adapter_of_the_first_step(team, run):
+    shutil.copy(team.folder / "runs" / "first-adapter" / "adapter_model.safetensors", run)
 
 
 CHECKPOINT_FAULTS = {
@@ -283,7 +319,7 @@ CHECKPOINT_FAULTS = {
     of_the_first_step: "checkpoints/latest",
     of_another_run: "checkpoints/latest",
     with_another_tokenizer: "checkpoints/latest",
-    with_another_adapter: "runs/adapter",
+    with_the_adapter_of_the_first_step: "runs/adapter",
 }
 """What was saved in place of a run's policy."""
 

@@ -118,12 +118,33 @@ TRAINING = """
 import sys
 
 sys.path.append({tests!r})
+from trl import GRPOTrainer
 from trainers import LengthTerm, build
+
+
+class Added(GRPOTrainer):  # a term without a gradient: the loss alone differs
+    def _compute_loss(self, model, inputs):
+        lengths = inputs["completion_mask"].sum(1).float()
+        return super()._compute_loss(model, inputs) + 0.01 * lengths.mean()
+
+
+def build_longer(output_dir):
+    return build(output_dir, Added, max_steps=2)
 
 
 def build_trainer(output_dir, max_steps, length_term=0.0):
     kind = [LengthTerm] if length_term else []
     return build(output_dir, *kind, max_steps=max_steps)
+"""
+
+
+WATCHED_IN_A_LINE = """
+from grpo_harness.contract import watch
+from our_package.training import build_longer as build_trainer
+
+
+def test_our_loss_differs(tmp_path):
+    watch(build_trainer(tmp_path)).holds(but={"loss_equals_the_oracles": "we add a length term"})
 """
 
 
@@ -133,10 +154,11 @@ def test_a_trainer_that_is_watched_goes_green(pytester):
         TRAINING.format(tests=str(ROOT / "tests"))
     )
     (pytester.path / "test_training.py").write_text(WATCH)
+    (pytester.path / "test_in_a_line.py").write_text(WATCHED_IN_A_LINE)
     sys.modules.pop("our_package", None)
     pytester.syspathinsert()
     options = ("-p", "no:xdist", "-p", "no:benchmark", "-W", "ignore::FutureWarning")
-    pytester.runpytest_inprocess(*options).assert_outcomes(passed=2)
+    pytester.runpytest_inprocess(*options).assert_outcomes(passed=3)
 
 
 def keys(section):

@@ -39,6 +39,29 @@ def test_nothing_set_means_the_nano_pair(project, tmp_path):
     assert reward.function is reward_func
 
 
+def test_recipes_are_a_file_or_a_list_of_files_of_different_names(project, tmp_path):
+    (tmp_path / "sub").mkdir()
+    for file in ("a.yaml", "b.yaml", "sub/a.yaml"):
+        (tmp_path / file).touch()
+    assert project('recipe = "a.yaml"').recipes == (tmp_path / "a.yaml",)
+    both = project('recipe = ["a.yaml", "b.yaml"]').recipes
+    assert both == (tmp_path / "a.yaml", tmp_path / "b.yaml")
+    for given, said in {
+        '["a.yaml", "sub/a.yaml"]': "two files called 'a': rename one",
+        '["a.yaml", "a.yaml"]': "two files called 'a'",
+        '["a.yaml", "gone.yaml"]': "there is no file 'gone.yaml'",
+        '["sub"]': "there is no file 'sub'",
+        "[]": "recipe names no file: name one, or leave it out",
+        '["a.yaml", 3]': "it must be a recipe in a .yaml file, or a list of them",
+        '[["a.yaml"]]': "it must be a recipe in a .yaml file, or a list of them",
+        "{a = 1}": "it must be a recipe in a .yaml file, or a list of them",
+        '""': "it must be a recipe in a .yaml file, or a list of them",
+    }.items():
+        with pytest.raises(SettingsError, match=said) as raised:
+            project(f"recipe = {given}")
+        assert "\n" not in str(raised.value)
+
+
 def test_without_a_pyproject_too(tmp_path):
     assert resolve(tmp_path, tmp_path, {}).base.text == "nano-base"
 

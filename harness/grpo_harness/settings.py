@@ -360,6 +360,8 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
 
 def _recipes(given: str | list[str] | None, home: Path, place: str) -> tuple[Path, ...]:
     names = [] if given is None else [given] if isinstance(given, str) else given
+    if given is not None and not names:
+        raise SettingsError(f"{place} names no file: name one, or leave it out")
     found = [home / name for name in names]
     for name, path in zip(names, found, strict=True):
         if not path.is_file():

@@ -137,15 +137,16 @@ def _rows(content: Sequence[Mapping[str, Any]], file: Path) -> tuple[Mapping[str
     for number, row in enumerate(content):
         if "loss" not in row and "reward" not in row:  # the summary at the end, an evaluation
             continue
-        figures = {key: value for key, value in row.items() if not _is_note(value)}
+        figures = {k: v for k, v in row.items() if k in _FINITE or not _is_note(v)}
         for key, value in figures.items():
             # The trainer logs None for a number that JSON does not have.
-            lost = value is None and key in _FINITE
-            if lost or (value is not None and not _is_figure(value)):
-                raise LogError(
-                    f"{file}: row {number} has {escape(key, 60)} = {escape(repr(value), 40)}, from "
-                    "which no training recovers: see what that step did"
-                )
+            if value is None and key not in _FINITE:
+                continue
+            has = f"{file}: row {number} has {escape(key, 60)} = {escape(repr(value), 40)}"
+            if not (value is None or _is_number(value)):
+                raise LogError(f"{has}, which is no number: copy the log anew from where it is")
+            if value is None or not -_GREATEST < value < _GREATEST:
+                raise LogError(f"{has}, from which no training recovers: see what that step did")
         step = figures.get("step")
         if step is None or step != int(step) or not 0 <= step < 1e9:
             raise LogError(f"{file}: row {number} has no step: it is no log of a trainer")
@@ -187,9 +188,8 @@ def _is_note(value: Any) -> bool:
     return False
 
 
-def _is_figure(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and -_GREATEST < value < _GREATEST
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _said(file: Path) -> tuple[str | None, int | None]:

@@ -10,12 +10,14 @@ that is not the training's is named as such.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from random import Random
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Literal
 
+import numpy as np
 from scipy.special import ndtri
+from trl.trainer.grpo_config import GRPOConfig
 
 from grpo_harness.engines.engine import Request, Sampling, sample_seed
 from grpo_harness.engines.transformers import TransformersEngine
@@ -35,6 +37,9 @@ PROMPTS, SAMPLES = 128, 4
 RISK = 0.01
 """The probability that an honest checkpoint is not taken for the logged one."""
 
+_LEAST_ROWS = 4
+"""Of so many rows, at least, the wobble of the policy is estimated, if there are as many."""
+
 LEAST = 0.02
 """A difference below this part of a reward's own range in the log is never a fault."""
 
@@ -43,25 +48,29 @@ LEAST = 0.02
 class Reconciled:
     """One reward: what the log says of the last steps, and what the checkpoint earns.
 
-    ``noise`` is that of both, and ``drift`` how much the reward may have changed from those steps
-    to the checkpoint, by the slope of the log.
+    ``noise`` is that of both, and ``moved`` how much the reward has changed in the run, from the
+    first fifth of the log to the last.
     """
 
     name: str
     logged: float
     earned: float
     noise: float
-    drift: float = 0.0
+    moved: float = 0.0
 
     @property
     def differs(self) -> bool:
-        """Tell whether the difference is more than both measurements' noise and the drift."""
-        off = self.earned - self.logged
-        return not min(self.drift, 0) - self.noise <= off <= max(self.drift, 0) + self.noise
+        """Tell whether the difference is more than the noise of both measurements."""
+        return abs(self.earned - self.logged) > self.noise
+
+    @property
+    def blind(self) -> bool:
+        """Tell whether the noise is wider than all that the reward has moved in the run."""
+        return self.noise >= abs(self.moved)
 
     def __str__(self) -> str:
         told = f"{escape(self.name, 60)}: logged {self.logged:+.4g}, earned {self.earned:+.4g}"
-        return f"{told}, noise {self.noise:.2g}, drift {self.drift:+.2g}"
+        return f"{told}, noise {self.noise:.2g}, moved {self.moved:+.2g} in the run"
 
 
 @dataclass(frozen=True)
@@ -79,10 +88,14 @@ class Reconciliation:
     otherwise: str = ""
 
     @property
-    def verdict(self) -> Literal["PASS", "FAIL"]:
-        """FAIL if the checkpoint earns another reward than its log says, or reads otherwise."""
-        wrong = self.otherwise or any(reward.differs for reward in self.rewards)
-        return "FAIL" if wrong else "PASS"
+    def verdict(self) -> Literal["PASS", "FAIL", "UNPROVEN"]:
+        """FAIL if the checkpoint earns another reward than its log says, or reads otherwise.
+
+        UNPROVEN if every reward is blind: the policy of the first steps would earn the same.
+        """
+        if self.otherwise or any(reward.differs for reward in self.rewards):
+            return "FAIL"
+        return "UNPROVEN" if all(reward.blind for reward in self.rewards) else "PASS"
 
     def message(self) -> str:
         """Return the result in a line for each reward."""
@@ -96,6 +109,12 @@ class Reconciliation:
             for name in self.left_out
         ]
         lines.append(f"  it was asked {self.asked}")
+        lines += [
+            f"  blind: {escape(reward.name, 60)}: only a difference of more than "
+            f"{reward.noise:.2g} would be seen, and the run moved it by {reward.moved:+.2g}"
+            for reward in self.rewards
+            if reward.blind
+        ]
         if self.verdict == "FAIL":
             lines.append(
                 "  it is not the policy whose curve was logged: see what was saved (the base, an "
@@ -106,12 +125,16 @@ class Reconciliation:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Rows of the data to ask, and the logged rows of the run to compare with."""
+    """Rows of the data to ask, and the logged rows of the run to compare with.
+
+    If ``exact``, those rows are of these prompts. Each logged row is a mean over ``prompts``.
+    """
 
     rows: Sequence[int]
     logged: Sequence[Mapping[str, float]]
     exact: bool
     said: str
+    prompts: float
 
 
 def reconcile(log: Log, recipe: Recipe, *, device: str = "auto", seed: int = 0) -> Reconciliation:
@@ -138,30 +161,19 @@ def reconcile(log: Log, recipe: Recipe, *, device: str = "auto", seed: int = 0) 
     quantile = float(-ndtri(RISK / 2 / len(names)))
     found = []
     for name in names:
-        key = reward_key(name)
         of = [[scores[name] for scores in group] for group in earned]
         scored = [own for group in of if (own := [value for value in group if value is not None])]
         if len(scored) < 2:
             raise LogError(f"the reward {escape(name)} applies to no completion of {folder}")
-        then = [row[key] for row in prompts.logged if key in row]
-        if prompts.exact and then:
-            logged = fmean(then)
-            # The same prompts on both sides: what remains are draws, and that policies wobble.
-            within = fmean([variance(group) for group in scored if len(group) > 1] or [0.0])
-            drawn = sum(map(len, scored))
-            trained_on = drawn / SAMPLES * (job.config.num_generations or 1)
-            error = math.sqrt(
-                within * (1 / drawn + 1 / trained_on) + _wobble(log.series(key), then)
-            )
-        else:
-            value = Figure("", key).of(log)
-            assert value is not None, "two steps logged it"
-            logged, means = value.number, [fmean(group) for group in scored]
-            error = math.hypot(value.error, math.sqrt(variance(means) / len(means)))
+        key = reward_key(name)
         series = [value for _, value in log.series(key)]
-        noise = max(quantile * error, LEAST * (max(series) - min(series)))
+        then = [row[key] for row in prompts.logged if key in row] or series[-1:]
+        gain = Figure("", key, "gain").of(log)
+        assert gain is not None, "two steps logged it"
+        noise = quantile * _error(series, len(then), scored, prompts, job.config)
+        noise = max(noise, LEAST * (max(series) - min(series)))
         mean = fmean(value for group in scored for value in group)
-        found.append(Reconciled(name, logged, mean, noise, _trend(series)))
+        found.append(Reconciled(name, fmean(then), mean, noise, gain.number))
     both = {*log.rewards, *(reward.name for reward in functions)}
     left_out = tuple(sorted(both - {*names}))
     return Reconciliation(str(folder), tuple(found), left_out, prompts.said)
@@ -179,14 +191,18 @@ def _unknown_order(job: Job, log: Log) -> str:
 def _asked(job: Job, log: Log, seed: int) -> _Asked:
     """Choose the prompts of the last steps, back to a fifth of the run; or else random ones."""
     n = len(job.rows)
-    if why := _unknown_order(job, log):
-        rows = Random(seed).sample(range(n), min(PROMPTS, n))
-        return _Asked(rows, (), False, f"{len(rows)} random training prompts: {why}")
     rewarded = [row for row in log.rows if "reward" in row]
     last = rewarded[-max(len(rewarded) // FIFTH, 1) :]
+    generations = [*takewhile(lambda of: of[0] <= log.steps, asked(job.config, n))]
+    each = sum(len(rows) for _, rows in generations) / len(rewarded)
+    if why := _unknown_order(job, log):
+        rows = Random(seed).sample(range(n), min(PROMPTS, n))
+        each *= (log.processes or job.config.world_size) / job.config.world_size
+        said = f"{len(rows)} random training prompts: {why}"
+        return _Asked(rows, last, False, said, each)
     first = rewarded[-len(last) - 1]["step"] if len(rewarded) > len(last) else 0
     drawn: dict[int, list[int]] = {}
-    for step, rows in takewhile(lambda of: of[0] <= log.steps, asked(job.config, n)):
+    for step, rows in generations:
         if step > first:
             of = next(int(row["step"]) for row in last if step <= row["step"])
             drawn.setdefault(of, []).extend(rows)
@@ -199,7 +215,7 @@ def _asked(job: Job, log: Log, seed: int) -> _Asked:
         chosen += own
         logged.append(row)
     said = f"the {len(chosen)} prompts of steps {int(logged[-1]['step'])} to {log.steps}"
-    return _Asked(chosen, logged, True, said)
+    return _Asked(chosen, logged, True, said, each)
 
 
 def _otherwise(job: Job, policy: Policy, rows: Sequence[int]) -> str:
@@ -260,25 +276,41 @@ def _earned(
     return [scores[i : i + SAMPLES] for i in range(0, len(scores), SAMPLES)]
 
 
-def _wobble(series: Sequence[tuple[int, float]], last: Sequence[float]) -> float:
-    """Return the variance by which one policy of a run differs from the mean of the last ones.
+def _error(
+    series: Sequence[float],
+    n: int,
+    scored: Sequence[Sequence[float]],
+    prompts: _Asked,
+    config: GRPOConfig,
+) -> float:
+    """Return the standard error of what a checkpoint earns less the mean of the last ``n`` rows.
 
-    At a high rate the policy changes from step to step, and the checkpoint is one of these.
+    ``scored`` are its rewards, a list for each prompt that the reward applies to.
     """
-    near = [value for _, value in series[-2 * max(len(last), 2) :]]
-    steps = fmean((b - a) ** 2 for a, b in pairwise(near)) / 2
-    return steps * (1 + 1 / len(last))
+    samples = fmean(map(len, scored))
+    within = fmean([float(np.var(group, ddof=1)) for group in scored if len(group) > 1] or [0.0])
+    means = [float(np.mean(group)) for group in scored]
+    between = max(float(np.var(means, ddof=1)) - within / samples, 0.0)
+    # A logged row is a mean over prompts and completions, as far as the reward applies to them.
+    each = prompts.prompts * len(scored) / len(prompts.rows)
+    drawn = (config.num_generations or 1) * samples / SAMPLES
+    row = (within / drawn + between) / each
+    # The same prompts on both sides differ by the draws alone.
+    others = 0.0 if prompts.exact else between
+    logged = (within / drawn + others) / each / n
+    earned = (within / samples + others) / len(scored)
+    return math.sqrt(logged + earned + _wobble(series, n, row))
 
 
-def _trend(series: Sequence[float]) -> float:
-    """Return how much a reward rises from the middle of the last fifth to the end, by its slope.
+def _wobble(series: Sequence[float], n: int, row: float) -> float:
+    """Return the variance by which one policy of a run differs from the mean of the ``n`` before.
 
-    The slope is that of the last two fifths.
+    So the checkpoint may differ from the last ones. The rows of the last half show how much:
+    ``row`` is the variance of one that prompts and draws explain. What few rows may hide by chance
+    is added, a standard error.
     """
-    n = max(len(series) // FIFTH, 1)
-    part = series[-2 * n :]
-    if len(part) < 3:
-        return 0.0
-    middle, mean = (len(part) - 1) / 2, fmean(part)
-    slope = sum((i - middle) * (y - mean) for i, y in enumerate(part))
-    return slope / sum((i - middle) ** 2 for i in range(len(part))) * n / 2
+    first = max(min(len(series) // 2, len(series) - _LEAST_ROWS), 1)
+    off = [(series[i] - fmean(series[max(i - n, 0) : i])) ** 2 for i in range(first, len(series))]
+    # They overlap, so that they tell as much as about two thirds of their number.
+    most = fmean(off) * (1 + math.sqrt(2 / (2 / 3 * len(off))))
+    return max(most - row * (1 + 1 / n), 0.0)

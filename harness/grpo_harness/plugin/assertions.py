@@ -25,19 +25,20 @@ def conclude(
     node: pytest.Item,
     title: str,
     policy: str,
+    reference: str,
     verdict: Verdict,
     said: str,
     *,
     task: str = "training",
 ) -> None:
-    """Count a verdict against recorded runs, on a training or the ``task`` that is named.
+    """Count a verdict on a training, or on the ``task`` that is named.
 
     FAIL fails the test, UNPROVEN too under ``--grpo-strict``.
     """
     from grpo_harness.checks import Check
     from grpo_harness.text import plain
 
-    check = Check(task, title, task, policy, "recorded runs", reason=said)
+    check = Check(task, title, task, policy, reference, reason=said)
     carry_check(node, {**check.asdict(), "verdict": verdict})
     failing = ("FAIL", "ERROR", *(["UNPROVEN"] if node.config.getoption("grpo_strict") else []))
     if verdict in failing:

@@ -13,8 +13,8 @@
 ``trainer.py``     TRL's GRPOTrainer with checks
 ``shrunk.py``      a policy's own architecture and tokenizer, but small
 ``data.py``        the rows that a recipe trains and evaluates on
-``job.py``         what one run trains: a recipe with everything that it names
 ``order.py``       which training prompts each step asks
+``job.py``         what one run trains: a recipe with everything that it names
 ``run.py``         one training run
 ``processes.py``   several processes that train one policy
 =================  ===================================================================

@@ -17,6 +17,7 @@ from trl.scripts.utils import DatasetMixtureConfig, get_dataset
 from grpo_harness.policy import Policy
 from grpo_harness.tasks import Problem
 from grpo_harness.tasks.dataset import DataError, DatasetSource
+from grpo_harness.text import escape
 from grpo_harness.training.files import Recipe
 from grpo_harness.training.keys import RecipeError
 
@@ -72,6 +73,12 @@ def read_data(recipe: Recipe) -> Data | None:
                 "problems are evaluated by the suites"
             )
         return None
+    one_file = key == "dataset_name" and (Path.cwd() / source.path).is_file()
+    if one_file and train != "train":
+        raise RecipeError(
+            f"{recipe.where}: dataset_train_split is {escape(repr(train), 60)}, and {source.path} "
+            "is one file, whose only split is train: leave dataset_train_split out"
+        )
     with _named(recipe, key):
         # The default split, which a table without splits has too.
         split = None if key == "dataset_name" and train == "train" else train
@@ -79,7 +86,7 @@ def read_data(recipe: Recipe) -> Data | None:
         rows = _rows(source, problems)
     if not evaluates:
         return Data(problems, rows)
-    if key == "dataset_name" and (Path.cwd() / source.path).is_file():
+    if one_file:
         raise RecipeError(
             f"{recipe.where}: eval_strategy needs a test split, and {source.path} is one file: "
             "name a data set with splits, or datasets with a test_split_size"

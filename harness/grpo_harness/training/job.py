@@ -5,6 +5,7 @@ found wrong without the weights is found before they are loaded.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from grpo_harness.training.config import check_usable
 from grpo_harness.training.data import Data, generated, read_data
 from grpo_harness.training.files import Recipe
 from grpo_harness.training.keys import RecipeError
+from grpo_harness.training.order import has_own_order, steps
 
 _ONLY_TEXT = "a policy here reads text alone: leave it out"
 
@@ -88,7 +90,7 @@ def job_of(
     data = read_data(recipe)
     policy = load(recipe.policy)
     data = data or generated(recipe, policy)
-    _check_enough(recipe.where, config, len(data.problems))
+    _check_enough(recipe.where, config, len(data.problems), trainer)
     prompts = _prompts(recipe.where, policy, config, data)
     most = recipe.block.max_prompt_length
     if most is not None:
@@ -142,9 +144,18 @@ def _model(
 
 def _adapter(recipe: Recipe) -> Any:
     try:
-        return get_peft_config(recipe.parsed.model)
+        adapter: Any = get_peft_config(recipe.parsed.model)
     except Exception as error:  # of PEFT, which may be missing
         raise RecipeError(f"{recipe.where}: use_peft and lora_*: {one_line(error)}") from error
+    named = recipe.values.get("lora_target_modules")
+    # TRL makes a list of one a text, which is all-linear or a pattern of whole names to PEFT.
+    if adapter and isinstance(named, list) and named != ["all-linear"] and _are_names(named):
+        adapter.target_modules = set(named)
+    return adapter
+
+
+def _are_names(given: list[str]) -> bool:
+    return all(re.fullmatch(r"[\w.]+", name) for name in given)
 
 
 def _check_rewards(where: str, config: GRPOConfig, rewards: Sequence[RewardFunction | str]) -> None:
@@ -181,12 +192,19 @@ def _prompts(where: str, policy: Policy, config: GRPOConfig, data: Data) -> list
     return prompts
 
 
-def _check_enough(where: str, config: GRPOConfig, problems: int) -> None:
+def _check_enough(
+    where: str, config: GRPOConfig, problems: int, trainer: type[GRPOTrainer]
+) -> None:
     at_once = (config.generation_batch_size or 0) // int(config.num_generations or 1)
     if problems < at_once:
         raise RecipeError(
             f"{where} has {problems} problems and asks {at_once} at once: give it more (n_math, "
             "n_prog, rows of the data set), or lower the batch"
+        )
+    if not has_own_order(trainer) and (number := steps(config, problems)) < config.logging_steps:
+        raise RecipeError(
+            f"{where}: logging_steps is {config.logging_steps:g}, and of {number} steps none would "
+            "be logged: lower it"
         )
 
 
