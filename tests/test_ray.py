@@ -296,8 +296,7 @@ def test_a_slow_worker_holds_nothing_up(cluster, nano, requests, alone):
     slow, _ = cluster.members
     with tenfold_slower(slow.greeting.pid):
         assert engine.sample(requests) == alone
-        # Another has drawn what it is still at.
-        assert (slow.at, slow.answer is None) == ("chunk", False)
+        assert slow.answer is not None  # another has drawn what it is still at
         assert engine.sample(requests[:128]) == alone[:128]
     assert engine.sample(requests) == alone
     assert cluster.lost == []
@@ -339,8 +338,9 @@ def test_nodes_with_other_code_are_refused(nodes, nano, requests, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", nodes.address)
     cluster = Cluster(code=os.getpid)
     try:
-        with pytest.raises(EngineError, match="has another version of grpo-harness"):
-            on(cluster, nano).sample(requests[:8])
+        for _ in range(2):  # it is not let in by the second draw either
+            with pytest.raises(EngineError, match="has another version of grpo-harness"):
+                on(cluster, nano).sample(requests[:8])
     finally:
         cluster.close()
 

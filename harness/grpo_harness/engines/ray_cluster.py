@@ -143,29 +143,36 @@ class Cluster:
             if answer is None:
                 self.members.remove(member)
                 yield member, None
-            elif isinstance(answer, HarnessError):
-                if member.at != "leftover":
-                    raise answer
-            elif isinstance(answer, Greeting):
+            elif member.at == "greeting":
                 self._welcome(member, answer)
-            else:
+            elif not isinstance(answer, HarnessError):
                 yield member, answer
+            elif member.at == "chunk":
+                raise answer
 
-    def _received(self, reference: Any) -> Drawn | Greeting | HarnessError | None:
+    def _received(self, reference: Any) -> Any:
         """Return an answer, or ``None`` if its worker is lost. Raises ``EngineError``."""
         exceptions = self._ray.exceptions
         try:
-            found: Drawn | Greeting | HarnessError = self._ray.get(reference)
+            return self._ray.get(reference)
         except exceptions.RayTaskError as error:
             raise EngineError(f"a worker of Ray failed: {one_line(error.cause)}") from error
         except exceptions.RayError as error:
             self.lost.append(one_line(error))
             return None
-        return found
 
-    def _welcome(self, member: Member, greeting: Greeting) -> None:
-        """Check that a worker draws as this machine and the other workers do."""
-        member.greeting = greeting
+    def _welcome(self, member: Member, greeting: Greeting | HarnessError) -> None:
+        """Let a worker draw if it does so as this machine and the others do, or else end it."""
+        try:
+            member.greeting = self._checked(greeting)
+        except HarnessError:
+            self.members.remove(member)
+            self._ray.kill(member.actor)
+            raise
+
+    def _checked(self, greeting: Greeting | HarnessError) -> Greeting:
+        if isinstance(greeting, HarnessError):
+            raise greeting
         node = escape(greeting.node)
         if greeting.code != self._code():
             raise EngineError(
@@ -178,6 +185,7 @@ class Cluster:
                     f"the node {node} draws in {greeting.dtype}, and {escape(other.greeting.node)} "
                     f"in {other.greeting.dtype}: name one by --grpo-dtype"
                 )
+        return greeting
 
     def _first_greeting(self) -> Greeting:
         """Return what the first worker says of itself; it is started if there is none."""
