@@ -918,7 +918,7 @@ def test_the_plan_is_shown_before_anything_is_drawn(skilled):
     listed.stdout.fnmatch_lines(
         [
             "plan: 2 checks share *",
-            "task type *caught (points lower)*problems needed*",
+            "task type *n × k*caught (points lower)*",
             "palindrome *base-policy *",
             "palindrome *trained-policy *",
         ]
