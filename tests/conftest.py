@@ -167,6 +167,14 @@ def measure(tiny_policy, tmp_path, answers):
     return measure
 
 
+@pytest.fixture(autouse=True)
+def quick_recordings(monkeypatch):
+    """Let recordings of these tests draw a quarter of the completions."""
+    from grpo_harness.baselines import recording
+
+    monkeypatch.setattr(recording, "SAMPLES", 16)
+
+
 @pytest.fixture
 def project(pytester, save_tiny):
     """A repository of its own with two untrained policies, one task type and one suite."""

@@ -12,6 +12,7 @@ from grpo_harness.policy.policy import load
 from grpo_harness.reruns import Reruns
 from grpo_harness.session import Session
 from grpo_harness.settings import resolve
+from grpo_harness.sizing import Sizing
 from grpo_harness.store import FILE, Store
 from tests.servers import Server
 
@@ -34,6 +35,7 @@ def admitted(tmp_path):
         settings = resolve(tmp_path, tmp_path, {"serve_trained": [server.url], **options})
         session = Session(
             settings=settings,
+            sizing=Sizing(settings),
             run_seed=3,
             shares={},
             code="",

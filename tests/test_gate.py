@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, norm, t, ttest_1samp, ttest_rel
 
 from grpo_harness.gate.bounds import IMPROVEMENT, LENGTH, RATE, Bounds
+from grpo_harness.gate.plan import plan
 from grpo_harness.gate.stats import stratified_p
 from grpo_harness.gate.verdicts import (
     Evidence,
@@ -23,7 +24,6 @@ from grpo_harness.gate.verdicts import (
     judge_length,
     judge_rate,
     judge_sequential,
-    plan,
 )
 
 N = 256

@@ -918,7 +918,7 @@ def test_the_plan_is_shown_before_anything_is_drawn(skilled):
     listed.stdout.fnmatch_lines(
         [
             "plan: 2 checks share *",
-            "task type *caught (points lower)*problems for 5 points*",
+            "task type *n × k*caught (points lower)*",
             "palindrome *base-policy *",
             "palindrome *trained-policy *",
         ]
@@ -951,3 +951,30 @@ def test_the_plan_says_what_will_be_an_error(skilled, problems, why):
     )
     shutil.rmtree(skilled.path / "baselines" / "base-policy")
     skilled(0.8, "--co").stdout.fnmatch_lines(["plan: *1 of 2 accuracy *: no baseline"])
+
+
+def test_auto_problems_are_as_many_as_the_plan_says(skilled):
+    """On a project of its own: recorded are all problems there are, and asked as planned."""
+    listed = skilled(0.8, "--co", "--grpo-problems=auto").stdout
+    listed.fnmatch_lines(["plan: *completions, *"])
+    rows = [line.split() for line in listed.lines if line.startswith("palindrome")]
+    sizes = {row[1]: (int(row[2]), int(row[4])) for row in rows}
+    found = skilled(0.8, "--grpo-problems=auto", "--grpo-seed=1", "--grpo-report=out", passed=2)
+    found.stdout.fnmatch_lines(["grpo-harness: *, auto problems × 2 samples, seed 1"])
+    report = json.loads((skilled.path / "out" / "report.json").read_text())
+    assert {of["policy"]: (of["n"], of["k"]) for of in report["evaluations"]} == sizes
+    assert all(64 <= n <= 256 and 2 <= k <= 8 for n, k in sizes.values())
+    # One test alone asks the same.
+    skilled(
+        0.8, "-k", "base", "--grpo-problems=auto", "--grpo-seed=2", "--grpo-report=out", passed=1
+    )
+    report = json.loads((skilled.path / "out" / "report.json").read_text())
+    (alone,) = report["evaluations"]
+    assert (alone["n"], alone["k"]) == sizes["base-policy"]
+
+
+def test_minutes_are_planned_or_refused_before_anything_is_drawn(skilled):
+    told = skilled(0.8, "--grpo-minutes=1", "--grpo-problems=64")
+    told.stderr.fnmatch_lines(["*--grpo-minutes and problems are both set*"])
+    planned = skilled(0.8, "--co", "--grpo-minutes=0.01").stdout
+    planned.fnmatch_lines(["*as much as 0.01 minutes allow*", "plan: *completions, about * s"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from grpo_harness.checks import _by_chance, against_base, against_baseline, decided, plan
+from grpo_harness.checks import _by_chance, against_base, against_baseline, decided, planner
 from grpo_harness.evaluation import Completion, Evaluation, Group, Questions, Tally
 from grpo_harness.gate import bounds, verdicts
 from grpo_harness.gate.bounds import Sizes
@@ -249,7 +249,9 @@ def test_sides_that_are_no_pair_are_not_compared():
     sort = asked(task_type=task_types()["sort"])
     assert compare("no_loss", [better], [sort]).verdict == "ERROR"
     fewer = replace(asked(problems=PROBLEMS[:64]), groups=base.groups[:64])
-    assert "128 problems of gcd were asked" in compare("no_loss", [better], [fewer]).reason
+    assert compare("no_loss", [better], [fewer]).evidence.n == 64, "those that both were asked"
+    others = asked(problems=PROBLEMS[1:65])
+    assert "ask both the same" in compare("no_loss", [better], [others]).reason
     hotter = asked(settings={"temperature": 1.5})
     assert "sampled differently" in compare("no_loss", [better], [hotter]).reason
     for sides in ([[], []], [[better], []]):
@@ -336,9 +338,9 @@ class TestSequential:
 
 
 def test_the_plan_foresees_what_the_rule_can_find():
-    found = plan(records(12), K, ALPHA)
+    found = planner(records(12), ALPHA).plan(K)
     assert (found.n, found.k, found.then) == (128, K, 0.75)
-    assert plan(records(12), 2 * K, ALPHA).mde90 < found.mde90
+    assert planner(records(12), ALPHA).plan(2 * K).mde90 < found.mde90
 
 
 class TestShares:

@@ -33,7 +33,7 @@ def test_nothing_set_means_the_nano_pair(project, tmp_path):
     settings = project()
     assert (settings.base.text, names(settings)) == ("nano-base", ["nano-trained"])
     assert list(settings.tasks) == list(task_types())
-    assert (settings.problems, settings.samples) == (256, 4)
+    assert (settings.problems, settings.samples, settings.minutes) == ("auto", 4, None)
     assert settings.baselines == tmp_path / "baselines"
     (reward,) = settings.tasks["gcd"].rewards.functions
     assert reward.function is reward_func
@@ -111,6 +111,22 @@ def test_everything_about_sampling(project):
     )
 
 
+@pytest.mark.parametrize(
+    ("table", "options", "expected"),
+    [
+        ('problems = "auto"', {}, ("auto", None)),
+        ("problems = 64", {"problems": "auto"}, ("auto", None)),
+        ("minutes = 2.5", {}, ("auto", 2.5)),
+        ('problems = "auto"', {"minutes": 3}, ("auto", 3)),
+        ("problems = 64", {"minutes": 3}, ("auto", 3)),
+        ("minutes = 3", {"problems": 64}, (64, None)),
+    ],
+)
+def test_problems_or_minutes_say_how_much_is_drawn(project, table, options, expected):
+    settings = project(table, **options)
+    assert (settings.problems, settings.minutes) == expected
+
+
 def test_greedy_draws_one_sample(project):
     settings = project("samples = 8", greedy=True)
     assert settings.sampling.greedy
@@ -123,9 +139,14 @@ def test_greedy_draws_one_sample(project):
         ('bse = "x"', {}, "no key 'bse'"),
         ('problems = "many"', {}, "problems is 'many'"),
         ("problems = true", {}, "problems is True"),
-        ("problems = 0", {}, "problems is 0: it must be a whole number"),
-        ("problems = 1.0", {}, "problems is 1.0: it must be a whole number"),
+        ("problems = 0", {}, "problems is 0: it must be a number of problems"),
+        ("problems = 1.0", {}, "problems is 1.0: it must be a number of problems"),
         (f"problems = {10**30}", {}, "problems is 1000"),
+        ("", {"problems": "some"}, "--grpo-problems is 'some': it must be a number of problems"),
+        ("minutes = 0", {}, "minutes is 0: it must be a number of minutes, above 0"),
+        ('minutes = "auto"', {}, "minutes is 'auto'"),
+        ("minutes = 3\nproblems = 64", {}, "minutes and problems are both set"),
+        ("", {"minutes": 3, "problems": 64}, "--grpo-minutes and problems are both set"),
         ("samples = 501", {}, "1 to 500"),
         ("", {"samples": 0}, "--grpo-samples is 0"),
         ("device = 3", {}, "device is 3: it must be a text"),

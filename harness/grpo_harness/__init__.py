@@ -23,6 +23,7 @@ files of a package, in the order of its own table.
 ``asked.py``       what a run asks: each task with its rewards and sampling
 ``served.py``      which policies are served, and where
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
+``sizing.py``      how many problems and samples each row asks, planned from its baseline
 ``session.py``     what the tests of one run share
 ``admission.py``   does a server serve the policy that it is said to serve
 ``grpo/``          GRPO in plain torch: to read, and as the oracle for TRL

@@ -180,7 +180,8 @@ def _by_completions(
     tasks = [task.source for task in session.settings.answered()]
     length = {source.name: len(session.questions(policy, source).prompts[0]) for source in tasks}
     smallest = sorted(tasks, key=lambda source: length[source.name])[:2]
-    if not smallest or min(_PROBLEMS, session.settings.problems) < MINIMUM_PROBLEMS:
+    asked = [len(session.questions(policy, source).problems) for source in smallest]
+    if min([_PROBLEMS, *asked]) < MINIMUM_PROBLEMS or not smallest:
         return "UNPROVEN", "it tells no log-probabilities, and no task judges enough answers"
     ours, theirs = (
         [

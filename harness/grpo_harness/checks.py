@@ -6,12 +6,14 @@ A `Check` is the answer to one question: its verdict, its evidence, and the prob
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 from grpo_harness.evaluation import Evaluation, Group, Tally
-from grpo_harness.gate import verdicts as gate
+from grpo_harness.gate.permutation import Rewards
+from grpo_harness.gate.plan import Noise, Planner
 from grpo_harness.gate.verdicts import Evidence, Verdict
-from grpo_harness.rules import RULES, Rule, Tallies, Terms, Unit, counts, nothing_to_lose, rate
+from grpo_harness.rules import RULES, Rule, Tallies, Terms, Unit, counts, nothing_to_lose
 from grpo_harness.text import escape
 
 _CHANCE = 1e-6
@@ -134,7 +136,7 @@ def against_base(
     check = opened(rule, _named(trained), trained[0].policy, base[0].policy)
     if reason := _no_pairs(trained, base) or _failed([*trained, *base]):
         return replace(check, reason=reason)
-    # In sequential runs, one side may have been asked more problems than the other.
+    # One side may have been asked more problems than the other, or have stopped later.
     pairs = [
         pair
         for ours, theirs in zip(trained, base, strict=True)
@@ -156,10 +158,24 @@ def decided(
     return rule.judge(_tallies(groups), records, rule.bounds, terms).verdict in ("PASS", "FAIL")
 
 
-def plan(records: Tallies, k: int, alpha: float, rule: Rule = RULES["accuracy"]) -> gate.Plan:
-    """Predict which drop of accuracy a run of the recorded policy can find."""
-    bounds = rule.bounds.of(rate(records))
-    return gate.plan(*counts(records), k, alpha=alpha, bounds=bounds)
+def planner(
+    records: Tallies, alpha: float, rule: Rule = RULES["accuracy"], *, sequential: bool = False
+) -> Planner:
+    """Return what plans a rule's run on the problems of ``records``, in their order.
+
+    Raises ``ValueError`` if there is nothing to plan by.
+    """
+    if rule.measure.unit != "reward":
+        noise = Noise.of_counts(*counts(records))
+        return Planner(noise, rule.bounds.of, alpha, sequential)
+    totals = [tally.total for tally in records]
+    if not any(totals):
+        raise ValueError("the reward applies to no completion")
+    mean = fmean(value for values in totals for value in values)
+    # To a problem without any score the reward may apply next time.
+    table = [values or (mean,) for values in totals]
+    bounds = rule.bounds.of(mean, Rewards.of(table, table).scale or 1.0)
+    return Planner(Noise.of_rewards(table), bounds, alpha)
 
 
 def opened(rule: Rule, task_type: str, policy: str, reference: str, reason: str = "") -> Check:
@@ -219,12 +235,13 @@ def _no_pairs(trained: Sequence[Evaluation], base: Sequence[Evaluation]) -> str:
                 f"the same weights (fingerprints {ours.fingerprint} and {theirs.fingerprint}). "
                 "Point --grpo-trained at what was trained"
             )
-        asked = [(e.task, e.questions.ids) for e in (ours, theirs)]
+        # Each may be asked as many as it needs: they are compared on those that both were asked.
+        common = min(ours.planned, theirs.planned)
+        asked = [(e.task, e.questions.ids[:common]) for e in (ours, theirs)]
         if asked[0] != asked[1]:
             return (
-                f"not comparable: {ours.planned} problems of {ours.task} were asked of "
-                f"{ours.policy}, and {theirs.planned} of {theirs.task} of {theirs.policy}: ask "
-                "both the same"
+                f"not comparable: the problems of {ours.task} that were asked of {ours.policy} are "
+                f"not those of {theirs.task} that were asked of {theirs.policy}: ask both the same"
             )
         # End tokens may differ between policies.
         sampling = [{**e.questions.settings, "eos_token_ids": None} for e in (ours, theirs)]

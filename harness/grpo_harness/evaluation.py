@@ -1,6 +1,7 @@
 """Problems × policy -> groups of scored completions."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -169,7 +170,8 @@ class Evaluation:
     """The results of one run for one policy and task type, in the order of the problems.
 
     ``groups`` holds the problems that were asked: all that were planned, unless a sequential run
-    stopped early. ``engine`` is the identity of the engine.
+    stopped early. ``engine`` is the identity of the engine. ``drawn`` completions were drawn in
+    ``seconds``; all others were stored.
     """
 
     questions: Questions
@@ -177,6 +179,8 @@ class Evaluation:
     run_seed: int
     k: int
     groups: tuple[Group, ...]
+    drawn: int = 0
+    seconds: float = 0.0
 
     @property
     def policy(self) -> str:
@@ -382,6 +386,7 @@ def evaluate(
         for number in range(k)
     ]
     groups: list[Group] = []
+    count, seconds = 0, 0.0
     step = len(problems) if until is None else look
     with store.open(policy.slug, questions.task_type.name, what=identity) as samples:
         while len(groups) < len(problems) and not (groups and until is not None and until(groups)):
@@ -396,15 +401,17 @@ def evaluate(
             most = getattr(engine, "at_once", _CHUNK)
             for start in range(0, len(missing), most):
                 keys, requests = zip(*missing[start : start + most], strict=True)
+                began = time.perf_counter()
                 try:
                     drawn = engine.sample(requests, progress)
                 except EngineError as error:
                     samples.add({keys[number]: of for number, of in error.drawn.items()})
                     raise
+                count, seconds = count + len(drawn), seconds + time.perf_counter() - began
                 samples.add(dict(zip(keys, drawn, strict=True)))
             groups += scored(questions, asked, [samples[key] for key, _ in part])
     drawn_by = {**engine.identity(), **engine.remarks()}
-    return Evaluation(questions, drawn_by, run_seed, k, tuple(groups))
+    return Evaluation(questions, drawn_by, run_seed, k, tuple(groups), count, seconds)
 
 
 def _class(engine: Engine) -> str:

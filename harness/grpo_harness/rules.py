@@ -341,6 +341,26 @@ def shares(planned: Iterable[str], alpha: float = ALPHA) -> dict[str, float]:
     return {name: alpha * SHARES[_family(name)] / asked / families[_family(name)] for name in times}
 
 
+def asked(
+    tasks: Iterable[Callable[[str], bool]], candidates: int, *, total: bool = True
+) -> list[str]:
+    """Return the rule's name for every check of all rules, on a base and some candidates.
+
+    Each of ``tasks`` tells whether a rule has something to judge on it. Those of ``total`` and of
+    the improvement over base are one for each policy, all others one for each task too.
+    """
+    found, tasks = list[str](), list(tasks)
+    for name, rule in RULES.items():
+        times = candidates + (rule.against == "baseline")
+        on = sum(asks(name) for asks in tasks)
+        if name == TOGETHER:
+            on = int(total and on > 1)
+        elif name == "improvement":
+            on = min(on, 1)
+        found += [name] * (times * on)
+    return found
+
+
 def _family(name: str) -> Family:
     return RULES[name].family if name in RULES else "quality"
 

@@ -19,16 +19,15 @@ from grpo_harness.baselines.recording import Recording
 from grpo_harness.checks import Check
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
 from grpo_harness.engines.residency import Residents
-from grpo_harness.errors import HarnessError
 from grpo_harness.evaluation import Evaluation, Group, Questions, Tally, ask, evaluate
-from grpo_harness.gate.bounds import ALPHA, LOOK, MINIMUM_PROBLEMS, Sizes
-from grpo_harness.gate.verdicts import Plan
+from grpo_harness.gate.bounds import ALPHA, LOOK, Sizes
 from grpo_harness.policy import Policy, PolicyError, PolicyName, load
 from grpo_harness.reruns import Attempt, Reruns
 from grpo_harness.rewards.functions import Rewards
 from grpo_harness.rewards.trials import rewards_digest
 from grpo_harness.rules import RULES, Rule, Terms
 from grpo_harness.settings import Settings
+from grpo_harness.sizing import Size, Sizing, baseline_of, bounded, to_record
 from grpo_harness.store import Store
 from grpo_harness.tasks import Source
 from grpo_harness.text import digest
@@ -41,69 +40,28 @@ Until = Callable[[Sequence[Group]], bool]
 """Tells whether a run may stop after the groups so far."""
 
 
-def plan(
-    settings: Settings, role: str, name: PolicyName, task_type: str, alpha: float
-) -> Plan | str:
-    """Predict what the accuracy check of a policy can find, from its baseline alone.
-
-    ``alpha`` is its part of the run's risk. If the check will be an ERROR, return the reason in a
-    few words instead: the run says it in full.
-    """
-    path = _path(settings, role, name, task_type)
-    if settings.problems < MINIMUM_PROBLEMS:
-        return f"fewer than {MINIMUM_PROBLEMS} problems"
-    if not baselines.exists(path):
-        return "no baseline"
-    try:
-        source = settings.tasks[task_type].source
-        ids = [problem.id for problem in source.problems(settings.problems)]
-        stored = baselines.load(path)
-    except (HarnessError, ValueError):
-        return "a damaged baseline, or too few problems"
-    if not all(problem in stored.records for problem in ids):
-        return f"problems that were not recorded (of {len(stored.records)} that were)"
-    records = [stored.records[name].tally for name in ids]
-    task = settings.tasks[task_type]
-    rule = _bounded(RULES["accuracy"], task.bounds)
-    if not task.allow_floor and rules.nothing_to_lose(records, rule.bounds):
-        return "nothing to lose"
-    return checks.plan(records, settings.draws(source), alpha, rule)
-
-
-def _bounded(rule: Rule, bounds: Mapping[str, Sizes]) -> Rule:
-    """Return a rule with the project's own bounds, if it has some."""
-    own = bounds.get(rule.name.partition(".")[0])
-    return rule if own is None else replace(rule, bounds=own)
-
-
 def stale_entries(settings: Settings) -> list[Stale]:
     """List the stale baselines below the baselines folder."""
     configured = (name for names in settings.configured.values() for name in names)
     types = {name: task.source for name, task in settings.tasks.items()}
     slugs = {name.slug for name in (*configured, *(own for *_, own in settings.policies()))}
-    return stale(settings.baselines, slugs, types, settings.problems)
-
-
-def _path(settings: Settings, role: str, own: PolicyName, task_type: str) -> Path:
-    """Return the policy's own baseline, or else the first of its role's configured policies."""
-    stand_ins = settings.configured["base" if role == "base" else "trained"]
-    paths = [
-        baselines.path_of(settings.baselines, name.slug, task_type) for name in (own, *stand_ins)
-    ]
-    return next((path for path in paths if baselines.exists(path)), paths[0])
+    asked = settings.problems if isinstance(settings.problems, int) else 1
+    return stale(settings.baselines, slugs, types, asked)
 
 
 @dataclass(eq=False)
 class Session:
     """One run: its settings and seed, its store of samples, its shares of the risk.
 
-    ``shares`` is the part of the false-alarm risk that a check of each rule has. ``code`` digests
+    ``sizing`` has the sizes of its rows, and ``shares`` the part of the false-alarm risk that a
+    check of each rule has. ``code`` digests
     the code that samples and judges: attempts of other code are not used. ``progress``
     makes a progress display for a title and a number of samples, and ``evaluated`` is called once
     with every evaluation of the run.
     """
 
     settings: Settings
+    sizing: Sizing
     run_seed: int
     shares: Mapping[str, float]
     code: str
@@ -219,15 +177,27 @@ class Session:
         ]
         return self.engine(policy).sample(requests, None)
 
-    def questions(self, policy: Policy, task_type: Source) -> Questions:
-        """Return what a policy is asked on a task type; nothing is drawn. Raises as ``ask``."""
-        key = (policy.name, str(policy.fingerprint), task_type.name)
+    def size(self, policy: Policy, task_type: Source) -> Size:
+        """Return how many problems of a task type a policy is asked, and how often each."""
+        name = policy.checkpoint.name
+        roles = (role for role, _, own in self.settings.policies() if own == name)
+        return self.sizing.size(next(roles, ""), name, task_type)
+
+    def questions(
+        self, policy: Policy, task_type: Source, problems: int | None = None
+    ) -> Questions:
+        """Return what a policy is asked on a task type; nothing is drawn. Raises as ``ask``.
+
+        Without ``problems`` they are as many as the run asks.
+        """
+        n = self.size(policy, task_type).n if problems is None else problems
+        key = (policy.name, str(policy.fingerprint), task_type.name, str(n))
         if key not in self._questions:
             task = self.settings.task(task_type)
             self._questions[key] = ask(
                 policy,
                 task_type,
-                self.settings.problems,
+                n,
                 settings=self._engine_of(policy, task_type).settings(),
                 rewards=task.rewards,
                 system=task.system,
@@ -256,7 +226,7 @@ class Session:
             questions = self.questions(policy, task_type)
             until = self._until_decided(questions) if self.settings.sequential else None
             self._evaluations[key] = self._draw(
-                questions, self.settings.draws(task_type), self.run_seed, until
+                questions, self.size(policy, task_type).k, self.run_seed, until
             )
             self.evaluated(self._evaluations[key])
         return self._evaluations[key]
@@ -267,7 +237,7 @@ class Session:
 
     def baseline(self, role: str, policy: Policy, task_type: str) -> Baseline:
         """Load the policy's own baseline, or else its role's. Raises ``BaselineError``."""
-        path = _path(self.settings, role, policy.checkpoint.name, task_type)
+        path = baseline_of(self.settings, role, policy.checkpoint.name, task_type)
         # One object for all tests: it scores its examples once.
         if path not in self._baselines:
             self._baselines[path] = baselines.load(path)
@@ -298,7 +268,7 @@ class Session:
             for evaluation, baseline in zip(evaluations, stored, strict=True)
         )
         task = self._task(evaluations[0])
-        rule = _bounded(rule, self._bounds(evaluations))
+        rule = bounded(rule, self._bounds(evaluations))
 
         def judge(pooled: Sequence[Evaluation], alpha: float) -> Check:
             terms = Terms(alpha, same, self.settings.sequential, task.allow_floor)
@@ -314,14 +284,14 @@ class Session:
         task = self.settings.task(questions.task_type)
         if task.allow_floor or set(declared) != {"accuracy"} or not questions.judges_answers:
             return ""
-        rule = _bounded(RULES["accuracy"], task.bounds)
+        rule = bounded(RULES["accuracy"], task.bounds)
         return rules.nothing_to_lose(baseline.select(questions), rule.bounds)
 
     def against_base(
         self, rule: Rule, trained: Sequence[Evaluation], base: Sequence[Evaluation], alpha: float
     ) -> Check:
         """Judge a trained policy against its base; ``alpha`` is its part of the run's risk."""
-        rule = _bounded(rule, self._bounds(trained))
+        rule = bounded(rule, self._bounds(trained))
 
         def judge(evaluations: Sequence[Evaluation], alpha: float) -> Check:
             sides = evaluations[: len(trained)], evaluations[len(trained) :]
@@ -345,19 +315,22 @@ class Session:
         """
         key = (policy.name, task_type.name)
         if key not in self._recorded:
-            questions = self.questions(policy, task_type)
             # Greedy decoding draws the same completion with any seed: one sample is enough.
             greedy = self.settings.task(task_type).sampling.greedy
             seeds = [secrets.randbelow(2**31) for _ in range(1 if greedy else recording.SEEDS)]
-            if self.store.draws == "none":
-                seeds = self.baseline(role, policy, task_type.name).header.seeds
             samples = 1 if greedy else recording.SAMPLES
+            problems = to_record(self.settings, task_type)
+            if self.store.draws == "none":
+                before = self.baseline(role, policy, task_type.name)
+                seeds, problems = before.header.seeds, min(problems, before.header.planned)
+                samples = max(record.k for record in before.records.values())
+            questions = self.questions(policy, task_type, problems)
             evaluations = [self._draw(questions, samples // len(seeds), seed) for seed in seeds]
             self._recorded[key] = recording.record(
                 self.settings.baselines,
                 evaluations,
                 root=self.settings.root,
-                before=_path(self.settings, role, policy.checkpoint.name, task_type.name),
+                before=baseline_of(self.settings, role, policy.checkpoint.name, task_type.name),
                 files=files,
                 reason=reason,
             )
@@ -424,7 +397,7 @@ class Session:
         records = [stored.records[problem].tally for problem in questions.ids]
         shares = self.shares
         alpha = shares.get("accuracy") or shares.get(rules.UNDECLARED) or ALPHA
-        rule = _bounded(RULES["accuracy"], self.settings.task(questions.task_type).bounds)
+        rule = bounded(RULES["accuracy"], self.settings.task(questions.task_type).bounds)
         return lambda groups: checks.decided(groups, records, alpha, rule)
 
     def _recorded_of(self, questions: Questions) -> Baseline | None:

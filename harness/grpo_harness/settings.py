@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import combinations
@@ -88,11 +89,26 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         dict[str, Any], _key("a table with a table for each data set", option=False)
     ] = {}
     problems: Annotated[
-        int, _key(f"problems per task type, 1 to {MOST_PROBLEMS}", "N", ge=1, le=MOST_PROBLEMS)
-    ] = 256
+        Annotated[int, Meta(ge=1, le=MOST_PROBLEMS)] | Literal["auto"],
+        _key(
+            f"a number of problems per task type, 1 to {MOST_PROBLEMS}, or auto: as many as find "
+            "the margin",
+            "N",
+        ),
+    ] = "auto"
     samples: Annotated[
-        int, _key(f"completions per problem, 1 to {MOST_SAMPLES}", "K", ge=1, le=MOST_SAMPLES)
+        int,
+        _key(
+            f"completions per problem, 1 to {MOST_SAMPLES}; with auto problems the least number",
+            "K",
+            ge=1,
+            le=MOST_SAMPLES,
+        ),
     ] = 4
+    minutes: Annotated[
+        Annotated[float, Meta(gt=0, le=1e6)] | None,
+        _key("a number of minutes, above 0: each row asks what finds most in them", "M"),
+    ] = None
     sampling: Annotated[Sampling, _key("how completions are drawn", option=False)] = Sampling()
     reward: Annotated[
         str | None, _key("a reward as module:function; the rule reward if left out", option=False)
@@ -150,18 +166,34 @@ class Setting:
     """One key of :class:`Table` as the command line and messages need it."""
 
     name: str
-    kind: type
+    kind: Callable[[str], Any]
     description: str
     metavar: str | None
     is_option: bool
     repeats: bool
 
 
+_NUMBERS = {"problems", "minutes"}
+"""The keys that may be a number, and something else too."""
+
+
+def _number(text: str) -> int | float | str:
+    """Return the number that a text is, or the text."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
 def table_settings() -> Iterator[Setting]:
     """Yield every key of the table, in its order."""
     for name, hint in get_type_hints(Table, include_extras=True).items():
         kind, meta = get_args(hint)
-        plain = kind if isinstance(kind, type) else str
+        numbers = {int, float} & {
+            *get_args(kind),
+            *(part for a in get_args(kind) for part in get_args(a)),
+        }
+        plain = kind if isinstance(kind, type) else _number if numbers else str
         of = meta.extra
         yield Setting(name, plain, meta.description, of["metavar"], of["option"], of["repeats"])
 
@@ -183,8 +215,9 @@ class Settings:
     configured: Mapping[Role, Sequence[PolicyName]]
     tasks: Mapping[str, Task]
     bounds: Mapping[str, Sizes]
-    problems: int
+    problems: int | Literal["auto"]
     samples: int
+    minutes: float | None
     sampling: Sampling
     baselines: Path
     sequential: bool
@@ -271,6 +304,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     addresses = {role: set_here.pop(f"serve_{role}", None) for role in ROLES}
     chosen = converted(set_here, Table, lambda _: "--grpo-")
     resolved = msgspec.structs.replace(table, **{name: getattr(chosen, name) for name in set_here})
+    resolved = _one_size(resolved, set_here, f"{where}] ")
     sampling = resolved.sampling
     if greedy:
         sampling = msgspec.structs.replace(sampling, greedy=True)
@@ -337,6 +371,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         bounds=own,
         problems=resolved.problems,
         samples=1 if sampling.greedy else resolved.samples,
+        minutes=resolved.minutes,
         sampling=sampling,
         baselines=folder,
         sequential=resolved.sequential,
@@ -356,6 +391,23 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         sources=sources,
         table=resolved,
     )
+
+
+def _one_size(table: Table, set_here: Mapping[str, Any], place: str) -> Table:
+    """Leave one of ``problems`` and ``minutes``: that of the command line, if it has one.
+
+    Raises ``SettingsError`` if both are set in one place.
+    """
+    if table.minutes is None or table.problems == "auto":
+        return table
+    own = [name for name in ("problems", "minutes") if name in set_here]
+    if len(own) != 1:
+        raise SettingsError(
+            f"{'--grpo-' if own else place}minutes and problems are both set, and both say how "
+            "much is drawn: leave one out"
+        )
+    other: dict[str, Any] = {"problems": "auto"} if own == ["minutes"] else {"minutes": None}
+    return msgspec.structs.replace(table, **other)
 
 
 def _recipes(given: str | list[str] | None, home: Path, place: str) -> tuple[Path, ...]:

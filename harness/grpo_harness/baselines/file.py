@@ -29,6 +29,9 @@ from grpo_harness.text import digest, escape, one_line
 SCHEMA: Final = 4
 """Since 4, a file has a checksum, and single rewards and examples always."""
 
+SPEED: Final = "completions_per_second"
+"""The key of a baseline's environment that says how fast its completions were drawn."""
+
 _ROUNDING = 1e-6
 
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -175,6 +178,12 @@ class Baseline:
     def policy(self) -> str:
         """The name of the policy that was recorded."""
         return self.header.policy
+
+    @property
+    def speed(self) -> float | None:
+        """The completions that were drawn in a second, if that is known."""
+        value = self.header.environment.get(SPEED)
+        return float(value) if isinstance(value, int | float) and value > 0 else None
 
     def same_policy(self, fingerprint: Fingerprint) -> bool:
         """Tell whether a policy is the recorded one, by fingerprint."""

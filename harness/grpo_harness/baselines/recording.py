@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from grpo_harness.baselines.examples import keep, read
 from grpo_harness.baselines.file import (
+    SPEED,
     Anchor,
     Baseline,
     BaselineError,
@@ -39,8 +40,11 @@ from grpo_harness.gate import verdicts as gate
 from grpo_harness.gate.bounds import ALPHA, MINIMUM_PROBLEMS
 from grpo_harness.text import escape
 
-SAMPLES = 16
-"""Completions per problem that a recording draws."""
+SAMPLES = 64
+"""Completions per problem that a recording draws: later runs need fewer for it."""
+
+PROBLEMS = 1024
+"""Problems that a recording asks, or as many as there are: a plan has no more to choose from."""
 
 SEEDS = 2
 """Run seeds of a recording, so that the luck of a single run is not the reference."""
@@ -168,7 +172,7 @@ def record(
         seeds=[evaluation.run_seed for evaluation in evaluations],
         planned=planned,
         gate=bounds_of(questions),
-        environment=environment(first.engine),
+        environment={**environment(first.engine), **_speed(evaluations)},
         parent=parent.digest if parent else None,
         # For these problems, only the conditions of the header are valid.
         kept_from=Kept(len(kept), parent.digest) if parent and kept else None,
@@ -178,6 +182,12 @@ def record(
     examples = keep(evaluations, [e for e in older.examples if e.problem in kept] if older else [])
     write(path, header, records, examples)
     return Recording(path, (*notes, *examples.notes))
+
+
+def _speed(evaluations: Sequence[Evaluation]) -> dict[str, float]:
+    """Return how fast completions were drawn, if any were: later runs plan by it."""
+    drawn, seconds = sum(e.drawn for e in evaluations), sum(e.seconds for e in evaluations)
+    return {SPEED: float(f"{drawn / seconds:.3g}")} if drawn and seconds else {}
 
 
 def _parent(path: Path, reason: str | None) -> tuple[Baseline | None, list[str]]:

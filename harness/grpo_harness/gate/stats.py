@@ -229,13 +229,6 @@ class Estimate:
             float(observations.mean()), float(observations.std(ddof=1)) / math.sqrt(n), n - 1
         )
 
-    @classmethod
-    def expected(cls, variance: float, n: int) -> Self:
-        """The guarded estimate for `n` observations of mean 0 and this variance."""
-        both = n + len(PSEUDO_PROBLEMS)
-        spread = n * variance + sum(d * d for d in PSEUDO_PROBLEMS)
-        return cls(0.0, math.sqrt(spread / (both - 1) / both), both - 1)
-
     def quantile(self, level: float) -> float:
         """Student's t that is exceeded with chance `level`, in standard errors."""
         # From the lower tail: for a tiny level, 1 - level is 1.

@@ -65,21 +65,6 @@ NOT_THE_POLICY = "the policy is the recorded one: what draws or scores its compl
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run can find, predicted before anything is drawn.
-
-    `mde90` is the drop of the mean rate that `n` problems of `k` samples find nine times in ten,
-    `needed` the number of problems that find a drop of `margin`.
-    """
-
-    n: int
-    k: int
-    then: float
-    mde90: float
-    needed: int
-
-
-@dataclass(frozen=True, slots=True)
 class Evidence:
     """What one check concluded, and the numbers behind it.
 
@@ -107,35 +92,6 @@ class Evidence:
     p: float
     mde90: float
     needed: int | None
-
-
-def plan(
-    then: Numbers, k_then: Samples, k: int, *, bounds: Bounds = RATE, alpha: float = ALPHA
-) -> Plan:
-    """Predict what `judge` will find on the problems of a reference, `k` samples each.
-
-    The prediction is for the same policy, whose difference on a problem varies only by sampling:
-    with rate q its variance is q (1 - q) (1 / k + 1 / k_then). Rates are shrunk by half a success
-    and half a failure; otherwise a problem that never failed would seem certain. Another policy
-    also differs by problem, by an unknown amount.
-
-    Raises ValueError as `judge` does.
-    """
-    margin, minimum = sizes(bounds)
-    each_side = level(alpha) / 2
-    k = int(whole([k], "k", least=1)[0])
-    counts = Counts.of(then, k_then, then, k_then)
-    rates = (counts.then + 0.5) / (counts.k_then + 1)
-    variance = float((rates * (1 - rates) * (1 / k + 1 / counts.k_then)).mean())
-
-    def mde90(n: int) -> float:
-        return Estimate.expected(variance, n).detectable(each_side, minimum)
-
-    n = len(counts.then)
-    needed = MINIMUM_PROBLEMS
-    while mde90(needed) > margin:
-        needed += 1 + needed // 100
-    return Plan(n, k, float((counts.then / counts.k_then).mean()), mde90(n), needed)
 
 
 def judge(

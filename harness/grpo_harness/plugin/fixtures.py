@@ -47,6 +47,7 @@ def grpo_session(
     run = pytestconfig.stash[RUN]
     session = Session(
         settings=run.settings,
+        sizing=run.sizing,
         run_seed=run.seed,
         shares=run.shares(),
         code=code_digest(_own_plugins(pytestconfig)),

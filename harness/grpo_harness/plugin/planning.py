@@ -231,13 +231,20 @@ def _try_rewards(run: Run, session: pytest.Session) -> None:
 
 
 def asked(run: Run, items: list[pytest.Item]) -> list[tuple[str, str, PolicyName]]:
-    """Return task type, role and policy of each accuracy check, in the order of a table."""
+    """Return task type, role and policy of each row that is planned, in the order of a table.
+
+    They are those whose accuracy is judged, or the reward where nothing can be correct.
+    """
     from grpo_harness.rules import UNDECLARED
+
+    def planned(task_type: Any) -> set[str]:
+        task = run.settings.tasks.get(task_type)
+        return {"accuracy" if task is None or task.asks("accuracy") else "reward", UNDECLARED}
 
     found = {
         judged(item)
         for item in items
-        if records(item) and {"accuracy", UNDECLARED} & set(declared(item))
+        if records(item) and planned(judged(item)[2]) & set(declared(item))
     }
     return [
         (task_type, role, name)

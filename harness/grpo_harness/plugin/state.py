@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from grpo_harness.session import Session
     from grpo_harness.settings import Settings
+    from grpo_harness.sizing import Sizing
 
 _T = TypeVar("_T")
 
@@ -22,12 +24,19 @@ PROPERTY = "grpo-harness"
 
 @dataclass
 class Run:
-    """The state of a run: its settings, its seed, and the rule of every planned check."""
+    """The state of a run: its settings, its seed, its sizes, the rule of every planned check."""
 
     settings: Settings
     seed: int
     planned: list[str] = field(default_factory=list)
     files: int = 1
+
+    @cached_property
+    def sizing(self) -> Sizing:
+        """How many problems and samples each row asks."""
+        from grpo_harness.sizing import Sizing
+
+        return Sizing(self.settings)
 
     def shares(self) -> dict[str, float]:
         """Return each check's part of the risk of a false alarm, by its rule."""

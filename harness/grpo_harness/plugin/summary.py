@@ -18,8 +18,12 @@ from grpo_harness.plugin.state import SEED, Run, rows, usage_errors
 from grpo_harness.text import escape, plain, together
 
 if TYPE_CHECKING:
-    from grpo_harness.gate.verdicts import Plan
+    from collections.abc import Sequence
+
+    from grpo_harness.gate.plan import Plan
+    from grpo_harness.policy import PolicyName
     from grpo_harness.report.report import Report
+    from grpo_harness.sizing import Row
 
 
 class Summary:
@@ -64,13 +68,20 @@ class Summary:
 
     # --- before -------------------------------------------------------------------------------
 
+    def _size(self) -> str:
+        """Return how much the run draws, as far as the settings say."""
+        settings = self._run.settings
+        if settings.minutes is not None:
+            return f"as much as {settings.minutes:g} minutes allow"
+        return f"{settings.problems} problems × {settings.samples} samples"
+
     def pytest_report_header(self) -> list[str]:
         """Show what the run is about, and what is needed to repeat it."""
         self._has_header = True
         settings, run = self._run.settings, self._run
         about = (
             f"{together([escape(name.text, 60) for *_, name in settings.policies()])}, "
-            f"{settings.problems} problems × {settings.samples} samples, seed {run.seed}"
+            f"{self._size()}, seed {run.seed}"
         )
         sampling = " ".join(f"{k}={v}" for k, v in settings.sampling.asdict().items())
         lines = [
@@ -92,26 +103,29 @@ class Summary:
         return [*header, *self._plan(items)]
 
     def _plan(self, items: list[pytest.Item]) -> list[str]:
-        from grpo_harness.gate.verdicts import Plan
+        from grpo_harness.gate.plan import Plan
         from grpo_harness.rules import UNDECLARED
-        from grpo_harness.session import plan
 
-        settings, shares = self._run.settings, self._run.shares()
-        alpha = shares.get("accuracy") or shares.get(UNDECLARED) or 0.0
-        plans = [
-            (task_type, name.text, plan(settings, role, name, task_type, alpha))
-            for task_type, role, name in asked(self._run, items)
-        ]
+        settings, shares, sizing = self._run.settings, self._run.shares(), self._run.sizing
+        plans: list[tuple[PolicyName, Row, Plan | str]] = []
+        with usage_errors():
+            for task_type, role, name in asked(self._run, items):
+                row = sizing.row(role, name, task_type)
+                alpha = shares.get(row.rule.name) or shares[UNDECLARED]
+                plans.append((name, row, sizing.plan(role, name, task_type, alpha)))
         planned = len(self._run.planned)
         line = (
             f"plan: {planned} check{'s share' if planned > 1 else ' has'} a false-alarm risk of "
             f"{100 * settings.table.gate.alpha:g} %"
         )
-        drops = sorted(found.mde90 for *_, found in plans if isinstance(found, Plan))
-        if drops:
-            drop = " to ".join(dict.fromkeys(f"{100 * d:.1f}" for d in (drops[0], drops[-1])))
+        found = sorted((p for *_, p in plans if isinstance(p, Plan)), key=lambda plan: plan.mde90)
+        if found:
+            ends = (f"{100 * plan.mde90:.1f}" for plan in (found[0], found[-1]))
+            drop = " to ".join(dict.fromkeys(ends))
             line += f"; nine times in ten, a recorded policy is caught {drop} points lower"
-        unknown = [found for *_, found in plans if isinstance(found, str)]
+            drawn = sum(plan.n * plan.k for plan in found)
+            line += f"; {drawn:,} completions, {_in_words(_together(plans))}"
+        unknown = [plan for *_, plan in plans if isinstance(plan, str)]
         if unknown:
             whys = ", ".join(dict.fromkeys(unknown))
             every = f"{len(unknown)} of {len(plans)} accuracy checks"
@@ -283,20 +297,44 @@ def _said(report: pytest.CollectReport | pytest.TestReport) -> str:
     return "\n".join(text.splitlines()[-20:])
 
 
-def _plan_table(plans: list[tuple[str, str, Plan | str]], width: int) -> list[str]:
+def _seconds(row: Row, plan: Plan) -> float | None:
+    """Return how long the completions of a row take, by how fast its baseline was drawn."""
+    return None if row.speed is None else plan.n * plan.k / row.speed
+
+
+def _together(plans: Sequence[tuple[PolicyName, Row, Plan | str]]) -> float | None:
+    """Return how long all rows take, if that is known of each."""
+    each = [_seconds(row, plan) for _, row, plan in plans if not isinstance(plan, str)]
+    known = [seconds for seconds in each if seconds is not None]
+    return sum(known) if len(known) == len(each) else None
+
+
+def _in_words(seconds: float | None) -> str:
+    if seconds is None:
+        return "time unknown"
+    return f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"
+
+
+def _plan_table(plans: Sequence[tuple[PolicyName, Row, Plan | str]], width: int) -> list[str]:
     from grpo_harness.report.tables import Table
 
-    caught, needed = "caught (points lower)", "problems for 5 points"
+    caught, needed, time = "caught (points lower)", "problems needed", "seconds"
     rows = []
-    for task_type, policy, found in plans:
-        row = {"task type": task_type, "policy": policy}
-        if isinstance(found, str):
-            row |= {"n × k": "", "baseline": "", caught: f"ERROR: {found}", needed: ""}
+    for name, of, plan in plans:
+        row = {"task type": of.task.source.name, "policy": name.text, "n × k": ""}
+        if isinstance(plan, str):
+            row |= {"baseline": "", caught: f"ERROR: {plan}", needed: "", time: ""}
         else:
-            drop = (
-                f"{100 * found.mde90:.1f}" if found.mde90 < found.then else "not even a drop to 0"
-            )
-            size, then = f"{found.n} × {found.k}", f"{found.then:.1%}"
-            row |= {"n × k": size, "baseline": then, caught: drop, needed: str(found.needed)}
+            drop = f"{100 * plan.mde90:.1f}" if plan.mde90 < plan.then else "not even a drop to 0"
+            if not plan.enough:
+                drop += f", not {100 * plan.margin:.1f}"
+            seconds = _seconds(of, plan)
+            row |= {
+                "n × k": f"{plan.n} × {plan.k}",
+                "baseline": f"{plan.then:.1%}",
+                caught: drop,
+                needed: "no number" if plan.needed is None else str(plan.needed),
+                time: "unknown" if seconds is None else f"{seconds:.1f}",
+            }
         rows.append(row)
-    return Table.of(rows, ("n × k", "baseline")).terminal(width)
+    return Table.of(rows, (needed, "baseline", time)).terminal(width)

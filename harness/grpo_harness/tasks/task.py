@@ -42,6 +42,14 @@ class Problem:
     answer: Answer | None = None
 
 
+class TooFewError(ValueError):
+    """A task type has fewer distinct problems than were asked for: ``found``."""
+
+    def __init__(self, message: str, found: int) -> None:
+        super().__init__(message)
+        self.found = found
+
+
 class Source(ABC):
     """Where problems come from, by name: a task type, or a table of rows.
 
@@ -58,6 +66,13 @@ class Source(ABC):
     @abstractmethod
     def problems(self, n: int) -> list[Problem]:
         """Return the first ``n`` problems that a suite asks, always in the same order."""
+
+    def at_most(self, n: int) -> list[Problem]:
+        """Return the first ``n`` problems, or all if there are fewer."""
+        try:
+            return self.problems(n)
+        except TooFewError as error:
+            return self.problems(error.found)
 
     @abstractmethod
     def conversation(self, problem: Problem, system: str | None) -> Prompt:
@@ -158,9 +173,10 @@ class TaskType(Source):
                 found[prompt] = problem
                 misses = 0
             elif (misses := misses + 1) > 10_000:
-                raise ValueError(
+                raise TooFewError(
                     f"task type {self.name!r} has no more than {len(found)} distinct held-out "
-                    f"problems within reach, and {n} were asked for: ask for fewer"
+                    f"problems within reach, and {n} were asked for: ask for fewer",
+                    len(found),
                 )
         return list(found.values())
 
