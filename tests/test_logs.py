@@ -305,7 +305,7 @@ CHANGES = {
     ),
     "collapse": ({"completions/mean_length": lambda x, t: x * (1 - 0.9 * t)}, {"length"}),
     "cut": ({"completions/clipped_ratio": lambda x, t: x + 0.5}, {"clipped ratio"}),
-    "cold": ({"entropy": lambda x, t: x / 2}, {"entropy"}),
+    "cold": ({"entropy": lambda x, t: x / 6}, {"entropy"}),
     "one function": ({"rewards/format/mean": lambda x, t: 0.0}, {"reward format"}),
     "no spread": ({"frac_reward_zero_std": lambda x, t: 0.9 * t}, {"groups without spread"}),
     "steep": ({"grad_norm": lambda x, t: 20 * x}, {"gradient norm"}),
@@ -559,7 +559,7 @@ def test_the_command_records_and_judges(tmp_path, monkeypatch, capsys):
     assert main(["log", "run4", "--name", "gsm", "--plot", "curves.png"]) == 0
     assert "PASS: gsm against 4 recorded runs" in capsys.readouterr().out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    broken = {"entropy": lambda x, t: x / 3}
+    broken = {"entropy": lambda x, t: x / 6}
     write(tmp_path / "worse", {"log_history": rows(7, **broken)})
     assert main(["log", "worse", "--name", "gsm"]) == 1
     said = capsys.readouterr().out
@@ -606,7 +606,7 @@ def test_the_suite_judges_the_training_that_is_named(project):
     record("default", logs, project.path / "baselines")
     run(project, "--grpo-training", "run3", "--grpo-report", "report", passed=1, skipped=1)
     assert (project.path / "report" / "training.png").is_file()
-    broken = {"entropy": lambda x, t: x / 3}
+    broken = {"entropy": lambda x, t: x / 6}
     write(project.path / "worse", {"log_history": rows(7, **broken)})
     table = project.path / "pyproject.toml"
     table.write_text(table.read_text().replace("problems = 64", 'training = "worse"', 1))

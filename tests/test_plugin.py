@@ -430,7 +430,7 @@ def test_own_task_types_flow_through_everything(project):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--grpo-problems", "0"], "--grpo-problems is 0: it must be a whole number"),
+        (["--grpo-problems", "0"], "--grpo-problems is 0: it must be a number of problems"),
         (["--grpo-greedy", "--grpo-samples", "2"], "--grpo-greedy"),
         (["--grpo-record", "--grpo-prune"], "leave one out"),
         (["--grpo-report", "."], "is the project's own folder"),

@@ -113,14 +113,16 @@ def test_nothing_is_imported_beyond_the_hooks(stranger):
     assert heavy == "]"
     assert set(re.findall(r"'(.*?)'", ours)) <= {
         "grpo_harness",
-        *(f"grpo_harness.{name}" for name in ("errors", "text", "tables", "asked", "settings")),
-        *(f"grpo_harness.engines{name}" for name in ("", ".engine")),
+        *(f"grpo_harness.{name}" for name in ("errors", "text", "tables", "asked", "served")),
+        "grpo_harness.settings",
+        *(f"grpo_harness.engines{name}" for name in ("", ".engine", ".endpoint")),
         *(f"grpo_harness.gate{name}" for name in ("", ".bounds")),
         "grpo_harness.plugin",
         *(
             f"grpo_harness.plugin.{name}"
             for name in ("options", "state", "planning", "assertions", "fixtures", "contract")
         ),
+        "grpo_harness.plugin.gpus",
     }
 
 

@@ -1,6 +1,8 @@
 """A real server, `transformers serve` in an environment of its own, draws for a policy."""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -32,13 +34,13 @@ def environment(tmp_path_factory):
 
 
 @contextmanager
-def serving(policy, environment, log):
+def serving(folder, environment, log):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = ["--host", "127.0.0.1", "--port", str(port)]
     how = ["--device", "cpu", "--dtype", "float32", *where]
-    command = [sys.executable, "-c", SERVE, "serve", str(policy.checkpoint.path), *how]
+    command = [sys.executable, "-c", SERVE, "serve", str(folder), *how]
     with log.open("w") as file:
         server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
@@ -51,7 +53,7 @@ def serving(policy, environment, log):
                 time.sleep(0.2)
         else:
             pytest.fail(log.read_text())
-        yield f"http://127.0.0.1:{port}/v1", str(policy.checkpoint.path)
+        yield f"http://127.0.0.1:{port}/v1", str(folder)
     finally:
         server.terminate()
         server.wait(30)
@@ -60,20 +62,42 @@ def serving(policy, environment, log):
 def admitted(folder, url, model):
     """Admit what serves as the trained policy. It tells no log-probabilities."""
     (folder / "pyproject.toml").write_text(
-        "[tool.grpo-harness]\ntasks = ['gcd', 'palindrome']\nproblems = 64\n"
-        f"[tool.grpo-harness.serve.trained]\nurl = '{url}'\nmodel = '{model}'\n"
+        "[tool.grpo-harness]\ntasks = ['gcd', 'palindrome']\nproblems = 128\n"
+        # It has one seed for all requests at once, so that their draws would not be independent.
+        f"[tool.grpo-harness.serve.trained]\nurl = '{url}'\nmodel = '{model}'\nseed = false\n"
     )
     command = [sys.executable, "-m", "grpo_harness.cli", "admit", "-p", "no:cacheprovider"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_it_is_compared_by_its_completions(environment, tmp_path):
+@pytest.fixture
+def sampling(tmp_path):
+    """Copy a policy's files: this server draws greedily unless their config says otherwise."""
+
+    def sampling(name):
+        folder = shutil.copytree(load(name).checkpoint.path, tmp_path / name)
+        config = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps({**config, "do_sample": True}))
+        return folder
+
+    return sampling
+
+
+def test_it_is_compared_by_its_completions(environment, tmp_path, sampling):
     """The trained policy itself is not refused, and the base in its place is."""
-    with serving(load("nano-trained"), environment, tmp_path / "server.log") as server:
+    with serving(sampling("nano-trained"), environment, tmp_path / "server.log") as server:
         right = admitted(tmp_path, *server)
     assert ": nano-trained as served: it tells no log-probabilities" in right.stdout, right.stderr
     assert "FAIL: " not in right.stdout
-    with serving(load("nano-base"), environment, tmp_path / "server.log") as server:
+    with serving(sampling("nano-base"), environment, tmp_path / "server.log") as server:
         wrong = admitted(tmp_path, *server)
-    assert "FAIL: nano-trained as served: it tells no log-probabilities" in wrong.stdout
+    assert "FAIL: nano-trained as served: " in wrong.stdout, wrong.stderr
     assert wrong.returncode == 1
+
+
+def test_what_it_does_by_itself_is_named(environment, tmp_path):
+    """Without ``do_sample`` in the checkpoint's config it ignores the temperature."""
+    folder = load("nano-trained").checkpoint.path
+    with serving(folder, environment, tmp_path / "server.log") as server:
+        found = admitted(tmp_path, *server)
+    assert "FAIL: nano-trained as served: it draws greedily: " in found.stdout, found.stderr

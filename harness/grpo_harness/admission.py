@@ -81,6 +81,8 @@ def admit(session: Session, policy: Policy) -> Admission:
         return found("FAIL", f"it {how}: {error}; compare its tokenizer, template and context")
     local = session.local(policy)
     if scores is None:
+        if fault := _temperature(engine, local, prompts):
+            return found("FAIL", fault)
         return found(*_by_completions(session, engine, local, policy))
     fault, said = _by_scores(session, policy, local, texts, scores)
     if not fault:

@@ -6,7 +6,7 @@ at most, over all figures together. Few runs may show a spread that is too small
 least half the standard error that the runs have within themselves, which also has what differs from
 step to step and not from run to run, such as the prompts. The judged run's own counts too: what
 happens once in a few runs, such as a group without spread, may be in none of them. Nor is it less
-than an eighth of the way that the figure goes in a run: some runs get there earlier, or go further,
+than a fifth of the way that the figure goes in a run: some runs get there earlier, or go further,
 and few recorded ones may all be of one kind. A band that is wider than the figure has moved in the
 recorded runs is blind, and said to be.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, variance
 from typing import Literal
 
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from grpo_harness.gate.inputs import GREATEST_LOG
 from grpo_harness.logs.figures import FIGURES, Figure, Value, figures
@@ -28,7 +28,7 @@ from grpo_harness.text import escape
 RISK = 0.05
 """The probability that an unchanged run leaves a band, over all its figures together."""
 
-_PACE = 0.12
+_PACE = 0.22
 """Runs differ at least by this part of the way that a figure goes in a run (standard deviation)."""
 
 
@@ -162,7 +162,7 @@ def judge(log: Log, recorded: Recorded, risk: float = RISK) -> Judgement:
         error = value.error / value.number if log_scale else value.error
         moved = _moved(runs, figure, log_scale)
         pace = _PACE * moved if log_scale and math.isfinite(moved) else 0.0
-        limits = band(then, figure, risk / len(judged), max(error / 2, pace))
+        limits = band(then, figure, risk / len(judged), error / 2, pace)
         finding = Finding(figure, value.number, limits, moved=moved)
         if finding.outside:
             finding = replace(finding, left=_left(now, runs, figure, risk))
@@ -170,10 +170,13 @@ def judge(log: Log, recorded: Recorded, risk: float = RISK) -> Judgement:
     return Judgement(recorded.training, len(runs), tuple(found), tuple(left_out))
 
 
-def band(then: Sequence[Value], figure: Figure, risk: float, spread: float = 0.0) -> Band:
+def band(
+    then: Sequence[Value], figure: Figure, risk: float, spread: float = 0.0, known: float = 0.0
+) -> Band:
     """Return the prediction interval for one more run; it leaves it with the probability risk.
 
-    The ``spread`` may be known to be larger than these few show.
+    The ``spread`` is another estimate of what these few show. ``known`` is the least one, which is
+    no estimate: few runs do not make it less certain.
     """
     log = figure.scale == "log" and all(value.number > 0 for value in then)
     numbers = [math.log(value.number) if log else value.number for value in then]
@@ -182,7 +185,8 @@ def band(then: Sequence[Value], figure: Figure, risk: float, spread: float = 0.0
     within = fmean(error**2 for error in errors) / 4
     spread = math.sqrt(max(variance(numbers), within, spread**2))
     quantile = float(stdtrit(m - 1, 1 - risk / 2))
-    half = max(quantile * spread * math.sqrt(1 + 1 / m), figure.least)
+    noise = max(quantile * spread, float(ndtri(1 - risk / 2)) * known)
+    half = max(noise * math.sqrt(1 + 1 / m), figure.least)
     ends = mean - half, mean, mean + half
     return Band(*(math.exp(min(end, GREATEST_LOG)) for end in ends)) if log else Band(*ends)
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from random import Random
 from statistics import fmean
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy.special import ndtri
-from trl.trainer.grpo_config import GRPOConfig
 
 from grpo_harness.engines.engine import Request, Sampling, sample_seed
 from grpo_harness.engines.transformers import TransformersEngine
@@ -30,6 +29,9 @@ from grpo_harness.text import escape
 from grpo_harness.training.files import Recipe
 from grpo_harness.training.job import Job, job_of, prompt_of
 from grpo_harness.training.order import asked, has_own_order
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
 
 PROMPTS, SAMPLES = 128, 4
 """Training prompts that the checkpoint is asked, at most, and completions of each."""
@@ -281,7 +283,7 @@ def _error(
     n: int,
     scored: Sequence[Sequence[float]],
     prompts: _Asked,
-    config: GRPOConfig,
+    config: "GRPOConfig",
 ) -> float:
     """Return the standard error of what a checkpoint earns less the mean of the last ``n`` rows.
 
