@@ -258,7 +258,7 @@ def test_each_fault_of_the_trainer_is_named_by_its_invariant(team):
 LEFT = {
     "rate": "reward form",
     "cold": "entropy",
-    "anchored": "entropy",
+    "anchored": "kl",
     "cut": "clipped ratio",
     "collapse": "reward",
 }

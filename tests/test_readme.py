@@ -25,7 +25,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-GATE, TABLE, DATA, GUARD = blocks("toml")
+GATE, TABLE, SERVED, DATA, GUARD = blocks("toml")
 SUITE, ROMAN, REWARDS, REWARDS_SUITE, WATCH = blocks("python")
 (ROW,) = blocks("json")
 
@@ -102,6 +102,13 @@ def test_data_and_rewards_that_follow_it_go_green(pytester, save_tiny):
     checks = json.loads((pytester.path / "report" / "report.json").read_text())["checks"]
     rewards = {"reward", "rewards.accuracy", "rewards.form", "rewards.short"}
     assert {check["rule"] for check in checks} == {"accuracy", *rewards}
+
+
+def test_the_served_policies_are_those_of_the_table(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(SERVED)
+    settings = resolve(tmp_path, tmp_path, {})
+    ((name, endpoint),) = settings.served.items()
+    assert (name, len(endpoint.urls), endpoint.model) == (settings.trained[0], 2, "latest")
 
 
 def test_the_rewards_score_as_a_reader_expects():

@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from statistics import NormalDist
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -264,9 +263,7 @@ def earned_less_logged(luck, steps, policies, exact=True):
     anew = luck.normal(size=(len(asked), SAMPLES)) * WITHIN**0.5
     scored = policies[-1] + asked[:, None] + anew
     prompts = _Asked(range(len(asked)), (), exact, "", PER_STEP)
-    error = _error(
-        log.tolist(), n, scored.tolist(), prompts, SimpleNamespace(num_generations=GROUP)
-    )
+    error = _error(log.tolist(), n, scored.tolist(), prompts, GROUP)
     return scored.mean() - log[-n:].mean(), error
 
 

@@ -102,6 +102,7 @@ class Sizing:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._asked: dict[tuple[str, int], list[str]] = {}
         self._rows: dict[_Key, Row] = {}
         self._sizes: dict[_Key, Size] = {}
         self._planners: dict[tuple[int, float], Planner] = {}
@@ -153,10 +154,7 @@ class Sizing:
             return Row(task, error="no baseline")
         try:
             stored = baselines.load(path)
-            if isinstance(asked, int):
-                ids = [problem.id for problem in task.source.problems(asked)]
-            else:
-                ids = [problem.id for problem in task.source.at_most(len(stored.records))]
+            ids = self._ids(task.source, len(stored.records))
         except (HarnessError, ValueError):
             return Row(task, error="a damaged baseline, or too few problems")
         if not all(problem in stored.records for problem in ids):
@@ -170,6 +168,16 @@ class Sizing:
             floor = rules.nothing_to_lose(row.records, row.rule.bounds)
             return replace(row, error="nothing to lose") if floor else row
         return row
+
+    def _ids(self, source: Source, recorded: int) -> list[str]:
+        """Return the ids of the problems that are asked, at most: of a source only once."""
+        asked = self._settings.problems
+        key = source.name, asked if isinstance(asked, int) else recorded
+        if key not in self._asked:
+            exact = isinstance(asked, int)
+            problems = source.problems(key[1]) if exact else source.at_most(key[1])
+            self._asked[key] = [problem.id for problem in problems]
+        return self._asked[key]
 
     def _planner(self, row: Row, alpha: float) -> Planner:
         key = id(row), alpha

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from random import Random
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from scipy.special import ndtri
@@ -29,9 +29,6 @@ from grpo_harness.text import escape
 from grpo_harness.training.files import Recipe
 from grpo_harness.training.job import Job, job_of, prompt_of
 from grpo_harness.training.order import asked, has_own_order
-
-if TYPE_CHECKING:
-    from trl.trainer.grpo_config import GRPOConfig
 
 PROMPTS, SAMPLES = 128, 4
 """Training prompts that the checkpoint is asked, at most, and completions of each."""
@@ -172,7 +169,9 @@ def reconcile(log: Log, recipe: Recipe, *, device: str = "auto", seed: int = 0) 
         then = [row[key] for row in prompts.logged if key in row] or series[-1:]
         gain = Figure("", key, "gain").of(log)
         assert gain is not None, "two steps logged it"
-        noise = quantile * _error(series, len(then), scored, prompts, job.config)
+        noise = quantile * _error(
+            series, len(then), scored, prompts, job.config.num_generations or 1
+        )
         noise = max(noise, LEAST * (max(series) - min(series)))
         mean = fmean(value for group in scored for value in group)
         found.append(Reconciled(name, fmean(then), mean, noise, gain.number))
@@ -283,11 +282,12 @@ def _error(
     n: int,
     scored: Sequence[Sequence[float]],
     prompts: _Asked,
-    config: "GRPOConfig",
+    generations: int,
 ) -> float:
     """Return the standard error of what a checkpoint earns less the mean of the last ``n`` rows.
 
-    ``scored`` are its rewards, a list for each prompt that the reward applies to.
+    ``scored`` are its rewards, a list for each prompt that the reward applies to. The run drew
+    ``generations`` of each prompt.
     """
     samples = fmean(map(len, scored))
     within = fmean([float(np.var(group, ddof=1)) for group in scored if len(group) > 1] or [0.0])
@@ -295,7 +295,7 @@ def _error(
     between = max(float(np.var(means, ddof=1)) - within / samples, 0.0)
     # A logged row is a mean over prompts and completions, as far as the reward applies to them.
     each = prompts.prompts * len(scored) / len(prompts.rows)
-    drawn = (config.num_generations or 1) * samples / SAMPLES
+    drawn = generations * samples / SAMPLES
     row = (within / drawn + between) / each
     # The same prompts on both sides differ by the draws alone.
     others = 0.0 if prompts.exact else between
