@@ -56,6 +56,9 @@ TOO_DIFFERENT = (
     "all others would be lost. Limit them in the reward function"
 )
 
+ROUNDED_APART = 4
+"""Standard deviations of the error of a sum of rounded values that count as no difference."""
+
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Waves: TypeAlias = npt.NDArray[np.complex128]
 Pool: TypeAlias = tuple[Floats, Bools, int]
@@ -153,7 +156,7 @@ def permutation_p(now: Table, then: Table) -> float:
     Where all values are multiples of a step that is not too fine, the result is exact to a relative
     error near 1e-12, ties included; a step of 0.001 of the greatest difference never is too fine.
     Other values are either as good as continuous, or they are rounded, at most to a 30,000th of the
-    standard deviation of the sum, which makes sums tie that are as close as that. Both are right to
+    standard deviation of the sum, which makes sums tie that are nearly as close. Both are right to
     1 % down to p = 1e-8 and beyond, unless such small differences decide among many ties. Values
     beyond `FAR` are dealt by themselves and cost no accuracy. Nothing is random.
 
@@ -261,6 +264,10 @@ def _tail(pools: list[Pool], more: float) -> float:
             if step > COARSE * np.percentile(off, 99):
                 raise ValueError(TOO_DIFFERENT)
         urns, bound = urns.over(step / unit, more / unit, whole=True)
+        if step != fine:
+            # Sums that are equal may be rounded apart: those as near as that count as equal.
+            drawn = int(urns.k.sum())
+            bound += math.ceil(min(drawn / 2, ROUNDED_APART * math.sqrt(drawn / 12)))
         tilt = urns.tilted(tilt.theta * step / unit)
         least, chances = urns.atoms(tilt)
         sums = np.arange(least, min(least + len(chances), round(bound) + 1)) - round(bound)
