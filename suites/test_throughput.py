@@ -21,6 +21,8 @@ def test_throughput(benchmark, policy, throughput, throughput_file, request):
     benchmark.extra_info["tokens_per_second"] = found.tokens_per_second
     benchmark.extra_info["share_of_the_floor"] = found.share
     if request.config.getoption("grpo_record"):
+        if found.disturbed:
+            pytest.skip(f"not recorded: {found.disturbed}")
         clearly(lambda: record(found, policy.name, throughput_file))
         carry(request.node, "recorded", {"path": str(throughput_file), "notes": []})
         pytest.skip(f"recorded {throughput_file}")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -24,16 +25,16 @@ def no_logprobs(number, body):
 
 
 @pytest.fixture
-def admitted(tmp_path):
-    """Admit the trained policy of the embedded pair as a server serves it."""
+def project_of(tmp_path):
+    """Make a session in which a server serves the trained policy of the embedded pair."""
     from contextlib import nullcontext
 
-    def admitted(server, tasks=("gcd", "palindrome", "sort"), **options):
+    def project_of(server, tasks=("gcd", "palindrome", "sort"), **options):
         (tmp_path / "pyproject.toml").write_text(
             f"[tool.grpo-harness]\ntasks = {list(tasks)}\nproblems = 128\n"
         )
         settings = resolve(tmp_path, tmp_path, {"serve_trained": [server.url], **options})
-        session = Session(
+        return Session(
             settings=settings,
             sizing=Sizing(settings),
             run_seed=3,
@@ -43,6 +44,16 @@ def admitted(tmp_path):
             reruns=Reruns(tmp_path),
             progress=lambda *_: nullcontext(lambda _: None),
         )
+
+    return project_of
+
+
+@pytest.fixture
+def admitted(project_of):
+    """Admit the trained policy of the embedded pair as a server serves it."""
+
+    def admitted(server, *tasks, **options):
+        session = project_of(server, *tasks, **options)
         return admit(session, session.policy("trained"))
 
     return admitted
@@ -189,3 +200,67 @@ def test_a_server_is_asked_in_each_form(admitted, policy, form):
         found = admitted(server, ["gcd"])
     assert found.verdict == "PASS", found.message()
     assert "half precision" in found.message()
+
+
+def test_recorded_canaries_admit_without_weights(project_of, policy, monkeypatch):
+    """What the weights say is recorded; then a run is judged by it, and loads none."""
+    from grpo_harness import admission
+    from grpo_harness.engines import likelihood
+
+    with Server(policy) as right, Server(load("nano-base")) as wrong:
+        path = admission.record(project_of(right), project_of(right).policy("trained"))
+        # A text is a line of scores, and a prompt one of the likeliest token.
+        assert len(path.read_text().splitlines()) == 48 + 48 + 11
+        monkeypatch.setattr(likelihood, "by_weights", lambda *_: pytest.fail("weights are read"))
+        monkeypatch.setattr(likelihood, "likeliest", lambda *_: pytest.fail("weights are read"))
+        session = project_of(right)
+        assert admit(session, session.policy("trained")).verdict == "PASS"
+        monkeypatch.undo()
+        session = project_of(wrong)
+        found = admit(session, session.policy("trained"))
+    assert (found.verdict, "it serves nano-base" in found.message()) == ("FAIL", True)
+
+
+def test_canaries_of_another_checkpoint_are_not_used(project_of, policy):
+    """A policy that was trained on has other weights: they are read anew."""
+    from grpo_harness import admission, canaries
+
+    with Server(policy) as server:
+        session = project_of(server)
+        path = admission.record(session, session.policy("trained"))
+        stored = canaries.load(path)
+        wrong = [[2 * score for score in of] for of in stored.scores]
+        other = msgspec.structs.replace(stored, fingerprint="another", scores=wrong)
+        canaries.write(other, path)
+        session = project_of(server)
+        assert admit(session, session.policy("trained")).verdict == "PASS"
+        canaries.write(msgspec.structs.replace(stored, scores=wrong), path)
+        session = project_of(server)
+        assert admit(session, session.policy("trained")).verdict == "FAIL"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"[" * 100_000, b'{"schema": 2}'])
+def test_damaged_canaries_are_one_clear_line(tmp_path, damage):
+    from grpo_harness import canaries
+
+    path = tmp_path / "policy.json"
+    path.write_bytes(damage)
+    with pytest.raises(canaries.CanaryError, match=r"policy\.json is damaged") as caught:
+        canaries.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_records_the_canaries_of_what_is_served(tmp_path, policy):
+    (tmp_path / "pyproject.toml").write_text("[tool.grpo-harness]\ntasks = ['gcd']\n")
+    suite = ["--pyargs", "grpo_harness.suites.test_served", "--grpo-record", "-rs"]
+    with Server(policy) as server:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *suite, "--grpo-serve-trained", server.url],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout
+    assert "1 skipped" in done.stdout
+    assert (tmp_path / "baselines" / "served" / "nano-trained.json").is_file()

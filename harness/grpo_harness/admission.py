@@ -3,7 +3,8 @@
 The server's log-probabilities of some dozens of texts must be those of the checkpoint's own
 weights, within what half precision changes; and the tokens that it draws at a high temperature
 must be as often the likeliest ones as they should be. A server that tells no log-probabilities is
-compared by its completions, as a trained policy with its base.
+compared by its completions, as a trained policy with its base. What the weights say is recorded
+with the baselines, so that later runs need no weights.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from grpo_harness import checks
+from grpo_harness.canaries import FOLDER, Canaries, asked_digest, load, write
 from grpo_harness.engines.engine import EngineError
 from grpo_harness.evaluation import evaluate
 from grpo_harness.gate.bounds import MINIMUM_PROBLEMS
@@ -74,20 +77,65 @@ def admit(session: Session, policy: Policy) -> Admission:
         return Admission(policy.name, verdict, reason)
 
     prompts, texts = _texts(session, policy)
+    canaries = _canaries(session, policy, prompts, texts)
     try:
         scores = by_server(engine, texts)
     except PromptError as error:
         how = "cuts prompts" if error.read < error.given else "adds to prompts, or alters them"
         return found("FAIL", f"it {how}: {error}; compare its tokenizer, template and context")
-    local = session.local(policy)
     if scores is None:
-        if fault := _temperature(engine, local, prompts):
+        if fault := _temperature(engine, prompts, canaries):
             return found("FAIL", fault)
-        return found(*_by_completions(session, engine, local, policy))
-    fault, said = _by_scores(session, policy, local, texts, scores)
+        return found(*_by_completions(session, engine, session.local(policy), policy))
+    fault, said = _by_scores(session, policy, canaries, texts, scores)
     if not fault:
-        fault = _context(engine, policy, session) or _temperature(engine, local, prompts)
+        fault = _context(engine, policy, session) or _temperature(engine, prompts, canaries)
     return found("FAIL", fault) if fault else found("PASS", said)
+
+
+def record(session: Session, policy: Policy) -> Path:
+    """Record what the weights of a policy say, so that it is admitted without them.
+
+    Raises ``HarnessError``.
+    """
+    prompts, texts = _texts(session, policy)
+    path = _path(session, policy)
+    write(_measured(session, policy, prompts, texts), path)
+    return path
+
+
+def _path(session: Session, policy: Policy) -> Path:
+    return session.settings.baselines / FOLDER / f"{policy.slug}.json"
+
+
+def _canaries(
+    session: Session, policy: Policy, prompts: Sequence[str], texts: Sequence[str]
+) -> Canaries:
+    """Return what was recorded of a policy's weights, or else what they say now."""
+    recorded = load(_path(session, policy))
+    asked = asked_digest(prompts, texts)
+    if recorded is not None and recorded.are_of(str(policy.fingerprint), asked):
+        return recorded
+    return _measured(session, policy, prompts, texts)
+
+
+def _measured(
+    session: Session, policy: Policy, prompts: Sequence[str], texts: Sequence[str]
+) -> Canaries:
+    from grpo_harness.engines.likelihood import by_weights, likeliest
+
+    local = session.local(policy)
+    own, few = by_weights(local, texts), texts[: len(texts) // 3]
+    with session.local(policy, coarse=True) as coarse:
+        noise = _distance(own, by_weights(coarse, few))
+    return Canaries(
+        fingerprint=str(policy.fingerprint),
+        asked=asked_digest(prompts, texts),
+        temperature=_TEMPERATURE,
+        noise=noise,
+        scores=own,
+        likeliest=likeliest(local, prompts, _TEMPERATURE),
+    )
 
 
 def _texts(session: Session, policy: Policy) -> tuple[list[str], list[str]]:
@@ -110,18 +158,15 @@ def _distance(ours: Sequence[Scores], theirs: Sequence[Scores]) -> float:
 def _by_scores(
     session: Session,
     policy: Policy,
-    local: TransformersEngine,
+    canaries: Canaries,
     texts: Sequence[str],
     scores: Sequence[Scores],
 ) -> tuple[str, str]:
     """Return what is wrong with a server's scores, or an empty text, and what was compared."""
     from grpo_harness.engines.likelihood import by_weights
 
-    own = by_weights(local, texts)
-    few = texts[: len(texts) // 3]
-    with session.local(policy, coarse=True) as coarse:
-        noise = _distance(own, by_weights(coarse, few))
-    most, distance = _TOLERANCE * noise + 1e-3, _distance(own, scores)
+    own = canaries.scores
+    most, distance = _TOLERANCE * canaries.noise + 1e-3, _distance(own, scores)
     said = (
         f"log-probabilities of {sum(map(len, own))} tokens differ by {distance:.2g} on average, "
         f"and half precision explains {most:.2g}"
@@ -156,12 +201,12 @@ def _context(engine: ServerEngine, policy: Policy, session: Session) -> str:
     return "" if scores else "its context is too short for the longest prompt and its completion"
 
 
-def _temperature(engine: ServerEngine, local: TransformersEngine, prompts: Sequence[str]) -> str:
+def _temperature(engine: ServerEngine, prompts: Sequence[str], canaries: Canaries) -> str:
     """Return what is wrong if tokens that are drawn are too often, or too rarely, the likeliest."""
-    from grpo_harness.engines.likelihood import drawn_after, likeliest
+    from grpo_harness.engines.likelihood import drawn_after
 
-    drawn = drawn_after(engine, [prompt for prompt in prompts for _ in range(_DRAWS)], _TEMPERATURE)
-    best = likeliest(local, prompts, _TEMPERATURE)
+    temperature, best = canaries.temperature, canaries.likeliest
+    drawn = drawn_after(engine, [prompt for prompt in prompts for _ in range(_DRAWS)], temperature)
     hits = [text == best[number // _DRAWS][0] for number, text in enumerate(drawn)]
     chances = [chance for _, chance in best for _ in range(_DRAWS)]
     error = math.sqrt(sum(p * (1 - p) for p in chances))
@@ -169,7 +214,7 @@ def _temperature(engine: ServerEngine, local: TransformersEngine, prompts: Seque
         return ""
     greedy = all(hits) and "it draws greedily: "
     return (
-        f"{greedy or ''}at temperature {_TEMPERATURE:g}, {sum(hits)} of {len(hits)} tokens are the "
+        f"{greedy or ''}at temperature {temperature:g}, {sum(hits)} of {len(hits)} tokens are the "
         f"likeliest, and {sum(chances):.0f} should be: the server ignores or changes temperature, "
         "top_p or another setting"
     )

@@ -76,6 +76,13 @@ class Throughput:
     busy: float
 
     @property
+    def disturbed(self) -> str:
+        """Why the speed says nothing, or an empty text."""
+        if self.busy < BUSY:
+            return ""
+        return f"other processes took {self.busy:.0%} of the processors: run it alone"
+
+    @property
     def share(self) -> float:
         """The share of the floor, the geometric mean over the rounds."""
         return math.exp(_log_mean(self.machine.shares))
@@ -146,9 +153,8 @@ def judge(now: Throughput, path: Path) -> Judgement:
     if then is None:
         why = f"{path} has nothing of {escape(own.hardware)} in {own.dtype}: {_RECORD}"
         return Judgement(None, f"{found}, not judged: {why}")
-    if now.busy >= BUSY:
-        why = f"other processes took {now.busy:.0%} of the processors: run it alone"
-        return Judgement(None, f"{found}, not judged: {why}")
+    if now.disturbed:
+        return Judgement(None, f"{found}, not judged: {now.disturbed}")
     change = _log_mean(own.shares) - _log_mean(then.shares)
     noise = _noise(own.shares, then.shares)
     said = f"{found}, and {math.exp(_log_mean(then.shares)):.1%} was recorded"
@@ -186,11 +192,8 @@ def load(path: Path) -> Recorded:
 
 def record(now: Throughput, policy: str, path: Path) -> None:
     """Record a speed, in place of that of the same hardware. Raises ``ThroughputError``."""
-    if now.busy >= BUSY:
-        raise ThroughputError(
-            f"other processes took {now.busy:.0%} of the processors, so no speed is recorded: "
-            "record it on a quiet machine"
-        )
+    if now.disturbed:
+        raise ThroughputError(f"no speed is recorded: {now.disturbed}")
     own = now.machine
     others = [
         of

@@ -266,8 +266,8 @@ def _tail(pools: list[Pool], more: float) -> float:
         urns, bound = urns.over(step / unit, more / unit, whole=True)
         if step != fine:
             # Sums that are equal may be rounded apart: those as near as that count as equal.
-            drawn = int(urns.k.sum())
-            bound += math.ceil(min(drawn / 2, ROUNDED_APART * math.sqrt(drawn / 12)))
+            draws = float(urns.k.sum())
+            bound += math.ceil(min(draws / 2, ROUNDED_APART * math.sqrt(draws / 12)))
         tilt = urns.tilted(tilt.theta * step / unit)
         least, chances = urns.atoms(tilt)
         sums = np.arange(least, min(least + len(chances), round(bound) + 1)) - round(bound)

@@ -152,10 +152,15 @@ def policy(role: str, grpo_candidate: int, grpo_session: Session) -> Policy:
 
 
 @pytest.fixture(scope="session")
-def admission(policy: Policy, grpo_session: Session) -> Admission:
-    """Tell whether the server of ``policy`` serves it: proven once, by the checkpoint's weights."""
-    from grpo_harness.admission import admit
+def admission(request: pytest.FixtureRequest, policy: Policy, grpo_session: Session) -> Admission:
+    """Tell whether the server of ``policy`` serves it: proven once, by the checkpoint's weights.
 
+    While recording, record what the weights say instead.
+    """
+    from grpo_harness.admission import admit, record
+
+    if request.config.getoption("grpo_record"):
+        pytest.skip(f"recorded {clearly(lambda: record(grpo_session, policy))}")
     return clearly(lambda: admit(grpo_session, policy))
 
 

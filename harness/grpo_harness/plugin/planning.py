@@ -120,9 +120,11 @@ def declared(item: pytest.Item) -> list[str]:
     return names or [UNDECLARED]
 
 
-def records(item: pytest.Item) -> bool:
-    """Tell whether a test can record a baseline, or how fast a policy draws."""
-    return (uses(item, "evaluation") and uses(item, "baseline")) or uses(item, "throughput")
+def records(item: pytest.Item) -> str:
+    """Return what a test can record: a baseline, the throughput, the admission, or nothing."""
+    if uses(item, "evaluation") and uses(item, "baseline"):
+        return "baseline"
+    return next((name for name in ("throughput", "admission") if uses(item, name)), "")
 
 
 def judged(item: pytest.Item) -> tuple[Any, int, Any]:
@@ -148,10 +150,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     a policy that is served, or drawn by a cluster, which has none here.
     """
     if config.getoption("grpo_record"):
-        recording: dict[tuple[Any, int, Any], pytest.Item] = {}
+        recording: dict[tuple[str, Any], pytest.Item] = {}
         for item in items:
-            if records(item):
-                recording.setdefault(judged(item), item)
+            if (what := records(item)) and not _is_out_of_place(config, item):
+                recording.setdefault((what, judged(item)), item)
         kept = list(recording.values())
     elif config.getoption("grpo_rescore"):
         kept = [item for item in items if _rescores(item) and not _idle(config, item)]
@@ -167,6 +169,13 @@ def _rescores(item: pytest.Item) -> bool:
     return uses(item, "evaluate") and not (uses(item, "engine") or uses(item, "sample"))
 
 
+def _is_out_of_place(config: pytest.Config, item: pytest.Item) -> bool:
+    """Tell whether a test needs weights that are elsewhere, or a server that there is not."""
+    if uses(item, "admission"):
+        return not _is_served(config, item)
+    return uses(item, "engine") and _is_drawn_elsewhere(config, item)
+
+
 def _idle(config: pytest.Config, item: pytest.Item) -> bool:
     """Tell whether a test judges what there is not: a training, a recipe, parts of a task."""
     from grpo_harness.plugin import activated
@@ -177,9 +186,7 @@ def _idle(config: pytest.Config, item: pytest.Item) -> bool:
         return not activated(config).settings.recipes
     if uses(item, _BUILT_IN):
         return bool(activated(config).settings.recipes)
-    if uses(item, "engine") and _is_drawn_elsewhere(config, item):
-        return True
-    if uses(item, "admission") and not _is_served(config, item):
+    if _is_out_of_place(config, item):
         return True
     names = set(declared(item))
     if not names:
@@ -244,7 +251,7 @@ def asked(run: Run, items: list[pytest.Item]) -> list[tuple[str, str, PolicyName
     found = {
         judged(item)
         for item in items
-        if records(item) and planned(judged(item)[2]) & set(declared(item))
+        if records(item) == "baseline" and planned(judged(item)[2]) & set(declared(item))
     }
     return [
         (task_type, role, name)
