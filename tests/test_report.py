@@ -260,7 +260,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_verdicts_stand(project):
         def pytest_collection_finish(session):
             def full(path, text):
                 raise OSError(28, "No space left on device")
-            files._replace = full
+            files.replace = full
         """
     )
     project.makepyfile(test_own="def test_own(gate): pass")

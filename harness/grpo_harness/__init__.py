@@ -6,6 +6,7 @@ files of a package, in the order of its own table.
 =================  ==============================================================
 ``errors.py``      the base class of errors that are messages to the user
 ``text.py``        untrusted text: parse it, display it safely; digests
+``atomic.py``      recorded files: read as a checked kind, replaced whole
 ``tasks/``         problems with a known answer
 ``rewards/``       completions -> numbers, by TRL's calling convention; outcomes
 ``policy/``        a name -> complete files on disk, identified by digest. No weights

@@ -13,8 +13,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from grpo_harness.atomic import read, replace
 from grpo_harness.errors import HarnessError
-from grpo_harness.text import digest, one_line
+from grpo_harness.text import digest
 
 FOLDER = "served"
 _SCHEMA = 1
@@ -53,18 +54,7 @@ def asked_digest(prompts: Sequence[str], texts: Sequence[str]) -> str:
 
 def load(path: Path) -> Canaries | None:
     """Load recorded canaries, if there are some. Raises ``CanaryError`` for a damaged file."""
-    if not path.exists():
-        return None
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=Canaries)
-        if found.schema != _SCHEMA:
-            raise ValueError(f"schema {found.schema}, and this version reads {_SCHEMA}")
-    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise CanaryError(
-            f"{path} is damaged ({one_line(error)}): restore it from git, or remove it and record "
-            "it anew with --grpo-record"
-        ) from error
-    return found
+    return read(path, Canaries, _SCHEMA, CanaryError) if path.exists() else None
 
 
 def write(canaries: Canaries, path: Path) -> None:
@@ -77,6 +67,4 @@ def write(canaries: Canaries, path: Path) -> None:
     for name, rows in lists.items():
         lines += f',\n "{name}": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]"
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(lines + "\n}\n", encoding="utf-8")
-    half.replace(path)
+    replace(path, lines + "\n}\n")

@@ -265,6 +265,10 @@ class Settings:
         """Return the name of the policy in a role: the base, or the numbered candidate."""
         return self.base if role == "base" else self.trained[candidate]
 
+    def recorded_as(self, role: str, own: PolicyName) -> list[PolicyName]:
+        """Return whose records may be a policy's: its own, or else those configured in its role."""
+        return [own, *self.configured["base" if role == "base" else "trained"]]
+
     def policies(self) -> Iterator[tuple[Role, int, PolicyName]]:
         """Yield every policy with its role and its number among those of the role."""
         yield "base", 0, self.base

@@ -83,10 +83,8 @@ def bounded(rule: Rule, bounds: Mapping[str, Sizes]) -> Rule:
 
 def baseline_of(settings: Settings, role: str, own: PolicyName, task_type: str) -> Path:
     """Return the policy's own baseline, or else the first of its role's configured policies."""
-    stand_ins = settings.configured["base" if role == "base" else "trained"]
-    paths = [
-        baselines.path_of(settings.baselines, name.slug, task_type) for name in (own, *stand_ins)
-    ]
+    names = settings.recorded_as(role, own)
+    paths = [baselines.path_of(settings.baselines, name.slug, task_type) for name in names]
     return next((path for path in paths if baselines.exists(path)), paths[0])
 
 

@@ -21,9 +21,10 @@ import psutil
 from msgspec import Meta
 from scipy.special import stdtrit
 
+from grpo_harness.atomic import read, replace
 from grpo_harness.engines.engine import Request, Sample, sample_seed
 from grpo_harness.errors import HarnessError
-from grpo_harness.text import escape, one_line
+from grpo_harness.text import escape
 from grpo_harness.training.resources import hardware
 
 if TYPE_CHECKING:
@@ -178,16 +179,7 @@ def path_of(baselines: Path, slugs: Iterable[str]) -> Path:
 
 def load(path: Path) -> Recorded:
     """Load a recorded speed. Raises ``ThroughputError``."""
-    try:
-        recorded = msgspec.json.decode(path.read_bytes(), type=Recorded)
-        if recorded.schema != _SCHEMA:
-            raise ValueError(f"schema {recorded.schema}, and this version reads {_SCHEMA}")
-    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ThroughputError(
-            f"{path} is damaged ({one_line(error)}): restore it from git, or remove it and record "
-            "it anew"
-        ) from error
-    return recorded
+    return read(path, Recorded, _SCHEMA, ThroughputError)
 
 
 def record(now: Throughput, policy: str, path: Path) -> None:
@@ -203,9 +195,7 @@ def record(now: Throughput, policy: str, path: Path) -> None:
     rounded = msgspec.structs.replace(own, shares=[round(share, 4) for share in own.shares])
     content = msgspec.to_builtins(Recorded(_SCHEMA, policy, [*others, rounded]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    half.replace(path)
+    replace(path, json.dumps(content, indent=1) + "\n")
 
 
 def _of(path: Path, machine: Machine) -> Machine | None:

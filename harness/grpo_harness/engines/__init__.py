@@ -2,6 +2,7 @@
 
 ===================  ==================================================================
 ``engine.py``        the interface of every engine
+``remote.py``        what engines share that draw elsewhere
 ``endpoint.py``      where a policy is served: its addresses, model and key
 ``client.py``        HTTP to servers: shared work, retries, adaptive concurrency
 ``server.py``        the engine of a served policy: any OpenAI-compatible server

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
-from grpo_harness.engines.engine import PINNED, EngineError, Progress, Request, Sample, Sampling
+from grpo_harness.engines.engine import EngineError, Progress, Request, Sample, Sampling
 from grpo_harness.engines.ray_cluster import Cluster
 from grpo_harness.engines.ray_worker import Drawn
+from grpo_harness.engines.remote import Remote
 from grpo_harness.engines.residency import Residents
 from grpo_harness.policy.policy import Policy
 
 
-class RayEngine:
+class RayEngine(Remote):
     """Samples a policy on a cluster. No weights are loaded in this process.
 
     A sample is that of the engine of transformers on the same hardware, but where two tokens are
@@ -28,32 +28,13 @@ class RayEngine:
     def __init__(
         self, policy: Policy, sampling: Sampling, cluster: Cluster, residents: Residents
     ) -> None:
-        self.policy = policy
-        self._sampling = sampling
+        super().__init__(policy, sampling)
         self._cluster = cluster
         self._residents = residents
         self._remarks: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"<RayEngine {self.policy.name}>"
-
-    def drawing(self, sampling: Sampling) -> RayEngine:
-        """Return an engine of the same policy and workers that draws otherwise."""
-        other = copy.copy(self)
-        other._sampling = sampling
-        return other
-
-    def __enter__(self) -> Self:
-        """Return the engine: a worker loads weights when it first draws from them."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing: the cluster's workers keep their weights for the run."""
-
-    def settings(self) -> dict[str, Any]:
-        """Return the sampling settings, the pinned settings and the end tokens."""
-        ends = {"eos_token_ids": list(self.policy.eos_token_ids)}
-        return {**self._sampling.asdict(), **PINNED, **ends}
 
     def identity(self) -> dict[str, Any]:
         """Return the engine, and the workers' device, hardware and number format.

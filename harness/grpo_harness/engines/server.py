@@ -6,27 +6,19 @@ Prompts are rendered here and sent as text, one completion a request. No weights
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import re
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from grpo_harness.engines.client import Answer, Client
 from grpo_harness.engines.endpoint import Endpoint
-from grpo_harness.engines.engine import (
-    PINNED,
-    EngineError,
-    Progress,
-    Request,
-    Sample,
-    Sampling,
-    first_end,
-)
+from grpo_harness.engines.engine import EngineError, Progress, Request, Sample, Sampling, first_end
+from grpo_harness.engines.remote import Remote
 from grpo_harness.policy.policy import Policy
 from grpo_harness.text import escape, together
 
@@ -61,7 +53,7 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
-class ServerEngine:
+class ServerEngine(Remote):
     """Samples a policy through the servers of an endpoint.
 
     The sample of a request depends on its seed only as far as the server honours seeds. Fields of
@@ -70,34 +62,15 @@ class ServerEngine:
     """
 
     def __init__(self, policy: Policy, sampling: Sampling, endpoint: Endpoint) -> None:
-        self.policy = policy
+        super().__init__(policy, sampling)
         self.endpoint = endpoint
         self.client = Client(endpoint)
-        self._sampling = sampling
         self._taken: set[str] = set()
         self._left_out: set[str] = set()
         self._about: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"<ServerEngine {self.policy.name} at {together(self.endpoint.urls)}>"
-
-    def drawing(self, sampling: Sampling) -> ServerEngine:
-        """Return an engine of the same policy and servers that draws otherwise."""
-        other = copy.copy(self)
-        other._sampling = sampling
-        return other
-
-    def __enter__(self) -> Self:
-        """Return the engine: there are no weights to load."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing: there are no weights to release."""
-
-    def settings(self) -> dict[str, Any]:
-        """Return the sampling settings, the pinned settings and the end tokens."""
-        ends = {"eos_token_ids": list(self.policy.eos_token_ids)}
-        return {**self._sampling.asdict(), **PINNED, **ends}
 
     def identity(self) -> dict[str, Any]:
         """Return the model's name and what the servers say of it and of themselves.

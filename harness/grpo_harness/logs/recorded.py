@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from grpo_harness.atomic import replace
 from grpo_harness.logs.figures import figures
 from grpo_harness.logs.read import Log, LogError
 from grpo_harness.text import escape, one_line
@@ -139,9 +140,7 @@ def record(name: str, logs: Sequence[Log], baselines: Path) -> Path:
         )
     content = msgspec.to_builtins(Recorded(_SCHEMA, name, runs))
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(_lines(content), encoding="utf-8")
-    half.replace(path)
+    replace(path, _lines(content))
     return path
 
 

@@ -197,8 +197,7 @@ def throughput_file(role: str, policy: Policy, grpo_session: Session) -> Path:
     from grpo_harness.throughput import path_of
 
     settings = grpo_session.settings
-    stand_ins = settings.configured["base" if role == "base" else "trained"]
-    names = (policy.checkpoint.name, *stand_ins)
+    names = settings.recorded_as(role, policy.checkpoint.name)
     return path_of(settings.baselines, [name.slug for name in names])
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from grpo_harness.atomic import replace
 from grpo_harness.errors import HarnessError
 from grpo_harness.evaluation import Evaluation
 from grpo_harness.report.report import Report
@@ -46,7 +47,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     contents = {"report.md": report.markdown(), "report.json": f"{text}\n"}
     with _writing(folder):
         for name, content in contents.items():
-            _replace(folder / name, content)
+            replace(folder / name, content)
     return [folder / name for name in contents]
 
 
@@ -56,7 +57,7 @@ def write_samples(folder: Path, evaluation: Evaluation) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in evaluation.rows())
     with _writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lines)
+        replace(path, lines)
 
 
 def append_summary(report: Report, target: str) -> None:
@@ -70,16 +71,6 @@ def _is_ours(path: Path) -> bool:
         return "schema" in json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError, RecursionError):
         return False
-
-
-def _replace(path: Path, text: str) -> None:
-    half = path.with_name(f".{path.name}.half")
-    try:
-        half.write_text(text, encoding="utf-8")
-        half.replace(path)
-    except BaseException:
-        half.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
