@@ -394,6 +394,29 @@ def test_a_sequential_run_does_not_fail_a_drop_too_small_to_matter() -> None:
     assert judge_sequential(now, 4, then, 16, bounds=Bounds(0.08, 0.07)).verdict != "FAIL"
 
 
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 16)), min_size=64, max_size=120))
+def test_a_sequential_fault_is_the_accuracy_of_those_without_it(
+    pairs: list[tuple[int, int]],
+) -> None:
+    now, then = ([pair[side] for pair in pairs] for side in (0, 1))
+    fault = judge_sequential(now, 4, then, 16, fault=True)
+    good = judge_sequential([4 - x for x in now], 4, [16 - x for x in then], 16)
+    assert (fault.verdict, fault.n, fault.p) == (good.verdict, good.n, pytest.approx(good.p))
+    assert (fault.now, fault.delta) == (pytest.approx(1 - good.now), pytest.approx(-good.delta))
+
+
+def test_early_looks_at_a_length_pass_a_change_of_the_margin_as_rarely_as_one_look_does() -> None:
+    """A change that lies at the margin is let pass at most 1 time in 20."""
+    rng, passed, runs = np.random.default_rng(3), 0, 300
+    for _ in range(runs):
+        now = rng.normal(math.log(1 + LENGTH.margin), 1.0, 400)
+        looks = range(64, 401, 16)
+        passed += any(
+            judge_length(now[:n], 4, [0.0] * n, early=n < 400).verdict == "PASS" for n in looks
+        )
+    assert passed <= binom.ppf(0.999, runs, 0.05)
+
+
 def test_a_sequential_run_is_held_to_its_plan() -> None:
     with pytest.raises(ValueError, match="problem 2 is not in the plan"):
         judge_sequential([1, 1, 1], 4, [1, 1], 16)

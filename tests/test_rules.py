@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from grpo_harness.checks import _by_chance, against_base, against_baseline, decided, planner
+from grpo_harness.checks import _by_chance, against_base, against_baseline, planner
 from grpo_harness.evaluation import Completion, Evaluation, Group, Questions, Tally
 from grpo_harness.gate import bounds, verdicts
 from grpo_harness.gate.bounds import Sizes
@@ -27,6 +27,7 @@ from grpo_harness.rules import (
     recorded_bounds,
     shares,
 )
+from grpo_harness.stopping import Awaited, decided
 from grpo_harness.tasks import task_types
 
 GCD = task_types()["gcd"]
@@ -294,10 +295,11 @@ def test_pooled_samples_are_counted_together():
 
 
 class TestSequential:
-    def stopped(self, now):
+    def stopped(self, now, *names):
         """The evaluation as a run that stops at a decision leaves it."""
+        waiting = [Awaited(RULES[name], ALPHA, range(now.n)) for name in ("accuracy", *names)]
         for n in range(16, now.n + 1, 16):
-            if decided(now.groups[:n], records(12), ALPHA):
+            if decided(now.groups[:n], records(12), waiting):
                 return replace(now, groups=now.groups[:n])
         return now
 
@@ -330,6 +332,43 @@ class TestSequential:
         check = compare("no_loss", [shorter, better], [base, base])
         assert check.verdict == "PASS"
         assert check.evidence.n == 96 + 128
+
+    def test_what_is_undecided_is_waited_for(self):
+        """Accuracy is decided early, and a share of truncated completions varies by problem."""
+        now = evaluation(lambda i, j: "truncated" if i % 4 == 0 and j == 3 else share(3)(i, j))
+        assert now.n > self.stopped(now).n
+        assert self.stopped(now, "truncation").n > self.stopped(now).n
+
+    @pytest.mark.parametrize("rule", ["truncation", "unparsable"])
+    def test_a_fault_that_has_risen_is_found_at_the_floor(self, rule):
+        fault = {"truncation": "truncated"}.get(rule, rule)
+        now = self.stopped(evaluation(lambda i, j: "correct" if j < 3 else fault), rule)
+        assert now.n < 128
+        check = self.judge(rule, now)
+        assert check.verdict == "FAIL"
+        assert check.evidence.delta == pytest.approx(0.25)
+        assert verdicts.NOT_THE_POLICY in check.reason
+
+    def test_a_length_stops_no_run_by_a_fail(self):
+        """Its proof holds for one look alone."""
+        longer = [replace(t, mean_log_length=0.1) for t in records(12)]
+        now = evaluation(share(3))
+        waiting = [Awaited(RULES["length"], ALPHA, range(128))]
+        assert waiting[0].verdict(now.groups[:64], longer) == "FAIL"
+        assert not decided(now.groups[:64], longer, waiting)
+        assert decided(now.groups[:64], records(12), waiting)
+
+    def test_a_part_is_judged_on_its_own_problems(self):
+        """The second half is wrong: the first says nothing of it, and the run goes on."""
+        half = evaluation(lambda i, j: "wrong" if i >= 64 else share(3)(i, j))
+        parts = [
+            Awaited(RULES["slices"], ALPHA, range(64)),
+            Awaited(RULES["slices"], ALPHA, range(64, 128)),
+        ]
+        verdict = [part.verdict(half.groups, records(12)) for part in parts]
+        assert verdict == ["UNPROVEN", "FAIL"]
+        assert not decided(half.groups[:64], records(12), parts[1:])
+        assert decided(half.groups, records(12), parts[1:])
 
     def test_another_policy_is_judged_by_the_fixed_rule(self):
         now = evaluation(share(3))

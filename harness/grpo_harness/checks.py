@@ -97,7 +97,7 @@ def against_baseline(
     if reason := _failed(evaluations):
         return replace(check, reason=reason)
     asked, planned = (sum(getattr(e, n) for e in evaluations) for n in ("n", "planned"))
-    may_stop = terms.sequential and terms.same_policy and len(evaluations) == 1
+    may_stop = terms.may_stop and len(evaluations) == 1
     if asked < planned and not may_stop:
         return replace(
             check,
@@ -148,14 +148,6 @@ def against_base(
     except ValueError as error:  # rewards of sizes that no test can compare, or on no problem
         return replace(check, reason=str(error))
     return _closed(check, rule, evidence, now, then)
-
-
-def decided(
-    groups: Sequence[Group], records: Tallies, alpha: float, rule: Rule = RULES["accuracy"]
-) -> bool:
-    """Tell whether a sequential run may stop after ``groups`` of the planned ``records``."""
-    terms = Terms(alpha, same_policy=True, sequential=True)
-    return rule.judge(_tallies(groups), records, rule.bounds, terms).verdict in ("PASS", "FAIL")
 
 
 def planner(

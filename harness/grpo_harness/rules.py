@@ -55,6 +55,11 @@ class Terms:
     sequential: bool = False
     allow_floor: bool = False
 
+    @property
+    def may_stop(self) -> bool:
+        """Tell whether a run may end before its plan does: only that of the recorded policy."""
+        return self.sequential and self.same_policy
+
 
 Tallies = Sequence[Tally]
 Judge = Callable[[Tallies, Tallies, Sizes, Terms], Evidence]
@@ -105,7 +110,7 @@ def _accuracy(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Eviden
     # The likelihood ratio of one common drop would count differences between two policies as
     # evidence, so another policy is always judged on all planned problems.
     bounds = sizes.of(rate(then))
-    if terms.sequential and terms.same_policy:
+    if terms.may_stop:
         sides = counts(now) + counts(then)
         return gate.judge_sequential(*sides, alpha=terms.alpha, bounds=bounds)
     sides = counts(now) + counts(then[: len(now)])
@@ -114,8 +119,11 @@ def _accuracy(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Eviden
 
 def _fault(outcome: Literal["truncated", "unparsable", "lenient"]) -> Judge:
     def judge(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
-        sides = counts(now, outcome) + counts(then[: len(now)], outcome)
         same, bounds = terms.same_policy, sizes.of(rate(then, outcome))
+        if terms.may_stop:
+            sides = counts(now, outcome) + counts(then, outcome)
+            return gate.judge_sequential(*sides, alpha=terms.alpha, bounds=bounds, fault=True)
+        sides = counts(now, outcome) + counts(then[: len(now)], outcome)
         return gate.judge_rate(*sides, same_policy=same, alpha=terms.alpha, bounds=bounds)
 
     return judge
@@ -123,9 +131,10 @@ def _fault(outcome: Literal["truncated", "unparsable", "lenient"]) -> Judge:
 
 def _length(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
     logs = [[tally.mean_log_length for tally in side] for side in (now, then[: len(now)])]
-    k = [tally.k for tally in now]
+    k, early = [tally.k for tally in now], terms.may_stop and len(now) < len(then)
     # A length changes by a factor, so "10%" is 0.1 whatever was recorded.
-    return gate.judge_length(logs[0], k, logs[1], alpha=terms.alpha, bounds=sizes.of(1.0))
+    bounds = sizes.of(1.0)
+    return gate.judge_length(logs[0], k, logs[1], alpha=terms.alpha, bounds=bounds, early=early)
 
 
 def _earned(now: Tallies, then: Tallies) -> tuple[list[Any], list[Any]]:
@@ -138,6 +147,7 @@ def _reward(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence
     # A problem without any score on one side has nothing to compare; `_unlike` has counted them.
     ours, theirs = _earned(now, then[: len(now)])
     same, alpha, scale = terms.same_policy, terms.alpha, None
+    early = terms.may_stop and len(now) < len(then)
     measured = Rewards.of(ours, theirs)
     in_deviations = [str(size).endswith("sd") for size in (sizes.margin, sizes.minimum)]
     if all(in_deviations) or (in_deviations[0] and not measured.scale):
@@ -145,7 +155,7 @@ def _reward(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence
     else:
         scale, bounds = 1.0, sizes.of(measured.means[1], measured.scale)
     return gate.judge_reward(
-        ours, theirs, same_policy=same, scale=scale, bounds=bounds, alpha=alpha
+        ours, theirs, same_policy=same, scale=scale, bounds=bounds, alpha=alpha, early=early
     )
 
 
@@ -325,6 +335,12 @@ def of_function(name: str) -> Rule:
 
     rule = RULES["rewards"]
     return replace(rule, name=f"{rule.name}.{name}", title=f"reward {name}", part=part)
+
+
+def bounded(rule: Rule, bounds: Mapping[str, Sizes]) -> Rule:
+    """Return a rule with the project's own bounds, if it has some."""
+    own = bounds.get(rule.name.partition(".")[0])
+    return rule if own is None else replace(rule, bounds=own)
 
 
 def shares(planned: Iterable[str], alpha: float = ALPHA) -> dict[str, float]:

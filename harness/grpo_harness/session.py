@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_harness import checks, rules
+from grpo_harness import checks, rules, stopping
 from grpo_harness.asked import Task
 from grpo_harness.baselines import file as baselines
 from grpo_harness.baselines import recording
@@ -20,14 +20,14 @@ from grpo_harness.checks import Check
 from grpo_harness.engines.engine import Engine, Progress, Request, Sample, sample_seed
 from grpo_harness.engines.residency import Residents
 from grpo_harness.evaluation import Evaluation, Group, Questions, Tally, ask, evaluate
-from grpo_harness.gate.bounds import ALPHA, LOOK, Sizes
+from grpo_harness.gate.bounds import LOOK, Sizes
 from grpo_harness.policy import Policy, PolicyError, PolicyName, load
 from grpo_harness.reruns import Attempt, Reruns
 from grpo_harness.rewards.functions import Rewards
 from grpo_harness.rewards.trials import rewards_digest
-from grpo_harness.rules import RULES, Rule, Terms
+from grpo_harness.rules import RULES, Rule, Terms, bounded
 from grpo_harness.settings import Settings
-from grpo_harness.sizing import Size, Sizing, baseline_of, bounded, to_record
+from grpo_harness.sizing import Size, Sizing, baseline_of, to_record
 from grpo_harness.store import Store
 from grpo_harness.tasks import Source
 from grpo_harness.text import digest
@@ -218,8 +218,8 @@ class Session:
     def evaluation(self, policy: Policy, task_type: Source) -> Evaluation:
         """Evaluate a policy on a task type as configured. Raises ``HarnessError``.
 
-        A sequential run of the recorded policy stops when accuracy is decided, whichever checks are
-        selected; any other policy is asked all planned problems.
+        A sequential run of the recorded policy stops when its checks are decided; any other policy
+        is asked all planned problems.
         """
         key = (policy.name, str(policy.fingerprint), task_type.name)
         if key not in self._evaluations:
@@ -390,15 +390,14 @@ class Session:
         )
 
     def _until_decided(self, questions: Questions) -> Until | None:
-        """Return a function that tells when a recorded policy's accuracy is decided."""
+        """Return a function that tells when a recorded policy's checks are decided."""
         stored = self._recorded_of(questions)
         if stored is None or not all(problem in stored.records for problem in questions.ids):
             return None
         records = [stored.records[problem].tally for problem in questions.ids]
-        shares = self.shares
-        alpha = shares.get("accuracy") or shares.get(rules.UNDECLARED) or ALPHA
-        rule = bounded(RULES["accuracy"], self.settings.task(questions.task_type).bounds)
-        return lambda groups: checks.decided(groups, records, alpha, rule)
+        task = self.settings.task(questions.task_type)
+        waiting = stopping.awaited(task, questions, self.shares)
+        return lambda groups: stopping.decided(groups, records, waiting)
 
     def _recorded_of(self, questions: Questions) -> Baseline | None:
         """Return the baseline that was recorded from this policy, if there is one."""

@@ -128,7 +128,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     baselines: Annotated[str, _key("the folder of the baselines", "DIR", min_length=1)] = (
         "baselines"
     )
-    sequential: Annotated[bool, _key("stop drawing at a decision on accuracy")] = False
+    sequential: Annotated[bool, _key("stop drawing once every check is decided")] = False
     engine: Annotated[
         Literal["local", "ray"],
         _key("local or ray: what draws, this machine or the workers of a Ray cluster", "ENGINE"),

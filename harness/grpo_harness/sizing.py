@@ -16,9 +16,9 @@ from grpo_harness import checks, rules
 from grpo_harness.baselines import file as baselines
 from grpo_harness.baselines.recording import PROBLEMS
 from grpo_harness.errors import HarnessError
-from grpo_harness.gate.bounds import MINIMUM_PROBLEMS, MOST_SAMPLES, Sizes
+from grpo_harness.gate.bounds import MINIMUM_PROBLEMS, MOST_SAMPLES
 from grpo_harness.gate.plan import Plan, Planner
-from grpo_harness.rules import RULES, Rule
+from grpo_harness.rules import RULES, Rule, bounded
 from grpo_harness.tables import SettingsError
 from grpo_harness.text import escape
 
@@ -73,12 +73,6 @@ class Size:
 
     n: int
     k: int
-
-
-def bounded(rule: Rule, bounds: Mapping[str, Sizes]) -> Rule:
-    """Return a rule with the project's own bounds, if it has some."""
-    own = bounds.get(rule.name.partition(".")[0])
-    return rule if own is None else replace(rule, bounds=own)
 
 
 def baseline_of(settings: Settings, role: str, own: PolicyName, task_type: str) -> Path:

@@ -28,6 +28,10 @@ PASSES = 0.97
 """The least share of runs of unchanged policies in which every check is a PASS."""
 
 
+_COLUMNS = {"accuracy": 0, "truncation": 1, "unparsable": 2}
+"""The rules that judge a row's shares of completions, and the outcome that each one counts."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A policy on a task: rates of (correct, truncated, unparsable, other) and the planned size."""
@@ -77,18 +81,18 @@ def verdicts(
     drawn = {key: row.drawn(rng) for key, row in rows.items()}
     used = dict.fromkeys(rows, 10**9)
     for key, (now, then) in drawn.items():
-        k, k_then = rows[key].k, rows[key].k_then
-        sides = now[:, 0], k, then[:, 0], k_then
-        if sequential:
-            found = gate.judge_sequential(*sides, alpha=alpha["accuracy"])
-            used[key] = found.n
-        else:
-            found = gate.judge(*sides, same_policy=True, alpha=alpha["accuracy"])
-        yield "accuracy", found.verdict
-        n = used[key]
-        for rule, column in (("truncation", 1), ("unparsable", 2)):
-            faults = now[:n, column], k, then[:n, column], k_then
-            yield rule, gate.judge_rate(*faults, same_policy=True, alpha=alpha[rule]).verdict
+        judged = {}
+        for rule, column in _COLUMNS.items():
+            sides = now[:, column], rows[key].k, then[:, column], rows[key].k_then
+            fault, level = rule != "accuracy", alpha[rule]
+            if sequential:
+                judged[rule] = gate.judge_sequential(*sides, alpha=level, fault=fault)
+            else:
+                judge = gate.judge_rate if fault else gate.judge
+                judged[rule] = judge(*sides, same_policy=True, alpha=level)
+        # A sequential run waits for its last decision.
+        used[key] = max(evidence.n for evidence in judged.values())
+        yield from ((rule, evidence.verdict) for rule, evidence in judged.items())
     if not sequential:
         for role in ("base", "trained"):
             own = [key for key in rows if key[0] == role]
@@ -114,10 +118,7 @@ def verdicts(
 
 
 def embedded_pair(draw: Draws, plan: Plan) -> Study:
-    """An unchanged pair is all PASS, and a loss of five points of any row is found.
-
-    A sequential run stops when accuracy is decided, so that is what it promises.
-    """
+    """An unchanged pair is all PASS, and a loss of five points of any row is found."""
     runs = max(5, plan.studies // 20)
     found: list[StudyRow] = []
     for sequential in (False, True):
@@ -128,8 +129,7 @@ def embedded_pair(draw: Draws, plan: Plan) -> Study:
             [
                 all(
                     verdict == "PASS"
-                    for rule, verdict in verdicts(rows, alpha, rng, sequential=sequential)
-                    if rule == "accuracy" or not sequential
+                    for _, verdict in verdicts(rows, alpha, rng, sequential=sequential)
                 )
                 for _ in range(runs)
             ]

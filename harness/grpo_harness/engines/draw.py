@@ -15,6 +15,9 @@ _SEARCHED = (64, 1024)
 
 _BLOCK = 32
 
+_AT_ONCE = 1 << 20
+"""Probabilities that a CPU draws from at once: so many lie in its caches."""
+
 
 class NotFiniteError(Exception):
     """Logits without a finite maximum, in the row of this number."""
@@ -43,6 +46,22 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tor
         greatest, tokens = logits.max(-1)
         _check_finite(greatest)
         return tokens
+    if logits.device.type != "cpu" or logits.numel() <= _AT_ONCE:
+        return _drawn(logits, uniform, sampling)
+    first, most = 0, max(1, _AT_ONCE // logits.shape[-1])
+    found = torch.empty(len(logits), dtype=torch.long)
+    while first < len(logits):
+        part = slice(first, first + most)
+        try:
+            found[part] = _drawn(logits[part], uniform[part], sampling)
+        except NotFiniteError as error:
+            raise NotFiniteError(first + error.row) from None
+        first += most
+    return found
+
+
+def _drawn(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """`draw` from a distribution."""
     spread = distribution(logits, sampling)
     if sampling.top_p == 1 and not sampling.min_p:
         return _any(spread, uniform)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from grpo_harness.engines.chunks import AGAIN, Handout, LostError, chunks
@@ -30,6 +31,9 @@ _START = 300.0
 
 _REACH = 10.0
 """Seconds within which the address of a cluster must take a connection."""
+
+_END = 5.0
+"""Seconds that the processes of a cluster of this machine have to end by themselves."""
 
 _LOOK = 0.5
 """Seconds between two looks for chunks that take unusually long."""
@@ -72,6 +76,7 @@ class Cluster:
         self._device, self._dtype, self._resident, self._code = device, dtype, resident, code
         self._ray: Any = None
         self._joined = False
+        self._started: list[psutil.Process] = []
 
     def identity(self) -> dict[str, Any]:
         """Return the device, its hardware and the number format. Raises ``EngineError``."""
@@ -129,7 +134,16 @@ class Cluster:
                 ray.kill(member.actor)
         self.members.clear()
         if self._joined:
+            family = [*self._started]
+            for process in self._started:
+                with suppress(psutil.Error):
+                    family += process.children(recursive=True)
             ray.shutdown()
+            # Ray's agents see only after a while that their node is gone, if they see it.
+            _, left = psutil.wait_procs(family, _END)
+            for process in left:
+                with suppress(psutil.Error):
+                    process.kill()
 
     def _answers(self) -> Iterator[tuple[Member, Drawn | None]]:
         """Wait a while; yield workers with what they drew, or with ``None`` if they are lost.
@@ -258,7 +272,7 @@ class Cluster:
             ray = _imported()
             self._joined = not ray.is_initialized()
             if self._joined:
-                _join(ray)
+                self._started = _join(ray)
             self._ray = ray
         return self._ray
 
@@ -282,8 +296,13 @@ def _imported() -> Any:
     return ray
 
 
-def _join(ray: Any) -> None:
-    """Connect to the cluster of the environment, or start one. Raises ``EngineError``."""
+def _join(ray: Any) -> list[psutil.Process]:
+    """Connect to the cluster of the environment, or start one, and return what was started.
+
+    Raises ``EngineError``.
+    """
+    me = psutil.Process()
+    others = {*me.children()}
     address = os.environ.get(_ADDRESS)
     own: dict[str, Any] = {} if address else {"include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -303,3 +322,4 @@ def _join(ray: Any) -> None:
         # Ray takes SIGTERM for itself, where it can.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+    return [process for process in me.children() if process not in others]

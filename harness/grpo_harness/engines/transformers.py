@@ -38,6 +38,12 @@ from grpo_harness.text import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SMALL, _ENOUGH = 64 << 20, 256
+"""A CPU draws from weights of more bytes than ``_SMALL`` with at most so many rows.
+
+More rows hardly make matrix products of that size any faster, and take memory.
+"""
+
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """Texts of a RuntimeError that mean out of memory, where torch has no error class for it."""
 
@@ -229,11 +235,16 @@ class TransformersEngine:
                 samples[longest] = _without_memory(error)
 
     def _rows(self, prompt: int) -> int:
-        """Return how many rows fit into half of the free memory, with prompts of so many tokens."""
+        """Return how many rows pay, and fit into half of the free memory.
+
+        ``prompt`` is the number of tokens of the longest prompt.
+        """
         text = self.model.config.get_text_config(decoder=True)
         a_token = cache_bytes(text, self.dtype.itemsize)
         a_row = a_token * (prompt + self._sampling.max_new_tokens) + 16 * int(text.vocab_size)
-        return max(1, min(self._batch_size, self._room() // 2 // a_row))
+        large = elements(self.policy.checkpoint) * self.dtype.itemsize > _SMALL
+        pay = _ENOUGH if large and self.device.type == "cpu" else self._batch_size
+        return max(1, min(self._batch_size, pay, self._room() // 2 // a_row))
 
     def _by_generate(
         self,

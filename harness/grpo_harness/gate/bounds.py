@@ -10,6 +10,9 @@ ALPHA = 0.01
 PASS_CONFIDENCE = 0.95
 """One-sided confidence of the bounds that a verdict reports and that PASS rests on."""
 
+EARLY_CONFIDENCE = 0.99
+"""The same before the end of a sequential run's plan, so that all its looks together keep 95 %."""
+
 PASS_LEVEL = 1 - PASS_CONFIDENCE
 
 MINIMUM_PROBLEMS = 64

@@ -22,6 +22,7 @@ import numpy as np
 
 from grpo_harness.gate.bounds import (
     ALPHA,
+    EARLY_CONFIDENCE,
     IMPROVEMENT,
     LENGTH,
     LOOK,
@@ -130,6 +131,7 @@ def judge_reward(
     scale: float | None = None,
     bounds: Bounds = REWARD,
     alpha: float = ALPHA,
+    early: bool = False,
 ) -> Evidence:
     """Judge whether a mean reward has dropped from `then` to `now`.
 
@@ -141,6 +143,8 @@ def judge_reward(
 
     If all recorded rewards are equal, `scale` None is 0: no change is too small to FAIL, PASS takes
     the same reward everywhere (or proof of a rise, for another policy), and the reason says so.
+
+    Before the end of a sequential run's plan (``early``) a PASS is asked for at `EARLY_CONFIDENCE`.
 
     Raises ValueError with the problem (by index) that has no rewards to compare, on invalid
     settings, and as `permutation_p` does.
@@ -161,6 +165,7 @@ def judge_reward(
         if unit
         else f"every recorded reward is {rewards.then[0][0]:g}, so any change counts",
         form="+.3g",
+        early=early,
     )
 
 
@@ -173,8 +178,11 @@ def judge_sequential(
     bounds: Bounds = RATE,
     alpha: float = ALPHA,
     look: int = LOOK,
+    fault: bool = False,
 ) -> Evidence:
     """Judge accuracy after every `look` problems, and stop at the first decision.
+
+    With `fault` the counts are those of a fault, as in `judge_rate`: a rise is the harm.
 
     The first look is after at least `MINIMUM_PROBLEMS` problems; there is always one at the end of
     the plan. `then` holds all planned problems in the order they are sampled, `now` those sampled
@@ -207,7 +215,8 @@ def judge_sequential(
             counts.flipped(), odds_ratio_of_drop(reference.flipped().then, reference.k_then, margin)
         ),
     )
-    wealth = harmless_evidence(counts.differences, margin)
+    good = counts.flipped() if fault else counts
+    wealth = harmless_evidence(good.differences, margin)
     looks = [n for n in range(look, drawn + 1, look) if n >= MINIMUM_PROBLEMS]
     if drawn == planned:
         looks.append(drawn)
@@ -222,7 +231,14 @@ def judge_sequential(
             break
     seen = Counts(counts.now[:used], counts.k[:used], counts.then[:used], counts.k_then[:used])
     return _conclude(
-        _undecided(seen, seen, min(1.0, 2 * exp(-strongest)), margin, minimum, alpha / 2),
+        _undecided(
+            seen,
+            seen.flipped() if fault else seen,
+            min(1.0, 2 * exp(-strongest)),
+            margin,
+            minimum,
+            alpha / 2,
+        ),
         failed=failed,
         passed=passed,
         planned=planned,
@@ -329,7 +345,13 @@ def judge_hacking(
 
 
 def judge_length(
-    now: Numbers, k: Samples, then: Numbers, *, bounds: Bounds = LENGTH, alpha: float = ALPHA
+    now: Numbers,
+    k: Samples,
+    then: Numbers,
+    *,
+    bounds: Bounds = LENGTH,
+    alpha: float = ALPHA,
+    early: bool = False,
 ) -> Evidence:
     """Judge whether completions have become longer or shorter.
 
@@ -337,7 +359,8 @@ def judge_length(
     `k` of them now. Their mean difference is the logarithm of a ratio of lengths. FAIL: the
     two-sided interval of the ratio at `1 - alpha` lies wholly outside [1 / (1 + minimum), 1 +
     minimum]. PASS: its 90 % interval lies inside [1 / (1 + margin), 1 + margin]. The bounds are not
-    guarded: a log-ratio has no greatest value for a pseudo-problem.
+    guarded: a log-ratio has no greatest value for a pseudo-problem. ``early`` is as in
+    `judge_reward`.
 
     Raises ValueError with the problem (by index) that has no logarithm of a length, and on invalid
     settings.
@@ -349,6 +372,7 @@ def judge_length(
     ratio = Estimate.of(ours - theirs)
     lower, upper = ratio.lower(PASS_CONFIDENCE), ratio.upper(PASS_CONFIDENCE)
     outside, inside = log(1 + minimum), log(1 + margin)
+    sure = EARLY_CONFIDENCE if early else PASS_CONFIDENCE
     # The interval lies outside if one of two tests, each at half of alpha, shows it.
     p = min(1.0, 2 * min(ratio.p_below(-outside), ratio.p_above(outside)))
     return _conclude(
@@ -367,7 +391,7 @@ def judge_length(
             needed=ratio.problems_needed(len(ours), inside - abs(ratio.mean), PASS_LEVEL),
         ),
         failed=p <= alpha,
-        passed=-inside < lower and upper < inside,
+        passed=-inside < ratio.lower(sure) and ratio.upper(sure) < inside,
     )
 
 
@@ -382,6 +406,7 @@ def _no_harm(
     generalise: bool = False,
     note: str = "",
     form: str = "+.3f",
+    early: bool = False,
 ) -> Evidence:
     """Judge that `good`, which is `counts` or its complement, has not dropped.
 
@@ -392,11 +417,12 @@ def _no_harm(
         p, alpha = min(p, _exact_p(good.flipped())), alpha / 2
     evidence = _undecided(counts, good, p, margin, minimum, alpha)
     failed = p <= alpha and (abs(drop) if same else drop) >= minimum
+    sure = EARLY_CONFIDENCE if early else PASS_CONFIDENCE
     return _conclude(
         replace(evidence, p=min(1.0, 2 * p)) if same else evidence,
         failed=failed,
         # Without any reach all rewards are the same one.
-        passed=_guarded(good).lower(PASS_CONFIDENCE) > -margin or good.reach == 0,
+        passed=_guarded(good).lower(sure) > -margin or good.reach == 0,
         harm=NOT_THE_POLICY if same else "",
         note=note,
         form=form,
