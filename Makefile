@@ -17,15 +17,17 @@ help:  ## list the targets
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+# The embedded policies are small: training takes half as long with one thread as with two.
+eval contract test heavy: export OMP_NUM_THREADS = 1
+
 eval: .venv/installed  ## evaluate the embedded pair of policies: the main job
 	$(BIN)/python -m pytest suites/ --grpo-report report
 
 contract: .venv/installed  ## break TRL in every known way, and see the suite name each (long)
-	$(BIN)/python -m pytest tests/contract_patches.py tests/watch_patches.py
+	$(BIN)/python -m pytest tests/contract_patches.py tests/watch_patches.py -n auto
 
-# One thread a worker: the policies of the tests are too small for more.
 test: .venv/installed  ## run the harness's own tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ -m "not heavy" -n auto
+	$(BIN)/python -m pytest tests/ -m "not heavy" -n auto
 
 heavy: .venv/installed  ## run the tests that take long or install something (older TRL)
 	$(BIN)/python -m pytest tests/ -m heavy

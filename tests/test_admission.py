@@ -170,6 +170,13 @@ def test_a_truncated_context_is_named(admitted, policy, most):
     assert "it cuts " in found.message()
 
 
+def test_a_top_k_of_its_own_is_named(admitted, policy):
+    """Several servers take the 50 likeliest tokens unless they are told otherwise."""
+    with Server(policy, alter=lambda body: {**body, "top_k": 50}) as server:
+        found = admitted(server)
+    assert "or applies one of its own, such as top_k" in found.message()
+
+
 @pytest.mark.parametrize(
     ("temperature", "said"), [(0, "it draws greedily"), (1.0, "the server ignores or changes")]
 )

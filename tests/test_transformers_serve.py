@@ -72,12 +72,16 @@ def admitted(folder, url, model):
 
 @pytest.fixture
 def sampling(tmp_path):
-    """Copy a policy's files: this server draws greedily unless their config says otherwise."""
+    """Copy a policy's files: this server draws greedily, and from the 50 likeliest tokens alone,
+    unless their config says otherwise.
+    """
 
     def sampling(name):
         folder = shutil.copytree(load(name).checkpoint.path, tmp_path / name)
         config = json.loads((folder / "generation_config.json").read_text())
-        (folder / "generation_config.json").write_text(json.dumps({**config, "do_sample": True}))
+        (folder / "generation_config.json").write_text(
+            json.dumps({**config, "do_sample": True, "top_k": 0})
+        )
         return folder
 
     return sampling

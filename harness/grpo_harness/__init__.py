@@ -22,6 +22,7 @@ files of a package, in the order of its own table.
 ``report/``        rows -> tables for a terminal, Markdown and JSON
 ``tables.py``      a table of settings as a checked model, with messages
 ``asked.py``       what a run asks: each task with its rewards and sampling
+``stopping.py``    when a sequential run may stop
 ``served.py``      which policies are served, and where
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
 ``sizing.py``      how many problems and samples each row asks, planned from its baseline

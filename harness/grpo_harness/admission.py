@@ -38,7 +38,7 @@ _TEXTS = 48
 _TOLERANCE = 2.5
 """So many times what half precision changes is the most that a server may differ."""
 
-_TEMPERATURE, _DRAWS = 2.0, 6
+_TEMPERATURE, _DRAWS = 2.0, 18
 """The temperature of the tokens that are drawn, and how many after each prompt."""
 
 _SIGMAS = 4.5
@@ -216,7 +216,7 @@ def _temperature(engine: ServerEngine, prompts: Sequence[str], canaries: Canarie
     return (
         f"{greedy or ''}at temperature {temperature:g}, {sum(hits)} of {len(hits)} tokens are the "
         f"likeliest, and {sum(chances):.0f} should be: the server ignores or changes temperature, "
-        "top_p or another setting"
+        "top_p or another setting, or applies one of its own, such as top_k"
     )
 
 

@@ -21,7 +21,7 @@ _PROMPT_TOKENS = 1024
 
 
 @torch.inference_mode()
-def floor(model: Any, prompts: Sequence[int], samples: Sequence[Sample], rounds: int = 3) -> float:
+def floor(model: Any, prompts: Sequence[int], samples: Sequence[Sample], rounds: int = 8) -> float:
     """Return the seconds of the products: each prompt's tokens once, and each drawn token once.
 
     ``prompts`` has the tokens of each distinct prompt. A decoding step has as many rows as there

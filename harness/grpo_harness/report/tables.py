@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
-import pandas as pd
+from tabulate import tabulate
 
 from grpo_harness.text import escape, markdown
 
@@ -21,7 +21,7 @@ _NAMES = (32, 24, 20, 16, 12)
 class Table:
     """Rows, and the columns that a narrow terminal can leave out, in that order."""
 
-    rows: pd.DataFrame
+    rows: Sequence[Mapping[str, str]]
     dispensable: Sequence[str] = ()
 
     @classmethod
@@ -29,7 +29,12 @@ class Table:
         """Make a table of rows by column name, with any text in them."""
         # A file name may hold half of a surrogate pair, which a column cannot.
         whole = [{_whole(name): _whole(value) for name, value in row.items()} for row in rows]
-        return cls(pd.DataFrame(whole), dispensable)
+        return cls(whole, dispensable)
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns."""
+        return [*dict.fromkeys(name for row in self.rows for name in row)]
 
     def __bool__(self) -> bool:
         """Tell whether there are rows."""
@@ -41,22 +46,26 @@ class Table:
         Columns are left out and long names are shortened; a last line says which columns.
         """
         for columns, longest in self._narrower():
-            rows = self.rows[columns]
-            lines = _rendered(rows, "simple", partial(_short, longest)).splitlines()
+            lines = self._rendered(columns, "simple", partial(_short, longest)).splitlines()
             if max(map(len, lines)) <= width:
                 break
-        if left_out := [name for name in self.rows.columns if name not in columns]:
+        if left_out := [name for name in self.columns if name not in columns]:
             said = f"({width} columns have no room for: {', '.join(left_out)})"
             lines += textwrap.wrap(said, width)
         return lines
 
     def markdown(self) -> str:
         """Return the whole table in Markdown."""
-        return _rendered(self.rows, "pipe", markdown)
+        return self._rendered(self.columns, "pipe", markdown)
+
+    def _rendered(self, columns: Sequence[str], style: str, harmless: Callable[[str], str]) -> str:
+        cells = [[harmless(row.get(name, "")) for name in columns] for row in self.rows]
+        names = [harmless(name) for name in columns]
+        return str(tabulate(cells, names, tablefmt=style, disable_numparse=True))
 
     def _narrower(self) -> Iterator[tuple[list[str], int]]:
         """Yield the columns to show and the longest name, from all to the fewest."""
-        columns = list(self.rows.columns)
+        columns = self.columns
         yield columns, _LONGEST
         for name in self.dispensable:
             columns = [column for column in columns if column != name]
@@ -73,9 +82,3 @@ def _short(longest: int, text: str) -> str:
     """Escape a text, and keep the beginning and the end of a long one."""
     shown, half = escape(text, _LONGEST), (longest - 1) // 2
     return shown if len(shown) <= longest else f"{shown[:half]}…{shown[-half:]}"
-
-
-def _rendered(rows: pd.DataFrame, style: str, harmless: Callable[[str], str]) -> str:
-    shown = rows.map(lambda value: harmless(str(value)))
-    shown.columns = pd.Index([harmless(str(name)) for name in shown.columns])
-    return str(shown.to_markdown(index=False, tablefmt=style, disable_numparse=True))

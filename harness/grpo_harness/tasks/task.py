@@ -135,8 +135,14 @@ class TaskType(Source):
 
     def problem(self, rng: random.Random) -> Problem:
         """Draw one problem, held out or not."""
+        return self._problem(*self._draw(rng))
+
+    def _draw(self, rng: random.Random) -> tuple[dict[str, Any], str]:
+        """Draw a task, and write its prompt."""
         task = {"type": self.name, **self.draw(rng)}
-        prompt = self.prompt(task)
+        return task, self.prompt(task)
+
+    def _problem(self, task: dict[str, Any], prompt: str) -> Problem:
         digest = hashlib.sha256(prompt.encode()).hexdigest()[:12]
         return Problem(f"{self.name}-{digest}", self.name, task, prompt, self.answer(task))
 
@@ -167,10 +173,9 @@ class TaskType(Source):
         found: dict[str, Problem] = {}
         misses = 0
         while len(found) < n:
-            problem = self.problem(rng)
-            prompt = str(problem.prompt)
+            task, prompt = self._draw(rng)
             if is_held_out(prompt) and prompt not in found:
-                found[prompt] = problem
+                found[prompt] = self._problem(task, prompt)
                 misses = 0
             elif (misses := misses + 1) > 10_000:
                 raise TooFewError(
@@ -181,13 +186,15 @@ class TaskType(Source):
         return list(found.values())
 
 
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 class TutorialType(TaskType):
     """A type of the tutorial, whose prompts also show the task, as compact JSON."""
 
     def prompt(self, task: Mapping[str, Any]) -> str:
         """Write the user prompt: statement, requirement and ``TASK={…}``."""
-        encoded = json.dumps(dict(task), ensure_ascii=False, separators=(",", ":"))
-        return f"{super().prompt(task)}\nTASK={encoded}"
+        return f"{super().prompt(task)}\nTASK={_COMPACT.encode(dict(task))}"
 
 
 def is_int(value: object) -> bool:
