@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+from datasets import load_dataset
 
 from grpo_harness import session
 from grpo_harness.tasks.dataset import DatasetSource
@@ -118,6 +119,15 @@ def test_it_is_recorded_judged_and_reported(team):
         for line in (team.path / "out/samples/trained-policy--sums.jsonl").read_text().splitlines()
     ]
     assert len(rows) == 128
+    assert {(row["policy"], row["task_type"]) for row in rows} == {("trained-policy", "sums")}
+    together = load_dataset(
+        "json",
+        data_files=str(team.path / "out/samples/*.jsonl"),
+        split="train",
+        cache_dir=str(team.path / "cache"),
+    )
+    assert len(together) == 256
+    assert set(together["policy"]) == {"base-policy", "trained-policy"}
     problems = {row["problem"] for row in rows}
     assert len(problems) == 64
     by_prompt = {row["prompt"][0]["content"]: row for row in ROWS}

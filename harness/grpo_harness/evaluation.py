@@ -295,6 +295,8 @@ class Evaluation:
         for group, prompt in zip(self.groups, self.questions.prompts, strict=False):
             for number, completion in enumerate(group.completions):
                 yield {
+                    "policy": self.policy,
+                    "task_type": self.task,
                     "problem": group.problem.id,
                     "sample": number,
                     "prompt": prompt,
