@@ -11,18 +11,20 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from trl.scripts.grpo import make_parser
 
 from grpo_harness.cli import main
 from grpo_harness.errors import HarnessError
+from grpo_harness.policy import PolicyName, find
 from grpo_harness.policy import load as load_policy
 from grpo_harness.tasks import check_disjoint
 from grpo_harness.tasks.dataset import DatasetSource
 from grpo_harness.training import train
 from grpo_harness.training.files import load
-from grpo_harness.training.job import job_of
+from grpo_harness.training.job import job_of, prompt_of
 from grpo_harness.training.order import asked, steps
 from grpo_harness.training.reading import assignment
 from grpo_harness.training.recorded import differences, record, recorded
@@ -207,6 +209,14 @@ def test_coroutines_wait_together_and_one_may_score_nothing(write, tmp_path):
     assert len(run.log) == 1
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of TRL
+def test_the_weights_are_loaded_as_the_file_says(write, tmp_path):
+    recipe = load(write(dtype="bfloat16", attn_implementation="eager"))
+    model = build(recipe, tmp_path / "out", device="cpu").model
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+
+
 def test_an_adapter_is_trained_and_saved_as_one(write, tmp_path):
     run = train(load(write(use_peft=True, lora_r=4, lora_alpha=8)), tmp_path / "out", device="cpu")
     assert (run.path / "adapter_config.json").is_file()
@@ -278,6 +288,29 @@ def test_the_config_is_the_one_that_trl_reads(write):
     for name, value in theirs.to_dict().items():
         if name not in pinned and "checkpointing" not in name:
             assert ours.to_dict()[name] == value, name
+
+
+def test_as_many_checkpoints_are_kept_as_the_file_says(write, tmp_path):
+    for said, kept in ((None, 2), (5, 5)):
+        config = load(write(save_total_limit=said)).config(tmp_path / "out", device="cpu")
+        assert config.save_total_limit == kept
+
+
+def test_what_the_chat_template_is_given_shows_in_the_prompts(write, tmp_path):
+    """Lengths are checked with it too."""
+    shutil.copytree(find(PolicyName("nano-base")).path, tmp_path / "policy")
+    template = tmp_path / "policy" / "chat_template.jinja"
+    template.write_text("{{ mood }}: " + template.read_text())
+
+    def made(mood):
+        changes = {"model_name_or_path": str(tmp_path / "policy"), "use_cpu": True}
+        given = {"chat_template_kwargs": {"mood": mood}, "grpo_harness": {"max_prompt_length": 60}}
+        return job_of(load(write(**changes, **given)), tmp_path / "out")
+
+    job = made("calm")
+    assert "calm: " in prompt_of(job.policy, job.config, job.rows[0]["prompt"])
+    with pytest.raises(ValueError, match="max_prompt_length is 60"):
+        made("calm " * 60)
 
 
 def test_values_are_taken_as_trl_takes_them(write, tmp_path):
@@ -635,6 +668,7 @@ def test_a_recorded_file_names_what_changed(write, tmp_path):
         ({"per_device_train_batch_size": 64, "gradient_accumulation_steps": 8}, 1, 3),
         ({"per_device_train_batch_size": 64, "steps_per_generation": 2, "num_iterations": 2}, 2, 8),
         ({"max_steps": 900, "max_completion_length": 4096}, 8, 3),
+        ({"num_iterations": 8, "model_revision": "v2"}, 8, 8),
     ],
 )
 def test_a_smoke_run_is_small_and_computes_the_same(write, changes, batch, steps):
