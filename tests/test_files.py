@@ -7,21 +7,25 @@ import re
 import shutil
 import sys
 import warnings
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from trl.scripts.grpo import make_parser
 
 from grpo_harness.cli import main
 from grpo_harness.errors import HarnessError
+from grpo_harness.policy import PolicyName, find
 from grpo_harness.policy import load as load_policy
 from grpo_harness.tasks import check_disjoint
 from grpo_harness.tasks.dataset import DatasetSource
 from grpo_harness.training import train
 from grpo_harness.training.files import load
-from grpo_harness.training.job import job_of
-from grpo_harness.training.order import steps
+from grpo_harness.training.job import job_of, prompt_of
+from grpo_harness.training.order import asked, steps
 from grpo_harness.training.reading import assignment
 from grpo_harness.training.recorded import differences, record, recorded
 from grpo_harness.training.run import build
@@ -89,6 +93,18 @@ class Odd(GRPOTrainer):
         if self.state.global_step == 1:
             raise ValueError("shapes differ")
         return super().compute_loss(*args, **kwargs)
+
+class Keeps(GRPOTrainer):
+    SAVED = []
+
+    def _save_checkpoint(self, *args, **kwargs):
+        self.SAVED.append(self.state.global_step)
+        return super()._save_checkpoint(*args, **kwargs)
+
+class Steep(GRPOTrainer):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss + (loss - loss.detach()).abs().sqrt()  # 0, of an infinite slope
 
 class Few(GRPOTrainer):
     def _get_train_sampler(self, dataset=None):
@@ -193,6 +209,14 @@ def test_coroutines_wait_together_and_one_may_score_nothing(write, tmp_path):
     assert len(run.log) == 1
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of TRL
+def test_the_weights_are_loaded_as_the_file_says(write, tmp_path):
+    recipe = load(write(dtype="bfloat16", attn_implementation="eager"))
+    model = build(recipe, tmp_path / "out", device="cpu").model
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+
+
 def test_an_adapter_is_trained_and_saved_as_one(write, tmp_path):
     run = train(load(write(use_peft=True, lora_r=4, lora_alpha=8)), tmp_path / "out", device="cpu")
     assert (run.path / "adapter_config.json").is_file()
@@ -203,9 +227,31 @@ def test_an_adapter_is_trained_and_saved_as_one(write, tmp_path):
     assert policy.fingerprint.weights != base.weights
 
 
+def test_what_has_moved_is_the_tensor_that_moved_least(write, tmp_path):
+    """Of an adapter: B is zero at first, so that the first step can change nothing else."""
+    path = write(use_peft=True, lora_r=4, max_steps=1)
+    run = train(load(path), tmp_path / "out", device="cpu")
+    adapter = load_file(run.path / "adapter_model.safetensors")
+    assert all(bool(weight.any()) for name, weight in adapter.items() if "lora_B" in name)
+    assert run.weights_moved == 0.0
+
+
 def test_a_trainer_of_ones_own_is_used(write, tmp_path):
     train(load(write(grpo_harness={"trainer": "team_rewards:Ours"})), tmp_path / "out")
     assert own().Ours.SEEN == [0, 1]
+
+
+def test_a_checkpoint_follows_each_step_but_the_last(write, tmp_path):
+    path = write(grpo_harness={"trainer": "team_rewards:Keeps"}, save_steps=1)
+    train(load(path), tmp_path / "out", device="cpu")
+    assert own().Keeps.SAVED == [1], "the last is followed by the result"
+
+
+def test_a_gradient_that_is_no_number_ends_the_run(write, tmp_path):
+    """The loss of its step is finite."""
+    path = write(grpo_harness={"trainer": "team_rewards:Steep"})
+    with pytest.raises(HarnessError, match="step 1: grad_norm is nan, which no step recovers"):
+        train(load(path), tmp_path / "out", device="cpu")
 
 
 def test_generated_problems_and_epochs(write, tmp_path):
@@ -242,6 +288,29 @@ def test_the_config_is_the_one_that_trl_reads(write):
     for name, value in theirs.to_dict().items():
         if name not in pinned and "checkpointing" not in name:
             assert ours.to_dict()[name] == value, name
+
+
+def test_as_many_checkpoints_are_kept_as_the_file_says(write, tmp_path):
+    for said, kept in ((None, 2), (5, 5)):
+        config = load(write(save_total_limit=said)).config(tmp_path / "out", device="cpu")
+        assert config.save_total_limit == kept
+
+
+def test_what_the_chat_template_is_given_shows_in_the_prompts(write, tmp_path):
+    """Lengths are checked with it too."""
+    shutil.copytree(find(PolicyName("nano-base")).path, tmp_path / "policy")
+    template = tmp_path / "policy" / "chat_template.jinja"
+    template.write_text("{{ mood }}: " + template.read_text())
+
+    def made(mood):
+        changes = {"model_name_or_path": str(tmp_path / "policy"), "use_cpu": True}
+        given = {"chat_template_kwargs": {"mood": mood}, "grpo_harness": {"max_prompt_length": 60}}
+        return job_of(load(write(**changes, **given)), tmp_path / "out")
+
+    job = made("calm")
+    assert "calm: " in prompt_of(job.policy, job.config, job.rows[0]["prompt"])
+    with pytest.raises(ValueError, match="max_prompt_length is 60"):
+        made("calm " * 60)
 
 
 def test_values_are_taken_as_trl_takes_them(write, tmp_path):
@@ -451,6 +520,31 @@ def test_the_steps_of_an_epoch_are_those_that_the_trainer_takes(write, tmp_path)
     assert len(run.log) == steps(recipe.config(tmp_path / "unused", device="cpu"), 24) == 9
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # Three generations an epoch, of 24 rows; a step has two.
+        {"per_device_train_batch_size": 16, "steps_per_generation": 2, "num_generations": 4},
+        {"per_device_train_batch_size": 28, "steps_per_generation": 1, "seed": 3},
+    ],
+)
+def test_each_step_asks_the_prompts_that_are_known_beforehand(changes, write, tmp_path):
+    """The trainer's own reward sees them: parts of steps, and epochs that do not divide."""
+    seen = []
+
+    def reward(prompts, completions, trainer_state, **_):
+        seen.append((trainer_state.global_step + 1, [of[0]["content"] for of in prompts]))
+        return [float(len(c)) for c in completions]
+
+    more = {"max_steps": 5, "max_completion_length": 2, "learning_rate": 0.0, **changes}
+    recipe = load(write(gradient_accumulation_steps=2, reward_weights=None, **more))
+    train(recipe, tmp_path / "out", device="cpu", reward=reward)
+    contents = [row["prompt"][0]["content"] for row in rows()]
+    found = islice(asked(recipe.config(tmp_path / "unused", device="cpu"), 24), len(seen))
+    assert [(step, [contents[i] for i in of for _ in range(4)]) for step, of in found] == seen
+    assert len({step for step, _ in seen}) > 2
+
+
 def test_an_adapter_of_one_kind_of_module_is_a_list_of_one(write, tmp_path):
     """TRL makes a text of it, which PEFT takes for a pattern of whole names."""
     for named in (["q_proj"], [".*q_proj"]):
@@ -574,6 +668,7 @@ def test_a_recorded_file_names_what_changed(write, tmp_path):
         ({"per_device_train_batch_size": 64, "gradient_accumulation_steps": 8}, 1, 3),
         ({"per_device_train_batch_size": 64, "steps_per_generation": 2, "num_iterations": 2}, 2, 8),
         ({"max_steps": 900, "max_completion_length": 4096}, 8, 3),
+        ({"num_iterations": 8, "model_revision": "v2"}, 8, 8),
     ],
 )
 def test_a_smoke_run_is_small_and_computes_the_same(write, changes, batch, steps):

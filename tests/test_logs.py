@@ -15,11 +15,22 @@ from hypothesis import strategies as st
 
 from grpo_harness.cli import main
 from grpo_harness.logs.figures import FIGURES, Figure, Value, figures
-from grpo_harness.logs.hacking import hacking
-from grpo_harness.logs.judge import RISK, band, judge
+from grpo_harness.logs.hacking import LEAST_STEPS, hacking
+from grpo_harness.logs.hacking import RISK as RISK_OF_A_CHANGE
+from grpo_harness.logs.judge import RISK, band, bands, judge
 from grpo_harness.logs.plot import plot
 from grpo_harness.logs.read import Log, LogError, read
-from grpo_harness.logs.recorded import LEAST_RUNS, Recorded, load, path_of, record, summed_up
+from grpo_harness.logs.recorded import (
+    LEAST_RUNS,
+    WINDOWS,
+    Recorded,
+    Window,
+    load,
+    path_of,
+    record,
+    summed_up,
+    windows,
+)
 from tests.projects import run
 
 STEPS = 50
@@ -79,11 +90,10 @@ def test_the_log_is_read_from_what_a_trainer_leaves(tmp_path):
     write(tmp_path / "out", {"log_history": rows(2)})
     assert found.rows != read(tmp_path / "out").rows == tuple(rows(2))
     write(tmp_path / "ours", rows(3), "log.json")
-    write(tmp_path / "ours", {"recipe": {"name": "nano"}}, "recipe.json")
-    assert (read(tmp_path / "ours").rows, read(tmp_path / "ours").training) == (
-        tuple(rows(3)),
-        "nano",
-    )
+    write(tmp_path / "ours", {"recipe": {"name": "nano"}, "processes": 2}, "recipe.json")
+    ours = read(tmp_path / "ours")
+    assert (ours.rows, ours.training, ours.processes) == (tuple(rows(3)), "nano", 2)
+    assert (found.training, found.processes) == (None, None)
     assert read(tmp_path / "ours" / "log.json").rows == tuple(rows(3))
 
 
@@ -102,6 +112,7 @@ def test_a_step_in_two_rows_and_figures_that_a_step_lacks(tmp_path):
         (lambda made: [*made, rows(2)[9]], r"step 10 is logged twice, with \S+ = \S+ and"),
         (lambda made: made[:19] + made[30:], "logs every 1 steps, and none from 20 to 30"),
         (lambda made: made[10:], "none from 1 to 10"),
+        (lambda made: made[29::20], "every 20 steps, and none from 1 to 29"),
         (lambda made: made[4:20:5] + made[29::5], "every 5 steps, and none from 21 to 29"),
     ],
 )
@@ -156,6 +167,7 @@ def test_a_name_that_no_file_can_have_is_said_and_not_default(name, tmp_path, mo
         ('{"log_history": [{"reward": 1, "step": 1.5}]}', "has no step"),
         ('{"log_history": [{"reward": 1, "step": -1}]}', "has no step"),
         ('{"log_history": [{"loss": 1, "step": 1}, {"loss": 1, "step": 2}]}', "fewer than two"),
+        ('{"log_history": [{"reward": 1, "step": 1}, {"loss": 1, "step": 2}]}', "fewer than two"),
         ('{"log_history": [{"reward": NaN, "step": 1}]}', "reward = nan"),
         ('{"log_history": [{"loss": Infinity, "step": 1}]}', "loss = inf"),
         ('{"log_history": [{"reward": 1e300, "step": 1}]}', "from which no training recovers"),
@@ -217,6 +229,22 @@ def test_a_trend_does_not_enlarge_the_standard_error(slope, n, seed):
     assert steep == pytest.approx(flat, rel=0.5, abs=0.05)
 
 
+def test_standard_errors_are_those_of_white_noise():
+    """Noise of variance 1: a fifth of 50 steps has the variance 1/10, a gain twice that."""
+    luck, found = random.Random(1), []
+    for _ in range(400):
+        noise = (luck.gauss(0, 1) for _ in range(STEPS))
+        run = Log(None, tuple({"step": i, "reward": x} for i, x in enumerate(noise)))
+        found.append({figure.name: value for figure, value in figures(run)})
+    for name, variance in (
+        ("reward", 1 / 10), ("gain of reward", 2 / 10), ("reward of all steps", 1 / STEPS),
+    ):  # fmt: skip
+        claimed = statistics.fmean(of[name].error ** 2 for of in found)
+        seen = statistics.variance(of[name].number for of in found)
+        assert claimed == pytest.approx(variance, rel=0.2), name
+        assert seen == pytest.approx(variance, rel=0.2), name
+
+
 # ------------------------------------------------------------------ bands
 
 
@@ -236,6 +264,20 @@ def test_a_figure_of_factors_has_a_band_of_factors(numbers, factor):
     one, other = (band([Value(x * by) for x in numbers], figure, 0.01) for by in (1.0, factor))
     assert other.lower == pytest.approx(one.lower * factor, rel=1e-6)
     assert other.upper == pytest.approx(one.upper * factor, rel=1e-6)
+
+
+def test_the_windows_of_a_curve_share_the_risk_and_are_as_wide_as_the_whole_curve(tmp_path):
+    """Of five runs: one window in which they agree by chance, and one in which they do not."""
+    curves = [[[1, 5, 1.0], [6, 9, 2.0 + off]] for off in (-0.2, -0.1, 0.0, 0.1, 0.2)]
+    runs = [
+        msgspec.structs.replace(run, curves={"x": msgspec.convert(curve, list[Window])})
+        for run, curve in zip(recorded(tmp_path).runs, curves, strict=True)
+    ]
+    agreed, other = bands(runs, "x", Figure("x", "x", least=0.0), 0.05)
+    quantile = scipy.stats.t.ppf(1 - 0.05 / 2 / 2, 4) * math.sqrt(1 + 1 / 5)
+    variance = statistics.variance((-0.2, -0.1, 0.0, 0.1, 0.2))
+    assert agreed.upper - 1 == pytest.approx(quantile * math.sqrt(variance / 2))
+    assert other.upper - 2 == pytest.approx(quantile * math.sqrt(variance))
 
 
 def test_equal_runs_leave_room_for_the_noise_within_them():
@@ -384,6 +426,30 @@ def test_a_reward_that_rises_while_the_decisive_one_falls(right, form, most, lea
         assert "the total +0." in said
 
 
+@pytest.mark.parametrize("steps", [LEAST_STEPS, 40])
+def test_the_noise_of_a_change_is_the_quantile_of_the_textbook(steps):
+    """Of Student's t; the total and the other reward share the risk that one of them rises."""
+    run = decisive_run(3, 0.0, 0.0, steps=steps)
+    found = hacking(run, {"a"})
+
+    def noise(key, risk):
+        error = Figure("", key, "gain").of(run).error
+        return pytest.approx(scipy.stats.t.ppf(1 - risk, 2 / 3 * (steps - 1)) * error)
+
+    assert found.decisive.noise == noise("rewards/a/mean", RISK_OF_A_CHANGE)
+    total, other = found.others
+    assert total.noise == noise("reward", RISK_OF_A_CHANGE / 2)
+    assert other.noise == noise("rewards/b/mean", RISK_OF_A_CHANGE / 2)
+
+
+def test_a_reward_that_few_steps_logged_is_not_compared():
+    run = decisive_run(1, -0.4, 0.8)
+    rare = [{k: v for k, v in r.items() if "/b/" not in k or r["step"] % 10 == 0} for r in run.rows]
+    found = hacking(Log(Path("run"), tuple(rare)), {"a"})
+    assert found.verdict == "UNPROVEN"
+    assert "too few" in found.reason
+
+
 def test_without_a_decisive_reward_nothing_is_said_to_be_hacked():
     run = decisive_run(1, -0.4, 0.8)
     for names in ((), ("c",), ("a", "b")):
@@ -409,6 +475,37 @@ def test_times_are_judged_on_the_same_hardware_alone(tmp_path):
         other = judged(here, there, 2.0)
         assert other.verdict == "PASS"
         assert any("seconds a step" in why for why in other.left_out)
+
+
+def test_memory_is_judged_on_the_same_hardware_alone(tmp_path):
+    def judged(here, memory):
+        then = [summed_up(Log(tmp_path, tuple(rows(s)), None, "a", 1e9)) for s in range(5)]
+        return judge(Log(tmp_path, tuple(rows(9)), None, here, memory), Recorded(1, "x", then))
+
+    assert judged("a", 0.5e9).verdict == "PASS", "less memory is no fault"
+    more = judged("a", 2e9)
+    assert [f.figure.name for f in more.findings if f.outside] == ["peak memory"]
+    other = judged("b", 2e9)
+    assert other.verdict == "PASS"
+    assert any("peak memory" in why for why in other.left_out)
+    assert judged(None, None).verdict == "PASS", "a run that was not measured"
+
+
+def test_a_figure_that_stays_and_one_of_the_machine_are_not_blind(tmp_path):
+    """A band as narrow as bands are finds what can be found, and times are judged as they come."""
+
+    def made(seed):
+        slow = 1 + seed % 4
+        how = {"step_time": lambda x, t: slow, "completions/clipped_ratio": lambda x, t: 0.0}
+        return Log(tmp_path, tuple(rows(seed, **how)), None, "a", 1e9)
+
+    found = judge(made(99), Recorded(1, "x", [summed_up(made(seed)) for seed in range(4)]))
+    figures = {f.figure.name: f for f in found.findings}
+    still, slow = figures["clipped ratio"], figures["seconds a step"]
+    assert still.least >= still.figure.least > still.moved == 0
+    assert slow.least > slow.moved == 0
+    assert not still.blind
+    assert not slow.blind
 
 
 def test_a_machine_that_others_use_too_is_no_slower_code(tmp_path):
@@ -492,6 +589,18 @@ def test_only_curves_that_all_runs_have_are_drawn(tmp_path):
 
 
 # ------------------------------------------------------------------ recording
+
+
+@pytest.mark.parametrize("steps", [7, WINDOWS, 50, 59])
+def test_the_windows_of_a_curve_have_every_step_once(steps, tmp_path):
+    run = log(1, tmp_path, steps=steps)
+    found = windows(run, "reward")
+    assert [n for w in found for n in range(w.first, w.last + 1)] == [*range(1, steps + 1)]
+    sizes = [w.last - w.first + 1 for w in found]
+    assert (len(found), max(sizes) - min(sizes) <= 1) == (min(steps, WINDOWS), True)
+    for w in found:
+        part = [row["reward"] for row in run.rows if w.first <= row["step"] <= w.last]
+        assert w.mean == pytest.approx(statistics.fmean(part))
 
 
 def test_recorded_runs_are_read_as_they_were_written(tmp_path):

@@ -37,12 +37,22 @@ def test_every_architecture_becomes_small_and_stays_itself(kind, tmp_path):
     assert model.config.model_type == config.model_type
     assert model.config.vocab_size == config.vocab_size
     assert model.config.num_hidden_layers == 2
+    kinds = [getattr(of, "layer_types", None) or [] for of in (config, model.config)]
+    assert set(kinds[0]) == set(kinds[1]), "of attention: a kind that is rare stays too"
     layers = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and p.dim() > 1)
     assert layers < 3e5 + 64 * config.vocab_size
     out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
     assert out.shape[1] <= 6
     again = load(str(shrink(policy(tmp_path / "big"), tmp_path / "again")))
     assert again.fingerprint == small.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3_text"])
+def test_what_is_small_already_does_not_grow(kind, tmp_path):
+    size = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 8}
+    AutoConfig.for_model(kind, **size, num_key_value_heads=1).save_pretrained(tmp_path / "tiny")
+    small = AutoConfig.from_pretrained(shrink(policy(tmp_path / "tiny"), tmp_path / "small"))
+    assert {name: getattr(small, name) for name in size} == size
 
 
 def test_a_small_policy_is_made_once(tmp_path):

@@ -383,12 +383,19 @@ def test_checkpoints_are_made_where_a_generation_window_ends(
     assert save_every(recipe.config(tmp_path, device="cpu"), save_steps) == every
 
 
-def test_another_run_does_not_go_on_from_it(short, unfinished, tmp_path):
+def test_another_run_does_not_go_on_from_it(short, unfinished, tmp_path, monkeypatch):
     other = short.with_values(learning_rate=1e-4)
     with pytest.raises(UnfinishedError, match=r"config\.learning_rate was 0\.0002, and is 0\.0001"):
         train(other, tmp_path / "out", device="cpu")
+    with pytest.raises(UnfinishedError, match=r"policy\.\w+ was"):
+        train(short.with_values(model_name_or_path="nano-base"), tmp_path / "out", device="cpu")
+    with pytest.raises(UnfinishedError, match="prompts was"):
+        train(short.with_values(problem_seed=9), tmp_path / "out", device="cpu")
     with pytest.raises(UnfinishedError, match="reward was"):
         train(short, tmp_path / "out", device="cpu", reward=none)
+    monkeypatch.setattr("grpo_harness.training.run.version", lambda name: "9.9")
+    with pytest.raises(UnfinishedError, match=r"versions\.\w+ was"):
+        train(short, tmp_path / "out", device="cpu")
     assert len(list(unfinished.glob("checkpoint-*"))) == 2
 
 

@@ -1,6 +1,7 @@
 """Only checkpoints that the same run wrote, to their end, are ever gone on from."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -130,10 +131,29 @@ def test_another_runs_checkpoints_are_refused_and_the_difference_named(out):
 def test_another_run_without_a_checkpoint_gives_way(out):
     killed = Unfinished(out, RUN)
     checkpoint(killed, 2, sealed=False)
+    (killed.folder / "completions").mkdir()
     killed._lock.release()
     other = Unfinished(out, {**RUN, "processes": 2})
-    assert other.last() is None
-    assert not list(other.folder.glob("checkpoint-*"))
+    assert not [path for path in other.folder.iterdir() if path.is_dir()], "nor completions"
+    assert (other.last(), other.notices) == (None, [])
+
+
+def test_a_run_that_was_killed_as_it_began_is_begun_again(out, monkeypatch):
+    """The power fails while the first file is written."""
+    write = Path.write_text
+
+    def cut(path, text, **how):
+        write(path, text[: len(text) // 2], **how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(KeyboardInterrupt):
+        Unfinished(out, RUN)
+    monkeypatch.undo()
+    assert [path.name for path in folder_of(out).iterdir() if path.suffix != ".lock"]
+    again = Unfinished(out, RUN)
+    checkpoint(again, 2)
+    assert "checkpoint-2 is kept" in again.leave()
 
 
 def test_folder_of_something_else_is_left_alone(out):

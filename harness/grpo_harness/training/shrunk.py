@@ -84,6 +84,6 @@ def _small(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _kinds(layers: list[Any]) -> list[Any]:
-    """Return as many entries as there are layers, with the kinds that occur, first ones first."""
+    """Return an entry for each layer that is left: the kinds that occur, first ones first."""
     distinct = [layer for i, layer in enumerate(layers) if layer not in layers[:i]]
-    return (distinct + layers)[:LAYERS]
+    return (distinct + layers)[: min(LAYERS, len(layers))]
