@@ -617,6 +617,20 @@ def test_every_figure_has_a_name_of_its_own():
 # ------------------------------------------------------------------ the suite
 
 
+def test_every_verdict_on_a_training_is_shown(project):
+    """The curves and the checkpoint are of the same training: neither hides the other."""
+    (project.path / "test_own.py").write_text(
+        "from grpo_harness.plugin.assertions import conclude\n"
+        "def test_curves(request):\n"
+        "    conclude(request.node, 'curves', 'ours', 'runs', 'UNPROVEN', 'bands too wide')\n"
+        "def test_checkpoint(request):\n"
+        "    conclude(request.node, 'checkpoint', 'ours', 'log', 'UNPROVEN', 'noise too wide')\n"
+    )
+    said = project.runpytest_subprocess().stdout
+    said.fnmatch_lines_random(["UNPROVEN curves, ours*bands too wide"])
+    said.fnmatch_lines_random(["UNPROVEN checkpoint, ours*noise too wide"])
+
+
 def test_the_suite_judges_the_training_that_is_named(project):
     suite = Path(__file__).parents[1] / "suites" / "test_training_run.py"
     (project.path / "test_own.py").write_text(suite.read_text())
