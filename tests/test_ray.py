@@ -409,8 +409,17 @@ def test_a_run_says_what_it_says_without_a_cluster(own_project):
     assert [line for line in again.outlines if line.startswith(("gcd ", "sort "))] == tables[0]
 
 
+def _command(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
+
+
 @pytest.mark.heavy
-def test_an_interrupted_run_leaves_no_process(own_project):
+@pytest.mark.parametrize("at", ["raylet", "ray::Worker"])
+def test_an_interrupted_run_leaves_no_process(own_project, at):
+    """While the cluster starts, and while it draws."""
     own_project.makepyfile(test_own="def test_it_is_drawn(evaluation): pass")
     run = subprocess.Popen(
         [sys.executable, "-m", "pytest", "--grpo-engine=ray", "--grpo-problems=1000"],
@@ -419,7 +428,7 @@ def test_an_interrupted_run_leaves_no_process(own_project):
         text=True,
     )
     me, started = psutil.Process(run.pid), []
-    while not any("Worker" in " ".join(p.cmdline()) for p in started):
+    while not any(at in name for name in map(_command, started)):
         assert run.poll() is None, run.stdout.read()
         time.sleep(0.2)
         started = me.children(recursive=True)

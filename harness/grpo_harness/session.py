@@ -310,8 +310,10 @@ class Session:
     ) -> Recording:
         """Record the baseline of a policy on a task type, from fresh samples of several seeds.
 
-        If nothing is drawn, they are the samples of the recording before it. It is one of ``files``
-        that the run records. Raises ``HarnessError``; then nothing is written.
+        They have the seeds of an earlier recording of the same policy, so that its numbers stay
+        where nothing has changed, and nobody records until chance is kind. If nothing is drawn,
+        they are the samples of that recording. It is one of ``files`` that the run records. Raises
+        ``HarnessError``; then nothing is written.
         """
         key = (policy.name, task_type.name)
         if key not in self._recorded:
@@ -320,8 +322,11 @@ class Session:
             seeds = [secrets.randbelow(2**31) for _ in range(1 if greedy else recording.SEEDS)]
             samples = 1 if greedy else recording.SAMPLES
             problems = to_record(self.settings, task_type)
+            before = self._recorded_before(role, policy, task_type)
+            if before is not None and before.same_policy(policy.fingerprint):
+                seeds = before.header.seeds[: len(seeds)]
             if self.store.draws == "none":
-                before = self.baseline(role, policy, task_type.name)
+                before = before or self.baseline(role, policy, task_type.name)
                 seeds, problems = before.header.seeds, min(problems, before.header.planned)
                 samples = max(record.k for record in before.records.values())
             questions = self.questions(policy, task_type, problems)
@@ -335,6 +340,12 @@ class Session:
                 reason=reason,
             )
         return self._recorded[key]
+
+    def _recorded_before(self, role: str, policy: Policy, task_type: Source) -> Baseline | None:
+        try:
+            return self.baseline(role, policy, task_type.name)
+        except BaselineError:
+            return None
 
     def notices(self) -> list[str]:
         """Return the new notices about the caches."""

@@ -138,7 +138,8 @@ class Header(Made, kw_only=True, forbid_unknown_fields=True):
     """Everything in a baseline file except the problems.
 
     ``planned`` problems were asked. Two measurements can be compared only if their ``conditions``
-    and their bounds, ``gate``, are equal. ``problem_set`` and the three means reveal lines that
+    and their bounds, ``gate``, are equal. ``change`` says what is other than in the ``parent``, the
+    file before this one. ``problem_set`` and the three means reveal lines that
     were edited by hand, and ``checksum`` any other change. ``examples`` is the digest of the
     examples, if there are any.
     """
@@ -153,6 +154,7 @@ class Header(Made, kw_only=True, forbid_unknown_fields=True):
     environment: dict[str, Any]
     anchor: Anchor
     parent: str | None = None
+    change: str | None = None
     kept_from: Kept | None = None
     examples: str = ""
     problem_set: str = ""
@@ -238,19 +240,15 @@ class Baseline:
 
         Changed rewards are named by what they score differently, if there are examples.
         """
-        then = {**self.header.conditions, **_flat(self.header.gate)}
+        then = {**self.header.conditions, **flat(self.header.gate)}
         # A rule newer than the recording has no bounds there, and is judged by its own.
         own = bounds_of(questions)
         known = {name: of for name, of in own.items() if name in self.header.gate}
-        now = {**conditions(questions), **_flat(known)}
+        now = {**conditions(questions), **flat(known)}
         rewards = self._rewards(questions)
         if rewards is not None:
             then["reward"] = now["reward"]
-        return (rewards or []) + [
-            f"{escape(name)} was {_short(then.get(name))} and is {_short(now.get(name))}"
-            for name in sorted({*now, *then})
-            if now.get(name) != then.get(name)
-        ]
+        return (rewards or []) + changed(then, now)
 
     def _rewards(self, questions: Questions) -> list[str] | None:
         """List how the rewards have changed, or return ``None`` if their digest must tell."""
@@ -295,7 +293,7 @@ def conditions(questions: Questions) -> dict[str, Any]:
     }
 
 
-def _flat(bounds: Mapping[str, Any]) -> dict[str, Any]:
+def flat(bounds: Mapping[str, Any]) -> dict[str, Any]:
     """Name each bound of the gate: ``gate.alpha``, ``gate.accuracy.margin`` and so on."""
     return {
         f"gate.{name}" + (f".{key}" if key else ""): bound
@@ -379,7 +377,7 @@ def write(
         problem_set=_problem_set(records),
         anchor=msgspec.structs.replace(header.anchor, digest=_anchor_digest(records)),
         examples=header.examples if kept is None else digest(kept.text),
-        **_means(records),
+        **means(records),
     )
     problems = {name: msgspec.to_builtins(record) for name, record in sorted(records.items())}
     content = msgspec.to_builtins(header)
@@ -435,7 +433,7 @@ def checksum(content: Mapping[str, Any]) -> str:
     return digest(json.dumps(sealed, sort_keys=True))
 
 
-def _means(records: Mapping[str, Record]) -> dict[str, float]:
+def means(records: Mapping[str, Record]) -> dict[str, float]:
     """Return the header's means over all completions; they reveal edited lines."""
     drawn = sum(record.k for record in records.values())
     sums = {"accuracy": "correct", "mean_reward": "reward", "mean_length": "length"}
@@ -454,7 +452,7 @@ def _check(header: Header, records: Mapping[str, Record], path: Path) -> None:
         raise ValueError(f"it is of the task type {header.task_type!r}")
     if header.anchor.digest != _anchor_digest(records):
         raise ValueError("its anchor is not the one that was recorded")
-    for name, mean in _means(records).items():
+    for name, mean in means(records).items():
         if (told := getattr(header, name)) != mean:
             raise ValueError(f"{name} is {told!r}, and its problems make it {mean!r}")
 
@@ -474,6 +472,16 @@ def prompt_digest(prompt: str) -> str:
     return digest(prompt)[:12]
 
 
-def _short(value: object) -> str:
+def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """List the conditions or bounds that are others than before, with both values."""
+    return [
+        f"{escape(name)} was {short(then.get(name))} and is {short(now.get(name))}"
+        for name in sorted({*now, *then})
+        if now.get(name) != then.get(name)
+    ]
+
+
+def short(value: object) -> str:
+    """Return a value for a message: of a digest its beginning."""
     text = str(value)
     return f"{text[:12]}…" if len(text) == 64 else escape(text)

@@ -17,6 +17,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from grpo_harness.baselines.diff import sentence
 from grpo_harness.baselines.examples import keep, read
 from grpo_harness.baselines.file import (
     SPEED,
@@ -179,6 +180,10 @@ def record(
     )
     # Those of problems that are kept stay, too.
     older = read(path, parent.header.examples) if parent and kept else None
+    if parent:
+        told = sentence(header, records, parent.header, parent.records)
+        header = replace(header, change=told)
+        notes.append(f"changed: {told}")
     examples = keep(evaluations, [e for e in older.examples if e.problem in kept] if older else [])
     write(path, header, records, examples)
     return Recording(path, (*notes, *examples.notes))

@@ -134,16 +134,7 @@ class Cluster:
                 ray.kill(member.actor)
         self.members.clear()
         if self._joined:
-            family = [*self._started]
-            for process in self._started:
-                with suppress(psutil.Error):
-                    family += process.children(recursive=True)
-            ray.shutdown()
-            # Ray's agents see only after a while that their node is gone, if they see it.
-            _, left = psutil.wait_procs(family, _END)
-            for process in left:
-                with suppress(psutil.Error):
-                    process.kill()
+            _shut_down(ray, self._started)
 
     def _answers(self) -> Iterator[tuple[Member, Drawn | None]]:
         """Wait a while; yield workers with what they drew, or with ``None`` if they are lost.
@@ -301,8 +292,11 @@ def _join(ray: Any) -> list[psutil.Process]:
 
     Raises ``EngineError``.
     """
-    me = psutil.Process()
-    others = {*me.children()}
+    before_it = {*psutil.Process().children()}
+
+    def started() -> list[psutil.Process]:
+        return [process for process in psutil.Process().children() if process not in before_it]
+
     address = os.environ.get(_ADDRESS)
     own: dict[str, Any] = {} if address else {"include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -318,8 +312,25 @@ def _join(ray: Any) -> list[psutil.Process]:
             f"{what}: {one_line(error)}; see whether the cluster runs and has this version of Ray "
             f"({ray.__version__}) and Python, or unset {_ADDRESS} to use this machine alone"
         ) from error
+    except BaseException:  # an interruption
+        _shut_down(ray, started())
+        raise
     finally:
         # Ray takes SIGTERM for itself, where it can.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-    return [process for process in me.children() if process not in others]
+    return started()
+
+
+def _shut_down(ray: Any, started: Sequence[psutil.Process]) -> None:
+    """Leave the cluster, and end what was ``started`` for it with all that they started."""
+    family = [*started]
+    for process in started:
+        with suppress(psutil.Error):
+            family += process.children(recursive=True)
+    ray.shutdown()
+    # Ray's agents see only after a while that their node is gone, if they see it.
+    _, left = psutil.wait_procs(family, _END)
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()

@@ -29,7 +29,7 @@ TRAINED_ON = "problems.txt"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,94}[A-Za-z0-9_-]|[A-Za-z0-9]")
 
-_NO_POLICY = {"recipes", "training"}
+NO_POLICY = frozenset({"recipes", "served", "throughput", "training"})
 """Folders beside those of the policies, which hold other recordings."""
 
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,127}", re.ASCII)
@@ -89,7 +89,7 @@ class PolicyName:
             name = f"{folder.parent.name}/{folder.name}" if step else folder.name or str(folder)
         as_id = _HUB_ID.fullmatch(name) and not (folder and "--" in name)
         plain = name.replace("/", "--") if as_id else name
-        taken = plain in _NO_POLICY or ("--" in plain and not as_id)
+        taken = plain in NO_POLICY or ("--" in plain and not as_id)
         if _PLAIN.fullmatch(plain) and not taken:
             return plain
         readable = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")[:64]

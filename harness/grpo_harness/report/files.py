@@ -60,6 +60,22 @@ def write_samples(folder: Path, evaluation: Evaluation) -> None:
         replace(path, lines)
 
 
+def read(path: Path) -> Report:
+    """Read a ``report.json``, or that of a folder. Raises ``ReportError``."""
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        report = Report.of(json.loads(path.read_text(encoding="utf-8")))
+        report.markdown()  # whose rows have all that a view shows
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read ({one_line(error)})") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ReportError(
+            f"{path} is no report of this version ({one_line(error)}): make one with "
+            "pytest --grpo-report FOLDER"
+        ) from error
+    return report
+
+
 def append_summary(report: Report, target: str) -> None:
     """Append the Markdown to ``target``, a CI system's summary. Raises ``ReportError``."""
     with _writing(Path(target)), Path(target).open("a", encoding="utf-8") as file:

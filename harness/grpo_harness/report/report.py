@@ -6,9 +6,10 @@ come from other processes.
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from grpo_harness.checks import change, side
 from grpo_harness.gate.stats import holm
@@ -89,6 +90,32 @@ class Report:
             "notices": self.notices,
         }
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """Return the report whose ``content`` this is.
+
+        Raises what a content of another form raises: ``KeyError``, ``TypeError``, ``ValueError``.
+        """
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {content['schema']!r}, and {SCHEMA} is read")
+        own = {"schema", "status", "evaluations", "checks", "tests", "notices"}
+        tests, evaluations = content["tests"], content["evaluations"]
+        policies = [row["policy"] for row in evaluations]
+        report = cls(
+            {name: of for name, of in content.items() if name not in own},
+            [*dict.fromkeys(row["task_type"] for row in evaluations)],
+            [*dict.fromkeys(policies)],
+            content["status"],
+            passed=tests["passed"],
+            failed={row["test"]: row["said"] for row in tests["failed"]},
+            not_run=tests["not_run"],
+            notices=list(content["notices"]),
+        )
+        for row in (*evaluations, *content["checks"]):
+            changed = [str(line) for line in row.get("changed", ())]
+            report.add({**row, "evidence": _numbers(row.get("evidence")), "changed": changed})
+        return report
+
     def measured(self) -> Table:
         """One row per task type and policy: what was measured, and the worst verdict on it."""
         rows = []
@@ -151,13 +178,22 @@ class Report:
             )
         return Table.of(rows)
 
+    def worst_first(self) -> list[Row]:
+        """Return all checks, the worst verdicts first."""
+        rows = self._sorted(self.checks)
+        return sorted(rows, key=lambda row: _WORST_FIRST.index(row["verdict"]))
+
+    def counts(self) -> Counter[str]:
+        """Count the checks of each verdict."""
+        return Counter(row["verdict"] for row in self.checks.values())
+
     def unsettled(self) -> list[str]:
         """Name every check that is not a PASS, worst first, with its reason."""
-        rows = [row for row in self._sorted(self.checks) if row["verdict"] != "PASS"]
         return [
             f"{row['verdict']:8} {row['title']}, {row['policy']} on {row['task_type']}: "
             f"{row['reason']}"
-            for row in sorted(rows, key=lambda row: _WORST_FIRST.index(row["verdict"]))
+            for row in self.worst_first()
+            if row["verdict"] != "PASS"
         ]
 
     def markdown(self) -> str:
@@ -253,6 +289,15 @@ class Report:
             "truncated": _percent(row["outcomes"]["truncated"]),
             "verdict": _worst(own),
         }
+
+
+def _numbers(evidence: Row | None) -> Row | None:
+    """Return evidence with NaN for each number that JSON could not hold."""
+    if evidence is None:
+        return None
+    return {
+        name: math.nan if of is None and name != "needed" else of for name, of in evidence.items()
+    }
 
 
 def _sliced(row: Row, part: Row) -> dict[str, str]:

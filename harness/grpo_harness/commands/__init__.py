@@ -1,0 +1,11 @@
+"""The commands of the command line: each module adds some, and runs them.
+
+================  ===============================================================
+``common.py``     what commands share
+``runs.py``       settings, admit, store: what runs of pytest have here
+``training.py``   train, recipes, resources
+``logs.py``       log: judge a training run
+``reports.py``    comment: show a report elsewhere
+``baselines.py``  diff: compare recordings
+================  ===============================================================
+"""
