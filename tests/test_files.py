@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from trl.scripts.grpo import make_parser
 
 from grpo_harness.cli import main
+from grpo_harness.contract import watch
 from grpo_harness.errors import HarnessError
 from grpo_harness.policy import PolicyName, find
 from grpo_harness.policy import load as load_policy
@@ -434,7 +435,7 @@ def test_a_file_that_is_no_recipe(text, said, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=said):
         load(path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"there is no .*none\.yaml: name a recipe's \.yaml file$"):
         load(tmp_path / "none.yaml")
 
 
@@ -681,6 +682,22 @@ def test_a_smoke_run_is_small_and_computes_the_same(write, changes, batch, steps
     for name in ("num_generations", "gradient_accumulation_steps", "steps_per_generation", "beta",
                  "num_iterations", "reward_weights", "loss_type", "learning_rate"):  # fmt: skip
         assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of TRL
+def test_a_smoke_run_leaves_out_by_name_what_has_no_formula(write, tmp_path):
+    """TRL's own LoRA has dropout, and its own precision is half: the loss is looked at anyway."""
+    ours = load(write(use_peft=True, lora_r=2, dtype="bfloat16"))
+    run = watch(build(ours.small("nano-base"), tmp_path / "out", device="cpu"))
+    run.holds("loss_equals_the_oracles")
+    assert not {"dropout", "half precision"} & set(run.not_looked_at.values())
+    assert set(ours.smoke_without(device="cpu")) == {"lora_dropout", "dtype, bf16, fp16"}
+    vllm = load(write(use_peft=False, dtype=None, use_vllm=True))
+    assert set(vllm.smoke_without(device="cpu")) == {"use_vllm"}
+    assert load(write(use_vllm=False, use_peft=False)).smoke_without(device="cpu") == {}
+    # On a GPU, TRL trains in half precision unless it is told otherwise.
+    half = ours.small("nano-base").values
+    assert (half["bf16"], half["fp16"], half["dtype"]) == (False, False, "float32")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of TRL

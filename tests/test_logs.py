@@ -17,7 +17,7 @@ from grpo_harness.cli import main
 from grpo_harness.logs.figures import FIGURES, Figure, Value, figures
 from grpo_harness.logs.hacking import LEAST_STEPS, hacking
 from grpo_harness.logs.hacking import RISK as RISK_OF_A_CHANGE
-from grpo_harness.logs.judge import RISK, band, bands, judge
+from grpo_harness.logs.judge import RISK, Band, Finding, band, bands, judge
 from grpo_harness.logs.plot import plot
 from grpo_harness.logs.read import Log, LogError, read
 from grpo_harness.logs.recorded import (
@@ -368,6 +368,28 @@ def test_a_change_is_named_with_its_figure_and_step(name, tmp_path):
     assert "outside from step" in lines[1]
 
 
+def test_figures_are_columns_and_shares_stay_shares(tmp_path):
+    cut = [
+        log(s, tmp_path, **{"completions/clipped_ratio": lambda x, t, s=s: s / 5}) for s in range(3)
+    ]
+    found = judge(log(99, tmp_path), Recorded(1, "ours", [summed_up(run) for run in cut]))
+    cells = [line for line in found.message().splitlines() if "recorded runs" in line][1:]
+    cells = [line for line in cells if " to " in line]
+    assert len({line.index("recorded runs") for line in cells}) == 1, "one column"
+    for name in ("clipped ratio", "groups without spread"):
+        (line,) = (line for line in cells if line.startswith(f"  {name}:"))
+        low, high = line.split("recorded runs ")[1].split(" to ")
+        assert 0 <= float(low) <= float(high) <= 1
+    (band,) = (f.band for f in found.findings if f.figure.name == "clipped ratio")
+    assert band.lower < 0, "what is judged is the whole interval"
+
+
+def test_memory_is_shown_in_mebibytes():
+    (memory,) = (figure for figure in FIGURES if figure.name == "peak memory")
+    found = Finding(memory, 3 * 2**20, Band(2**20, 2**21, 2**22))
+    assert found.row() == ("peak memory:", "3 MiB", "recorded runs 1 MiB to 4 MiB")
+
+
 def test_the_step_is_where_the_curve_leaves(tmp_path):
     broken = {"reward": lambda x, t: x - (0.5 if t > 0.6 else 0.0)}
     found = judge(log(99, tmp_path, **broken), recorded(tmp_path))
@@ -571,6 +593,8 @@ def test_the_picture_has_a_place_for_each_curve_and_none_that_is_empty(tmp_path,
         low = shade.get_paths()[0].vertices[:, 1].min()
         never_negative = min(line.get_ydata().min() for line in axes.lines) >= 0
         assert low >= 0 or not never_negative
+        if axes.get_title() in {"completions/clipped_ratio", "frac_reward_zero_std"}:
+            assert shade.get_paths()[0].vertices[:, 1].max() <= 1
 
 
 def test_only_curves_that_all_runs_have_are_drawn(tmp_path):
@@ -700,6 +724,20 @@ def test_every_figure_has_a_name_of_its_own():
 
 
 # ------------------------------------------------------------------ the suite
+
+
+def test_every_verdict_on_a_training_is_shown(project):
+    """The curves and the checkpoint are of the same training: neither hides the other."""
+    (project.path / "test_own.py").write_text(
+        "from grpo_harness.plugin.assertions import conclude\n"
+        "def test_curves(request):\n"
+        "    conclude(request.node, 'curves', 'ours', 'runs', 'UNPROVEN', 'bands too wide')\n"
+        "def test_checkpoint(request):\n"
+        "    conclude(request.node, 'checkpoint', 'ours', 'log', 'UNPROVEN', 'noise too wide')\n"
+    )
+    said = project.runpytest_subprocess().stdout
+    said.fnmatch_lines_random(["UNPROVEN curves, ours*bands too wide"])
+    said.fnmatch_lines_random(["UNPROVEN checkpoint, ours*noise too wide"])
 
 
 def test_the_suite_judges_the_training_that_is_named(project):

@@ -81,6 +81,12 @@ WHOLE = {
         "conversations": True,
         "gradient_accumulation_steps": 2,
     },
+    "padding that is drawn": {"trainer": made.PaddedByAnAnswer, "max_completion_length": 3},
+    "padding that is drawn, masked": {
+        "trainer": made.PaddedByAnAnswer,
+        "max_completion_length": 3,
+        "mask_truncated_completions": True,
+    },
     "evaluated": {
         "trainer": made.Evaluated,
         "eval_strategy": "steps",

@@ -92,6 +92,14 @@ class PaddedByTheEnd(GRPOTrainer):
         super().__init__(processing_class=processing_class, **arguments)
 
 
+class PaddedByAnAnswer(GRPOTrainer):
+    """Its pad token is a digit, which the policy draws: also as the last token that it may."""
+
+    def __init__(self, processing_class, **arguments):
+        processing_class.pad_token = "1"
+        super().__init__(processing_class=processing_class, **arguments)
+
+
 class Streamed(GRPOTrainer):
     def __init__(self, train_dataset, **arguments):
         super().__init__(train_dataset=train_dataset.to_iterable_dataset(), **arguments)

@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
     """Add the commands to a parser."""
     command = commands.add_parser(
         "train",
-        help="train a policy with GRPO and the rule reward",
+        help="train a policy with GRPO by a recipe",
         description="Train a policy by a recipe with GRPO and the rule reward, or the rewards that "
         "it names. After an interruption, the same command continues from the last checkpoint, to "
         "the same weights.",

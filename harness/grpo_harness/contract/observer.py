@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -259,7 +259,8 @@ class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         masks = zip(inputs["prompt_ids"], inputs["prompt_mask"].bool(), strict=True)
         prompts = [tuple(row[keep].tolist()) for row, keep in masks]
         width = inputs["completion_ids"].shape[1]
-        completions = [self._strip(row) for row in inputs["completion_ids"].tolist()]
+        drawn = set(self._window.completion_ids)
+        completions = [self._strip(row, drawn) for row in inputs["completion_ids"].tolist()]
         shown = getattr(self._output, "log_probs", None)
         old, mask = inputs.get("old_per_token_logps"), inputs.get("completion_mask")
         if not self.steps or self.steps[-1].taken:
@@ -279,13 +280,13 @@ class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _tokens(self, prompts: Sequence[Any]) -> list[Tokens]:
         return prompt_tokens(self._tokenizer, prompts, self._config.chat_template_kwargs)
 
-    def _strip(self, row: Sequence[int]) -> Tokens:
-        """Return a completion without its padding, whose token may be an end token too."""
+    def _strip(self, row: Sequence[int], drawn: Set[Tokens]) -> Tokens:
+        """Return a completion without its padding, whose token the policy may draw too."""
         pad, kept = self._tokenizer.pad_token_id, len(row)
         while kept and row[kept - 1] == pad:
             kept -= 1
-        most = min(len(row), self._config.max_completion_length)
-        return tuple(row[: kept + (pad in self._ends and kept < most)])
+        longer = (tuple(row[:n]) for n in range(kept, len(row) + 1))
+        return next((ids for ids in longer if ids in drawn), tuple(row[:kept]))
 
     def _forwarded(self, model: Any, args: Any, output: Any) -> Any:
         if not self._in_loss:

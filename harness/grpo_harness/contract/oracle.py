@@ -87,8 +87,8 @@ class Oracle:
         )
 
     def truncated(self, completion: Sequence[int]) -> bool:
-        """Tell whether a completion was cut off before an end token."""
-        return completion[-1] not in self.ends
+        """Tell whether a completion was cut off. As in TRL, drawn padding ends one too."""
+        return completion[-1] not in {*self.ends, self.tokenizer.pad_token_id}
 
     def texts(self, completions: Sequence[Tokens]) -> list[str]:
         """Return completions as texts."""

@@ -305,7 +305,7 @@ def counts_are_those_of_the_completions(run: Trace, oracle: Oracle) -> None:
             place = f"{where(batch, i, g)} has {len(ids)} tokens"
             require(len(ids) <= most, f"{place}, and max_completion_length is {most}")
             require(
-                len(ids) == most or not oracle.truncated(ids),
+                len(ids) == most or ids[-1] in oracle.ends,
                 f"{place}, none of which is an end token, and max_completion_length is {most}",
             )
     tokens = 0

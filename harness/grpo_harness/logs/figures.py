@@ -33,7 +33,7 @@ class Figure:
     ``part`` is the gain (the last fifth less the first), the mean of the last fifth (``end``), or
     the mean, the median or the lowest tenth (``low``) of all steps. Figures of the scale ``log``
     change by factors. Changes below ``least`` are never a fault: in the figure's own unit, or as a
-    part of it on the scale ``log``.
+    part of it on the scale ``log``. A ``share`` is from 0 to 1.
     """
 
     name: str
@@ -42,6 +42,13 @@ class Figure:
     scale: Literal["linear", "log"] = "linear"
     least: float = 0.01
     of_the_machine: bool = False
+    share: bool = False
+
+    def show(self, number: float) -> str:
+        """Return one of its values as text."""
+        if self.key == PEAK_MEMORY:
+            return f"{number / 2**20:.0f} MiB"
+        return f"{number:.4g}"
 
     def of(self, log: Log) -> Value | None:
         """Measure a run; ``None`` if it did not log this."""
@@ -73,8 +80,8 @@ FIGURES = (
     Figure("reward of all steps", "reward", "mean"),
     Figure("entropy", "entropy", scale="log", least=0.02),
     Figure("kl", "kl", scale="log", least=0.1),
-    Figure("clipped ratio", "completions/clipped_ratio", least=0.01),
-    Figure("groups without spread", "frac_reward_zero_std", "mean", least=0.01),
+    Figure("clipped ratio", "completions/clipped_ratio", share=True),
+    Figure("groups without spread", "frac_reward_zero_std", "mean", share=True),
     Figure("length", "completions/mean_length", scale="log", least=0.02),
     Figure("gradient norm", "grad_norm", "mean", "log", 0.05),
     Figure("seconds a step", "step_time", "low", "log", 0.25, of_the_machine=True),

@@ -18,6 +18,7 @@ from statistics import fmean, variance
 from typing import Literal
 
 from scipy.special import ndtri, stdtrit
+from tabulate import tabulate
 
 from grpo_harness.gate.inputs import GREATEST_LOG
 from grpo_harness.logs.figures import FIGURES, Figure, Value, figures
@@ -39,6 +40,12 @@ class Band:
     lower: float
     mean: float
     upper: float
+
+    def possible(self, figure: Figure) -> "Band":
+        """Return the part of it in which the figure can be."""
+        if not figure.share:
+            return self
+        return replace(self, lower=max(self.lower, 0.0), upper=min(self.upper, 1.0))
 
 
 @dataclass(frozen=True)
@@ -83,13 +90,14 @@ class Finding:
             change, by = f"a change by more than a factor of {least:.3g}", "by a factor of"
         return f"{name}: only {change} would be seen, and the recorded runs move {by} {moved:.2g}"
 
-    def __str__(self) -> str:
-        band = f"{self.band.lower:.4g} to {self.band.upper:.4g}"
-        line = f"{escape(self.figure.name, 60)}: {self.value:.4g}, recorded runs {band}"
-        if not self.outside:
-            return line
-        where = "" if self.left is None else f", outside from step {self.left} on"
-        return f"{line}: {'above' if self.value > self.band.upper else 'below'} the band{where}"
+    def row(self) -> tuple[str, str, str]:
+        """Return its row of the message: the figure, its value, and its band."""
+        show, possible = self.figure.show, self.band.possible(self.figure)
+        line = f"recorded runs {show(possible.lower)} to {show(possible.upper)}"
+        if self.outside:
+            where = "" if self.left is None else f", outside from step {self.left} on"
+            line += f": {'above' if self.value > self.band.upper else 'below'} the band{where}"
+        return f"{escape(self.figure.name, 60)}:", show(self.value), line
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,9 @@ class Judgement:
         lines = [f"{self.verdict}: {escape(self.training)} against {self.runs} recorded runs"]
         if self.reason:
             return f"{lines[0]}\n  {self.reason}"
-        lines += [f"  {finding}" for finding in sorted(self.findings, key=lambda f: not f.outside)]
+        rows = [finding.row() for finding in sorted(self.findings, key=lambda f: not f.outside)]
+        table = tabulate(rows, tablefmt="plain", disable_numparse=True)
+        lines += [f"  {line.rstrip()}" for line in table.splitlines()]
         lines += [f"  not judged: {why}" for why in self.left_out]
         lines += [f"  blind: {why}" for why in self.blind]
         if self.blind:

@@ -36,7 +36,7 @@ def plot(log: Log, recorded: Recorded, path: Path) -> None:
     for axes, (key, figure) in zip(places, curves.items(), strict=False):
         then = [run.curves[key] for run in recorded.runs]
         steps = [(window.first + window.last) / 2 for window in then[0]]
-        limits = bands(recorded.runs, key, figure, RISK)
+        limits = [b.possible(figure) for b in bands(recorded.runs, key, figure, RISK)]
         own = windows(log, key)
         # What is never below 0, such as a length, has no band there.
         least = min(window.mean for curve in (own, *then) for window in curve)

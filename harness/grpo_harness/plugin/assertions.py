@@ -38,7 +38,7 @@ def conclude(
     from grpo_harness.checks import Check
     from grpo_harness.text import plain
 
-    check = Check(task, title, task, policy, reference, reason=said)
+    check = Check(title, title, task, policy, reference, reason=said)
     carry_check(node, {**check.asdict(), "verdict": verdict})
     failing = ("FAIL", "ERROR", *(["UNPROVEN"] if node.config.getoption("grpo_strict") else []))
     if verdict in failing:

@@ -139,7 +139,7 @@ class Recipe:
 
         Everything that a step computes with stays: groups, accumulation, iterations, rewards and
         weights, loss, schedule, optimizer. A batch of more than 64 completions becomes the smallest
-        one that its groups allow.
+        one that its groups allow. `smoke_without` says what else is left out.
         """
         config: Any = self.parsed.config
         window, groups = config.steps_per_generation, config.num_generations
@@ -154,6 +154,10 @@ class Recipe:
             "per_device_train_batch_size": batch,
             "steps_per_generation": window,
             "logging_steps": 1,
+            "lora_dropout": 0.0,
+            "dtype": "float32",
+            "bf16": False,
+            "fp16": False,
         }
         left = {
             *("model_revision", "generation_batch_size", "use_vllm"),
@@ -161,6 +165,23 @@ class Recipe:
         }
         values = {key: value for key, value in self.values.items() if key not in left}
         return replace(self, values={**values, **changes})
+
+    def smoke_without(self, *, device: str = "auto") -> dict[str, str]:
+        """Return what this recipe has and its smoke run on ``device`` has not, by the key."""
+        values = {key: value for key, value in self.values.items() if key != "use_vllm"}
+        config, model = (
+            replace(self, values=values).config(Path(), device=device),
+            self.parsed.model,
+        )
+        full = model.dtype in {None, "auto", "float32"} and not (config.bf16 or config.fp16)
+        without = {
+            "use_vllm": self.parsed.config.use_vllm and "the smoke run samples without vLLM",
+            "lora_dropout": model.use_peft
+            and model.lora_dropout
+            and "the smoke run trains without the adapter's dropout",
+            "dtype, bf16, fp16": not full and "the smoke run trains in full precision",
+        }
+        return {key: why for key, why in without.items() if why}
 
     def rewards(self) -> list[RewardFunction | str]:
         """Load the rewards that ``reward_funcs`` names; a name of a model stays a name."""

@@ -18,6 +18,8 @@ def content_of(path: Path) -> dict[Any, Any]:
         if path.stat().st_size > _MOST_BYTES:
             raise RecipeError("larger than 1 MiB")
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 — a SafeLoader
+    except FileNotFoundError:
+        raise RecipeError(f"there is no {path}: name a recipe's .yaml file") from None
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as YAML ({one_line(error)}): fix it") from error
     if not isinstance(content, dict):
