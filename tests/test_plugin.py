@@ -349,6 +349,9 @@ def test_junit_shows_what_is_unproven(skilled):
     for case in suite.iter("testcase"):
         properties = {p.get("name"): p.get("value") for p in case.iter("property")}
         assert properties["grpo-harness.accuracy"].startswith("UNPROVEN: ")
+        numbers = [float(properties[f"grpo-harness.accuracy.{of}"]) for of in ("lower", "upper")]
+        assert numbers[0] < float(properties["grpo-harness.accuracy.delta"]) < numbers[1]
+        assert properties["grpo-harness.accuracy.n"] == "64"
         assert case.find("system-out").text.startswith("UNPROVEN: ")
 
 

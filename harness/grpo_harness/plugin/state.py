@@ -59,9 +59,13 @@ def carry(node: pytest.Item, kind: str, row: dict[str, Any]) -> None:
 
 
 def carry_check(node: pytest.Item, row: dict[str, Any]) -> None:
-    """Attach a check: as a row, and as text for JUnit."""
+    """Attach a check: as a row, and for JUnit its verdict as a text and each number behind it."""
     carry(node, "check", row)
-    node.user_properties.append((f"{PROPERTY}.{row['rule']}", f"{row['verdict']}: {row['reason']}"))
+    name = f"{PROPERTY}.{row['rule']}"
+    node.user_properties.append((name, f"{row['verdict']}: {row['reason']}"))
+    for figure, value in (row.get("evidence") or {}).items():
+        if figure not in ("verdict", "reason"):
+            node.user_properties.append((f"{name}.{figure}", str(value)))
 
 
 def carry_notices(node: pytest.Item, session: Session) -> None:
