@@ -68,7 +68,7 @@ def test_an_unchanged_policy_recorded_again_changes_few_lines(project):
     run(project, "--grpo-record")
     (path,) = project.path.glob("baselines/*trained*/*.json")
     before = path.read_text().splitlines()
-    run(project, "--grpo-record", "--grpo-fresh")
+    run(project, "--grpo-record")
     after = path.read_text().splitlines()
     assert len(after) == len(before)
     changed = {b.split(":")[0].strip() for a, b in zip(before, after, strict=True) if a != b}

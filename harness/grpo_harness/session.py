@@ -330,7 +330,11 @@ class Session:
                 seeds, problems = before.header.seeds, min(problems, before.header.planned)
                 samples = max(record.k for record in before.records.values())
             questions = self.questions(policy, task_type, problems)
-            evaluations = [self._draw(questions, samples // len(seeds), seed) for seed in seeds]
+            # Stored samples of these seeds may come from code that no digest knows.
+            evaluations = [
+                self._draw(questions, samples // len(seeds), seed, store=self.store.anew())
+                for seed in seeds
+            ]
             self._recorded[key] = recording.record(
                 self.settings.baselines,
                 evaluations,
@@ -424,7 +428,12 @@ class Session:
         return None
 
     def _draw(
-        self, questions: Questions, k: int, seed: int, until: Until | None = None
+        self,
+        questions: Questions,
+        k: int,
+        seed: int,
+        until: Until | None = None,
+        store: Store | None = None,
     ) -> Evaluation:
         title = f"{questions.policy.name} {questions.task_type.name}"
         with self.progress(title, len(questions.problems) * k) as progress:
@@ -433,7 +442,7 @@ class Session:
                 self._engine_of(questions.policy, questions.task_type),
                 k=k,
                 run_seed=seed,
-                store=self.store,
+                store=store or self.store,
                 code=drawing_digest(),
                 until=until,
                 look=LOOK,

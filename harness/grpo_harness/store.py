@@ -94,6 +94,14 @@ class Store:
         self.notices: list[str] = []
         self._run = run
 
+    def anew(self) -> Store:
+        """Return this store for draws that use nothing that was stored before the run."""
+        if self.draws == "none":
+            return self
+        other = Store(self.file, draws="all", run=self._run)
+        other.notices = self.notices
+        return other
+
     @contextmanager
     def open(self, policy: str, task: str, what: Mapping[str, Any]) -> Iterator[Samples]:
         """Read the samples of ``what``, and let no other process draw them meanwhile.
