@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,10 @@ def test_only_the_plugin_imports_pytest():
 def test_a_module_loads_without_torch(module):
     code = f"import grpo_harness.{module}, sys; sys.exit(bool({HEAVY!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_room_is_in_the_wheel():
+    table = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    rooms = {f"grpo_harness.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}
+    listed = table["tool"]["setuptools"]["packages"]
+    assert {"grpo_harness", "grpo_harness.suites", *rooms} == {*listed}
