@@ -60,6 +60,10 @@ class Terms:
         """Tell whether a run may end before its plan does: only that of the recorded policy."""
         return self.sequential and self.same_policy
 
+    def early(self, now: Sequence[Tally], then: Sequence[Tally]) -> bool:
+        """Tell whether a run that may stop is judged before all of ``then`` were asked."""
+        return self.may_stop and len(now) < len(then)
+
 
 Tallies = Sequence[Tally]
 Judge = Callable[[Tallies, Tallies, Sizes, Terms], Evidence]
@@ -131,7 +135,7 @@ def _fault(outcome: Literal["truncated", "unparsable", "lenient"]) -> Judge:
 
 def _length(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:
     logs = [[tally.mean_log_length for tally in side] for side in (now, then[: len(now)])]
-    k, early = [tally.k for tally in now], terms.may_stop and len(now) < len(then)
+    k, early = [tally.k for tally in now], terms.early(now, then)
     # A length changes by a factor, so "10%" is 0.1 whatever was recorded.
     bounds = sizes.of(1.0)
     return gate.judge_length(logs[0], k, logs[1], alpha=terms.alpha, bounds=bounds, early=early)
@@ -147,7 +151,6 @@ def _reward(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence
     # A problem without any score on one side has nothing to compare; `_unlike` has counted them.
     ours, theirs = _earned(now, then[: len(now)])
     same, alpha, scale = terms.same_policy, terms.alpha, None
-    early = terms.may_stop and len(now) < len(then)
     measured = Rewards.of(ours, theirs)
     in_deviations = [str(size).endswith("sd") for size in (sizes.margin, sizes.minimum)]
     if all(in_deviations) or (in_deviations[0] and not measured.scale):
@@ -155,8 +158,9 @@ def _reward(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence
     else:
         scale, bounds = 1.0, sizes.of(measured.means[1], measured.scale)
     return gate.judge_reward(
-        ours, theirs, same_policy=same, scale=scale, bounds=bounds, alpha=alpha, early=early
-    )
+        ours, theirs, same_policy=same, scale=scale, bounds=bounds, alpha=alpha,
+        early=terms.early(now, then),
+    )  # fmt: skip
 
 
 def _improvement(now: Tallies, then: Tallies, sizes: Sizes, terms: Terms) -> Evidence:

@@ -94,8 +94,8 @@ def differences(old: Path, new: Path) -> Iterator[str]:
         if one is None or two is None:
             yield f"{title}: {'new' if one is None else 'gone'}"
         else:
-            changed = sentence(two.header, two.records, one.header, one.records)
-            yield plain(f"{title}: {changed}")
+            said = sentence(two.header, two.records, one.header, one.records)
+            yield plain(f"{title}: {said}")
 
 
 def _pairs(old: Path, new: Path) -> list[tuple[Path | None, Path | None]]:

@@ -183,9 +183,9 @@ class Report:
         rows = self._sorted(self.checks)
         return sorted(rows, key=lambda row: _WORST_FIRST.index(row["verdict"]))
 
-    def counts(self) -> Counter[str]:
-        """Count the checks of each verdict."""
-        return Counter(row["verdict"] for row in self.checks.values())
+    def counts(self) -> dict[str, int]:
+        """Count the checks of each verdict that occurs, the worst first."""
+        return dict(Counter(row["verdict"] for row in self.worst_first()))
 
     def unsettled(self) -> list[str]:
         """Name every check that is not a PASS, worst first, with its reason."""
