@@ -256,6 +256,7 @@ class Evaluation:
         """Return every figure of the evaluation as plain numbers."""
         return {
             "policy": self.policy,
+            "slug": self.questions.policy.slug,
             "fingerprint": str(self.fingerprint),
             "task_type": self.task,
             "n": self.n,

@@ -261,6 +261,11 @@ class Settings:
         correct = (task.rewards.correct for task in self.tasks.values())
         return {of.reward for of in correct if of is not None}
 
+    def content(self) -> dict[str, Any]:
+        """Return the resolved table as plain data; without servers, whose addresses may be secret."""
+        table = msgspec.to_builtins(self.table)
+        return {name: value for name, value in table.items() if name != "serve"}
+
     def policy(self, role: str, candidate: int = 0) -> PolicyName:
         """Return the name of the policy in a role: the base, or the numbered candidate."""
         return self.base if role == "base" else self.trained[candidate]

@@ -78,7 +78,7 @@ def escape(text: str, limit: int = 200) -> str:
     left_out = len(text) - limit
     if left_out > 0:
         text = text[:limit]
-    shown = "".join(map(_visible, text))
+    shown = "".join(map(visible, text))
     shown = shown.replace("::", ":\\u003a").replace("##", "#\\u0023")
     return shown if left_out <= 0 else f"{shown}… ({left_out} more characters)"
 
@@ -95,7 +95,7 @@ def plain(text: str) -> str:
     name that is not. Unlike in :func:`escape`, backslashes and line breaks stay and nothing is cut.
     """
     shown = "".join(
-        character if character == "\n" or character == "\\" else _visible(character)
+        character if character == "\n" or character == "\\" else visible(character)
         for character in text
     )
     return _COMMAND.sub(lambda mark: mark.group()[:-1] + f"\\u{ord(mark.group()[-1]):04x}", shown)
@@ -129,7 +129,8 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def _visible(character: str) -> str:
+def visible(character: str) -> str:
+    """Return a character as an escape, if it is invisible or a backslash."""
     if character == "\\":
         return "\\\\"
     if character.isprintable() and not _INVISIBLE.match(character):

@@ -31,7 +31,7 @@ MOST_BYTES = 512_000
 LONGEST = 16_000
 """The longest text that is kept, in bytes."""
 
-MOST = 512
+MOST = 2_048
 """Completions that are kept, unless more are needed for every score to be among them."""
 
 _COMMONEST = 8
@@ -226,7 +226,12 @@ def _example(example: Example, found: Completion) -> Example:
 
 
 def _chosen(drawn: Iterable[Example], room: int) -> list[Example]:
-    """Choose examples for ``room`` bytes: the commonest texts and every score, then any others."""
+    """Choose examples for ``room`` bytes: the commonest texts and every score, then others.
+
+    Those are of each problem the commonest right and the commonest wrong text, as a later run shows
+    them beside its own, and then any.
+    """
+    drawn = list(drawn)
     lines = sorted(((_line(e), e) for e in drawn), key=lambda row: (len(row[0]), row[0]))
     ordered = [example for _, example in lines]
     names = sorted({name for example in ordered for name in example.scores})
@@ -239,7 +244,18 @@ def _chosen(drawn: Iterable[Example], room: int) -> list[Example]:
     ]
     wanted = (e for rank in zip_longest(*queues) for e in rank if e is not None)
     others = (e for _, e in sorted(lines, key=lambda row: digest(row[0])))
-    return list(_fitting(wanted, room, others).values())
+    return list(_fitting(wanted, room, chain(_of_problems(drawn), others)).values())
+
+
+def _of_problems(drawn: Iterable[Example]) -> Iterator[Example]:
+    """Yield the commonest right and the commonest wrong text of each problem, as asked."""
+    sides: dict[tuple[str, bool], list[Example]] = {}
+    for example in drawn:
+        sides.setdefault((example.problem, example.outcome == "correct"), []).append(example)
+    for problem in dict.fromkeys(problem for problem, _ in sides):
+        for right in (True, False):
+            if examples := sides.get((problem, right)):
+                yield _commonest(examples, lambda e: e.text)[0]
 
 
 def _commonest(ordered: Sequence[Example], key: Callable[[Example], Any]) -> list[Example]:

@@ -77,7 +77,7 @@ class Evidence:
     proven; for the recorded policy to the proof of any change) and is compared with the check's
     part of `alpha`. `mde90` is the change, in the unit of `delta`, that this run would find nine
     times in ten. `needed` is the number of problems that would prove a PASS nine times in ten, None
-    if no number would. `k` is the largest number of samples of a problem: they differ only if runs
+    if no number would. `margin` and `minimum` are the bounds, in the unit of `delta`. `k` is the largest number of samples of a problem: they differ only if runs
     that stopped early are pooled.
     """
 
@@ -93,6 +93,8 @@ class Evidence:
     p: float
     mde90: float
     needed: int | None
+    margin: float
+    minimum: float
 
 
 def judge(
@@ -302,6 +304,8 @@ def judge_improvement(
             mde90=guarded.detectable(alpha, margin),
             # The test at `alpha` is stricter than the bound at 95 %, so it decides the number.
             needed=guarded.problems_needed(len(counts.now), delta - margin, alpha),
+            margin=margin,
+            minimum=minimum,
         ),
         failed=lost,
         passed=gain <= alpha and guarded.lower(PASS_CONFIDENCE) > margin,
@@ -389,6 +393,8 @@ def judge_length(
             p=p,
             mde90=_relative(outside + ratio.detectable(alpha / 2)),
             needed=ratio.problems_needed(len(ours), inside - abs(ratio.mean), PASS_LEVEL),
+            margin=margin,
+            minimum=minimum,
         ),
         failed=p <= alpha,
         passed=-inside < ratio.lower(sure) and ratio.upper(sure) < inside,
@@ -454,10 +460,20 @@ def _undecided(
         p=p,
         mde90=guarded.detectable(alpha, minimum),
         needed=guarded.problems_needed(len(counts.now), margin - max(drop, 0.0), PASS_LEVEL),
+        margin=margin,
+        minimum=minimum,
     )
 
 
-def _numbers(counts: Measured, *, p: float, mde90: float, needed: int | None) -> Evidence:
+def _numbers(
+    counts: Measured,
+    *,
+    p: float,
+    mde90: float,
+    needed: int | None,
+    margin: float,
+    minimum: float,
+) -> Evidence:
     guarded = _guarded(counts)
     now, then = counts.means
     return Evidence(
@@ -473,6 +489,8 @@ def _numbers(counts: Measured, *, p: float, mde90: float, needed: int | None) ->
         p=p,
         mde90=mde90,
         needed=needed,
+        margin=margin,
+        minimum=minimum,
     )
 
 

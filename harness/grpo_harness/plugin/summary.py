@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import xml.etree.ElementTree as ElementTree
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from grpo_harness.text import escape, plain, together
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from grpo_harness.baselines.file import Baseline
     from grpo_harness.gate.plan import Plan
     from grpo_harness.policy import PolicyName
     from grpo_harness.report.report import Report
@@ -41,6 +44,7 @@ class Summary:
         self._recorded: dict[str, list[str]] = {}
         self._written: list[str] = []
         self._handler: Any = None
+        self._started, self._clock = datetime.now(UTC), time.monotonic()
         self._report_to = self._folder()
         if self._report_to is not None:
             self._begin(self._report_to)
@@ -207,6 +211,7 @@ class Summary:
         report = self._report("interrupted" if interrupted else "finished")
         try:
             if self._report_to is not None:
+                self._add_problems(report, self._report_to)
                 self._written += [
                     f"written: {self._relative(path)}" for path in write(report, self._report_to)
                 ]
@@ -239,25 +244,53 @@ class Summary:
             for entry in stale_entries(self._run.settings):
                 say(plain(f"stale: {entry}; pytest --grpo-prune deletes it"))
 
+    def _add_problems(self, report: Report, folder: Path) -> None:
+        """Add the problems of every evaluation whose samples were written."""
+        from grpo_harness.report.files import problems_of
+
+        for row in report.evaluations.values():
+            problems = problems_of(folder, row, self._baseline(row["policy"], row["task_type"]))
+            report.problems[row["policy"], row["task_type"]] = problems
+
+    def _baseline(self, policy: str, task_type: str) -> Baseline | None:
+        """Return the baseline that a policy is judged by on a task, if there is one."""
+        from grpo_harness.baselines.file import BaselineError, load
+        from grpo_harness.sizing import baseline_of
+
+        settings = self._run.settings
+        for role, _, name in settings.policies():
+            if name.text == policy:
+                try:
+                    return load(baseline_of(settings, role, name, task_type))
+                except BaselineError:
+                    return None
+        return None
+
     def _report(self, status: Any) -> Report:
+        from grpo_harness.baselines.provenance import git, versions
         from grpo_harness.report.report import Report
 
         settings = self._run.settings
         texts = [name.text for *_, name in settings.policies()]
-        header = {
+        run = {
             "base": texts[0],
-            "trained": texts[1] if len(texts) == 2 else texts[1:],
+            "trained": texts[1:],
             "problems": settings.problems,
             "samples": settings.samples,
             "sampling": settings.sampling.asdict(),
             "baselines": self._relative(settings.baselines),
             "seed": self._run.seed,
+            "started": self._started.isoformat(timespec="seconds"),
+            "seconds": None if status == "running" else round(time.monotonic() - self._clock, 1),
+            "commit": git("rev-parse", "HEAD", cwd=self._config.rootpath),
         }
         report = Report(
-            header,
+            run,
             list(settings.tasks),
             texts,
             status,
+            environment=versions(),
+            settings=settings.content(),
             passed=len(self._passed - self._failed.keys()),
             failed=self._failed,
             not_run=[name for name, ended in self._seen.items() if not ended],

@@ -30,19 +30,16 @@ def comment(report: Report, limit: int = LONGEST) -> str:
 def _verdict(report: Report) -> str:
     counts = report.counts()
     failed = len(report.failed)
-    worst = next(iter(counts), "PASS")
-    sign = _SIGN["FAIL" if failed and worst in ("PASS", "UNPROVEN") else worst]
+    sign = _SIGN[report.worst()]
     found = ", ".join(f"{n} {name}" for name, n in counts.items())
     said = f"## {sign} grpo-harness: {found or 'nothing was judged'}"
     if failed:
         said += f"; {failed} {'test' if failed == 1 else 'tests'} failed"
     if report.status != "finished":
         said += f" (the run is {report.status})"
-    trained = report.header.get("trained")
-    named = trained if isinstance(trained, list) else [trained]
-    names = ", ".join(markdown(str(name)) for name in named)
-    of = f"{names} against {markdown(str(report.header.get('base')))} and the baselines"
-    return f"{said}\n\n{of}, seed {report.header.get('seed')}"
+    names = ", ".join(map(markdown, report.run["trained"]))
+    of = f"{names} against {markdown(report.run['base'])} and the baselines"
+    return f"{said}\n\n{of}, seed {report.run['seed']}"
 
 
 def _parts(report: Report) -> Iterator[str]:

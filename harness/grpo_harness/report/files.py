@@ -1,16 +1,20 @@
 """The report and its samples on disk, written atomically, and only of one run."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from grpo_harness.atomic import replace
+from grpo_harness.baselines.file import Baseline
 from grpo_harness.errors import HarnessError
 from grpo_harness.evaluation import Evaluation
-from grpo_harness.report.report import Report
+from grpo_harness.report.page import page
+from grpo_harness.report.problems import problems
+from grpo_harness.report.report import Report, Row
+from grpo_harness.report.schema import SCHEMA, Content, Problem
 from grpo_harness.text import one_line
 
 SAMPLES = "samples"
@@ -42,38 +46,65 @@ def begin(folder: Path) -> None:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write ``report.md`` and ``report.json`` and return their paths. Raises ``ReportError``."""
-    text = json.dumps(_finite(report.content()), indent=1, ensure_ascii=True, allow_nan=False)
-    contents = {"report.md": report.markdown(), "report.json": f"{text}\n"}
+    """Write ``report.md``, ``report.json`` and ``report.html`` and return their paths.
+
+    Raises ``ReportError``.
+    """
+    # Not msgspec's own encoder: it refuses half of a surrogate pair, which a text may hold.
+    text = json.dumps(msgspec.to_builtins(report.content()), ensure_ascii=True, allow_nan=False)
+    contents = {
+        "report.md": report.markdown(),
+        "report.json": f"{text}\n",
+        "report.html": page(report),
+    }
     with _writing(folder):
         for name, content in contents.items():
             replace(folder / name, content)
     return [folder / name for name in contents]
 
 
+def problems_of(folder: Path, row: Row, baseline: Baseline | None) -> list[Problem]:
+    """Return the problems of an evaluation: its samples beside what ``baseline`` recorded.
+
+    ``row`` is the evaluation's summary. Without its file of samples there are none. Raises
+    ``ReportError``.
+    """
+    path = samples_of(folder, row["slug"], row["task_type"])
+    try:
+        return problems(path, baseline) if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise ReportError(f"the samples {path} cannot be read ({one_line(error)})") from error
+
+
 def write_samples(folder: Path, evaluation: Evaluation) -> None:
     """Write every completion of an evaluation, one JSON object per line. Raises ``ReportError``."""
-    path = folder / SAMPLES / f"{evaluation.questions.policy.slug}--{evaluation.task}.jsonl"
+    path = samples_of(folder, evaluation.questions.policy.slug, evaluation.task)
     lines = "".join(json.dumps(row) + "\n" for row in evaluation.rows())
     with _writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace(path, lines)
 
 
+def samples_of(folder: Path, slug: str, task_type: str) -> Path:
+    """Return the file of a report with the completions of a policy on a task type."""
+    return folder / SAMPLES / f"{slug}--{task_type}.jsonl"
+
+
 def read(path: Path) -> Report:
     """Read a ``report.json``, or that of a folder. Raises ``ReportError``."""
     path = path / "report.json" if path.is_dir() else path
     try:
-        report = Report.of(json.loads(path.read_text(encoding="utf-8")))
-        report.markdown()  # whose rows have all that a view shows
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("schema") != SCHEMA:
+            raise ValueError(f"its schema is {content.get('schema')!r}, and {SCHEMA} is read")
+        return Report.of(msgspec.convert(content, Content))
     except OSError as error:
         raise ReportError(f"{path} cannot be read ({one_line(error)})") from error
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's own error is a ValueError
         raise ReportError(
             f"{path} is no report of this version ({one_line(error)}): make one with "
             "pytest --grpo-report FOLDER"
         ) from error
-    return report
 
 
 def append_summary(report: Report, target: str) -> None:
@@ -96,11 +127,3 @@ def _writing(place: Path) -> Iterator[None]:
     except OSError as error:
         raise ReportError(f"the report cannot be written to {place} ({one_line(error)})") from error
 
-
-def _finite(value: Any) -> Any:
-    """Return the value with null for every number that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(of) for key, of in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(of) for of in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,18 +9,17 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Self
+
+import msgspec
 
 from grpo_harness.checks import change, side
 from grpo_harness.gate.stats import holm
+from grpo_harness.report.schema import SCHEMA, Content, Problem, Status
 from grpo_harness.report.tables import Table
 from grpo_harness.text import escape, markdown, plain, together
 
 Row = Mapping[str, Any]
-Status = Literal["running", "finished", "interrupted"]
-
-SCHEMA = 2
-"""The schema of ``report.json``."""
 
 _WORST_FIRST = ("ERROR", "FAIL", "UNPROVEN", "PASS")
 
@@ -45,12 +44,13 @@ _LESS_MISSED = ("strict", "truncated", "tokens", "reward", "baseline", "n × k")
 class Report:
     """What a session found: one entry per evaluation and check, even if reported several times.
 
-    ``task_types`` and ``policies`` give the order of the rows, whatever the order of the tests.
-    ``failed`` has the tests that failed or could not be run, with their messages, and ``not_run``
+    ``run`` says what was run, as ``schema.Run`` has it. ``task_types`` and ``policies`` give the
+    order of the rows, whatever the order of the tests. ``problems`` has those of an evaluation by
+    policy and task type, as far as its samples were kept. ``failed`` has the tests that failed or could not be run, with their messages, and ``not_run``
     those that were not reached.
     """
 
-    header: Mapping[str, Any]
+    run: Mapping[str, Any]
     task_types: Sequence[str] = ()
     policies: Sequence[str] = ()
     status: Status = "running"
@@ -60,6 +60,9 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)
     not_run: Sequence[str] = ()
     notices: list[str] = field(default_factory=list)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    problems: dict[tuple[str, str], list[Problem]] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
         """Add a row of the kind ``evaluation``, ``check`` or ``notice``; others are ignored."""
@@ -74,46 +77,53 @@ class Report:
         """Tell whether there is anything to show."""
         return bool(self.evaluations or self.checks)
 
-    def content(self) -> dict[str, Any]:
-        """Return everything as plain data, for ``report.json``."""
-        return {
+    def content(self) -> Content:
+        """Return everything, for ``report.json``."""
+        evaluations = [
+            {**row, "problems": self.problems.get((row["policy"], row["task_type"]), [])}
+            for row in self._sorted(self.evaluations)
+        ]
+        everything = {
             "schema": SCHEMA,
             "status": self.status,
-            **self.header,
-            "evaluations": self._sorted(self.evaluations),
-            "checks": self._sorted(self.checks),
+            "run": self.run,
+            "environment": self.environment,
+            "settings": self.settings,
+            "evaluations": [_stored(row) for row in evaluations],
+            "checks": [_stored(row) for row in self._sorted(self.checks)],
             "tests": {
                 "passed": self.passed,
                 "failed": [{"test": name, "said": said} for name, said in self.failed.items()],
-                "not_run": list(self.not_run),
+                "not_run": self.not_run,
             },
             "notices": self.notices,
         }
+        return msgspec.convert(everything, Content)
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Self:
-        """Return the report whose ``content`` this is.
-
-        Raises what a content of another form raises: ``KeyError``, ``TypeError``, ``ValueError``.
-        """
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {content['schema']!r}, and {SCHEMA} is read")
-        own = {"schema", "status", "evaluations", "checks", "tests", "notices"}
-        tests, evaluations = content["tests"], content["evaluations"]
-        policies = [row["policy"] for row in evaluations]
+    def of(cls, content: Content) -> Self:
+        """Return the report whose ``content`` this is."""
+        tests, evaluations = content.tests, content.evaluations
         report = cls(
-            {name: of for name, of in content.items() if name not in own},
-            [*dict.fromkeys(row["task_type"] for row in evaluations)],
-            [*dict.fromkeys(policies)],
-            content["status"],
-            passed=tests["passed"],
-            failed={row["test"]: row["said"] for row in tests["failed"]},
-            not_run=tests["not_run"],
-            notices=list(content["notices"]),
+            msgspec.to_builtins(content.run),
+            [*dict.fromkeys(row.task_type for row in evaluations)],
+            [*dict.fromkeys(row.policy for row in evaluations)],
+            content.status,
+            passed=tests.passed,
+            failed={row.test: row.said for row in tests.failed},
+            not_run=tests.not_run,
+            notices=content.notices,
+            environment=content.environment,
+            settings=content.settings,
         )
-        for row in (*evaluations, *content["checks"]):
-            changed = [str(line) for line in row.get("changed", ())]
-            report.add({**row, "evidence": _numbers(row.get("evidence")), "changed": changed})
+        for evaluation in evaluations:
+            report.problems[evaluation.policy, evaluation.task_type] = evaluation.problems
+            row = msgspec.structs.asdict(evaluation) | {"kind": "evaluation"}
+            row["slices"] = msgspec.to_builtins(evaluation.slices)
+            del row["problems"]
+            report.add(row)
+        for check in map(msgspec.to_builtins, content.checks):
+            report.add({**check, "kind": "check", "evidence": _numbers(check["evidence"])})
         return report
 
     def measured(self) -> Table:
@@ -150,7 +160,7 @@ class Report:
 
     def details(self) -> Table:
         """One row per check: the numbers behind its verdict."""
-        checks = self._sorted(self.checks)
+        checks = self.sorted_checks()
         judged = [row for row in checks if row["evidence"]]
         adjusted = holm([row["evidence"]["p"] for row in judged])
         by_key = {id(row): p for row, p in zip(judged, adjusted, strict=True)}
@@ -178,9 +188,30 @@ class Report:
             )
         return Table.of(rows)
 
+    def keys(self) -> list[tuple[str, str]]:
+        """Return policy and task type of every evaluation, in the order of the rows."""
+        return [(row["policy"], row["task_type"]) for row in self._sorted(self.evaluations)]
+
+    def sorted_checks(self) -> list[Row]:
+        """Return all checks in the order of the rows."""
+        return self._sorted(self.checks)
+
+    def worst(self) -> str:
+        """Return the worst verdict of the run; a test that failed is a FAIL at least."""
+        worst = next(iter(self.counts()), "UNPROVEN")
+        return "FAIL" if self.failed and worst in ("PASS", "UNPROVEN") else worst
+
+    def verdict(self, key: tuple[str, str]) -> str:
+        """Return the worst verdict on an evaluation against its baseline, and its checks."""
+        return _worst(
+            check
+            for (_, *of), check in self.checks.items()
+            if tuple(of) == key and check["against"] == "baseline"
+        )
+
     def worst_first(self) -> list[Row]:
         """Return all checks, the worst verdicts first."""
-        rows = self._sorted(self.checks)
+        rows = self.sorted_checks()
         return sorted(rows, key=lambda row: _WORST_FIRST.index(row["verdict"]))
 
     def counts(self) -> dict[str, int]:
@@ -199,7 +230,7 @@ class Report:
     def markdown(self) -> str:
         """Return all tables as one Markdown document."""
         parts = ["# grpo-harness"]
-        about = {"status": self.status, **self.header}
+        about = {"status": self.status, **self.run}
         parts.append("\n".join(f"- {name}: {markdown(_words(of))}" for name, of in about.items()))
         parts += [markdown(line, 10_000) for line in self._sampling()]
         for title, table in (
@@ -266,11 +297,6 @@ class Report:
 
     def _measured(self, row: Row) -> dict[str, str]:
         key = (row["policy"], row["task_type"])
-        own = [
-            check
-            for (_, *of), check in self.checks.items()
-            if tuple(of) == key and check["against"] == "baseline"
-        ]
         accuracy = self.checks.get(("accuracy", *key))
         e = accuracy["evidence"] if accuracy else None
         # A sequential run may have stopped early.
@@ -287,8 +313,21 @@ class Report:
             "reward": _reward(row["mean_reward"]),
             "tokens": f"{row['mean_length']:.1f}",
             "truncated": _percent(row["outcomes"]["truncated"]),
-            "verdict": _worst(own),
+            "verdict": self.verdict(key),
         }
+
+
+def _stored(row: Row) -> dict[str, Any]:
+    """Return a row as the file has it: with null for every number that JSON does not have."""
+    return {name: _finite(of) for name, of in row.items() if name != "kind"}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(evidence: Row | None) -> Row | None:
