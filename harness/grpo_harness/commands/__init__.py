@@ -6,6 +6,7 @@
 ``training.py``   train, recipes, resources
 ``logs.py``       log: judge a training run
 ``reports.py``    comment: show a report elsewhere
+``history.py``    history: show runs over time
 ``baselines.py``  diff: compare recordings
 ================  ===============================================================
 """
