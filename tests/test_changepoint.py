@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import norm, ttest_ind
 
 from grpo_harness.gate.changepoint import Point, changes, likeliest, pooled, share
+from tools.calibration import drifts
 
 
 def points(values, noise=1.0, spread=0.0, problems=None, completions=1000):
@@ -72,7 +73,7 @@ def test_sets_of_problems_are_compared_by_generalised_least_squares():
 @pytest.mark.parametrize("one_policy", [True, False])
 @pytest.mark.parametrize("m", [5, 30])
 def test_the_chance_is_that_of_random_series_and_never_below(m, one_policy):
-    """Many policies differ by much more than the noise: then the chance is that of an unknown one."""
+    """Policies differ by much more than the noise: then the chance is that of an unknown one."""
     rng = np.random.default_rng(m)
     scale = 1.0 if one_policy else 100.0
     series = rng.normal(0, scale, (1500, m))
@@ -196,3 +197,17 @@ def test_measurements_of_one_commit_are_weighted_by_their_completions():
     assert both.value == pytest.approx(0.6)
     assert both.noise == pytest.approx((0.02**2 / 9 + 0.01**2 * 4 / 9) ** 0.5)
     assert both.completions == 300
+
+
+@pytest.mark.parametrize(
+    ("truth", "mutant"),
+    [(truth, name) for truth in drifts.UNCHANGED for name in drifts.MUTANTS.get(truth.name, {})],
+    ids=str,
+)
+def test_each_guard_of_the_scan_is_needed(truth, mutant):
+    """Histories without a change: without the guard, many have a drift at one of the looks."""
+    rng = np.random.default_rng(0)
+    rules = {"scan": drifts.scan, mutant: drifts.MUTANTS[truth.name][mutant]}
+    found = [drifts.alarms(truth, rules, rng) for _ in range(20)]
+    assert sum(each["scan"] for each in found) <= 1
+    assert sum(each[mutant] for each in found) >= 3

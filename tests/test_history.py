@@ -1,11 +1,13 @@
 """A history: its files, its series, what the plugin and the command make of it."""
 
 import json
+import math
 import re
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from statistics import fmean, variance
 
 import msgspec
 import numpy as np
@@ -24,6 +26,7 @@ from grpo_harness.history.file import (
     prepare,
     read,
 )
+from grpo_harness.history.measured import _figure, _table
 from grpo_harness.history.series import Measurement, Series, series
 from grpo_harness.report import history as views
 from tests.projects import run
@@ -50,6 +53,7 @@ def a_run(number, value=0.7, *, rng=None, policy="p", baseline="one", anchor="on
         planned=256,
         k=4,
         problems="all",
+        conditions=changed.pop("conditions", "warm"),
         seed=changed.get("seed", number),
         figures={"accuracy": figure, "length": figure},
         baseline=reference,
@@ -58,7 +62,7 @@ def a_run(number, value=0.7, *, rng=None, policy="p", baseline="one", anchor="on
     day = f"2026-01-{1 + number // 24:02}T{number % 24:02}:00:00+00:00"
     content = {
         "started": day,
-        "commit": f"{number:040x}",
+        "commit": f"{number:08x}" + "0" * 32,
         "committed": day,
         "seed": number,
         "rows": [row],
@@ -155,7 +159,7 @@ def test_a_planted_drift_is_found_at_its_commit(tmp_path):
     history = kept(tmp_path, runs)
     (drift,) = accuracy(history).drifts
     assert abs(drift.change.at - 12) <= 1
-    assert drift.since == f"{drift.change.at:040x}"[:8]
+    assert drift.since == f"{drift.change.at:08x}"
     assert drift.change.earliest <= 12 <= drift.change.latest
     assert drift.change.lower < -0.05 < drift.change.upper
     said = [line for line in views.drifts(history) if line.startswith("accuracy of p on gcd: ")]
@@ -240,8 +244,41 @@ def test_runs_of_one_seed_count_as_one_run_together():
 
 def test_a_run_that_stopped_early_is_no_evidence(tmp_path):
     history = kept(tmp_path, [a_run(0), a_run(1, n=64), a_run(2)])
-    assert [one.name for one in accuracy(history).positions] == [f"{i:040x}"[:8] for i in (0, 2)]
-    assert {row["runs"] for row in views.measured(history).rows} == {"2 + 1 stopped early"}
+    assert [one.name for one in accuracy(history).positions] == [f"{i:08x}" for i in (0, 2)]
+    assert {row["runs"] for row in views.measured(history).rows} == {"2, 1 stopped early"}
+
+
+def test_runs_that_were_asked_otherwise_are_not_compared(tmp_path):
+    """A new temperature is no drift."""
+    runs = [a_run(i, 0.7) for i in range(5)]
+    runs += [a_run(i, 0.5, conditions="hot") for i in range(5, 10)]
+    history = kept(tmp_path, runs)
+    assert len(accuracy(history).positions) == 5
+    assert views.drifts(history) == []
+    assert {row["runs"] for row in views.measured(history).rows} == {"5, 5 asked otherwise"}
+
+
+def test_figures_are_means_over_problems_of_those_that_have_a_value():
+    """Against the plain formulas, with problems of different numbers of completions."""
+    nan = math.nan
+    values = [[1.0, 0.0, 0.5], [1.0, nan, 0.0], [nan, nan, nan], [0.25, nan, nan]]
+    found = _figure(_table([*values, [0.75, 1.0]]), "reward")
+    own = [[1.0, 0.0, 0.5], [1.0, 0.0], [0.25], [0.75, 1.0]]
+    means = [fmean(of) for of in own]
+    assert found["value"] == pytest.approx(fmean(means))
+    assert found["completions"] == 8
+    within = fmean(variance(of) / len(of) for of in own if len(of) > 1) / 4 + 2 / 8**2
+    assert found["noise"] ** 2 == pytest.approx(within)
+    assert found["spread"] ** 2 == pytest.approx(max(0, variance(means) / 4 - within))
+    assert _figure(_table([[nan, nan]]), "reward") is None
+
+
+def test_a_length_is_the_geometric_mean_of_tokens():
+    tokens = [[3, 5], [8, 2], [13, 13]]
+    found = _figure(_table([[math.log(t) for t in of] for of in tokens]), "length")
+    assert found["value"] == pytest.approx((3 * 5 * 8 * 2 * 13 * 13) ** (1 / 6))
+    logs = _figure(_table([[math.log(t) for t in of] for of in tokens]), "reward")
+    assert found["noise"] == pytest.approx(found["value"] * logs["noise"])
 
 
 HOSTILE = "<script>alert(1)</script>\u202e\n::error::"
@@ -273,7 +310,7 @@ def test_the_page_is_one_well_formed_file_that_loads_nothing(tmp_path):
     assert "https:" not in page
     assert page.count("<svg") == page.count("</svg>") == 2
     for _, svg in views.pictures(history):
-        ElementTree.fromstring(svg)
+        ElementTree.fromstring(svg)  # noqa: S314 - our own
     assert len(views.pictures(history)) == 2
 
 

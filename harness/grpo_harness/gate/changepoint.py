@@ -99,6 +99,8 @@ def share(alpha: float, series: int, runs: int) -> float:
 
 def pooled(points: Sequence[Point]) -> Point:
     """Return measurements of the same problems as one, weighted by their completions."""
+    if len(points) == 1:
+        return points[0]
     weights = np.array([point.completions for point in points], dtype=np.float64)
     weights /= weights.sum()
     noise = np.array([point.noise for point in points])

@@ -57,7 +57,11 @@ class Reference(_Object, frozen=True, kw_only=True):
 
 
 class Row(_Object, frozen=True, kw_only=True):
-    """A policy on a task type. ``problems`` is a digest of the problems that were asked."""
+    """A policy on a task type.
+
+    ``problems`` is a digest of the problems that were asked, and ``conditions`` of how: the task
+    type's version and the sampling.
+    """
 
     policy: str
     task_type: str
@@ -66,6 +70,7 @@ class Row(_Object, frozen=True, kw_only=True):
     planned: _Count
     k: _Count
     problems: str
+    conditions: str
     seed: int
     figures: dict[str, Figure]
     baseline: Reference | None = None
@@ -98,7 +103,7 @@ class Run(_Object, frozen=True, kw_only=True):
     checks: list[Judged]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class History:
     """The runs of a folder, by the time of their commit, and a line for each file left out."""
 

@@ -1,5 +1,6 @@
 """The figures of an evaluation that a history keeps, with what is needed to compare runs."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from grpo_harness.evaluation import Completion, Evaluation
 from grpo_harness.gate.changepoint import Point
+from grpo_harness.gate.inputs import Floats
 from grpo_harness.rules import ANSWERS
 from grpo_harness.text import digest
 
@@ -31,10 +33,13 @@ def measured(evaluation: Evaluation) -> dict[str, Any]:
         for name, of in FIGURES.items():
             if name in ANSWERS and not evaluation.questions.judges_answers:
                 continue
-            values = [[float(of(c)) for c in group.completions] for group in evaluation.groups]
-            own = [[v for v in values_of if not math.isnan(v)] for values_of in values]
-            if any(own):
-                figures[name] = _figure([values_of for values_of in own if values_of], name)
+            values = [[of(completion) for completion in group.completions]
+                      for group in evaluation.groups]  # fmt: skip
+            if found := _figure(_table(values), name):
+                figures[name] = found
+    questions = evaluation.questions
+    # The end tokens are the policy's own.
+    asked = {**questions.settings, "eos_token_ids": None, "version": questions.task_type.version}
     return {
         "policy": evaluation.policy,
         "task_type": evaluation.task,
@@ -43,18 +48,34 @@ def measured(evaluation: Evaluation) -> dict[str, Any]:
         "planned": evaluation.planned,
         "k": evaluation.k,
         "problems": digest("\n".join(evaluation.questions.ids[: evaluation.n]))[:16],
+        "conditions": digest(json.dumps(asked, sort_keys=True, default=str))[:16],
         "seed": evaluation.run_seed,
         "figures": figures,
     }
 
 
-def _figure(values: Sequence[Sequence[float]], name: str) -> dict[str, Any]:
-    """Measure a figure by its values of each problem; a length by the mean of its logarithms."""
-    means = np.array([np.mean(of) for of in values])
-    variances = np.array([np.var(of, ddof=1) / len(of) if len(of) > 1 else np.nan for of in values])
-    every = [value for of in values for value in of]
-    reach = max(every) - min(every) or 1.0
-    point = Point.of(means, variances, len(every), reach, "")
+def _table(values: Sequence[Sequence[float]]) -> Floats:
+    """Return the values of each problem as a row; NaN fills those of fewer completions."""
+    found = np.full((len(values), max(map(len, values))), np.nan)
+    for row, of in zip(found, values, strict=True):
+        row[: len(of)] = of
+    return found
+
+
+def _figure(table: Floats, name: str) -> dict[str, Any] | None:
+    """Measure a figure by its values, NaN where there is none, of the problems that have some.
+
+    A length is measured by the mean of its logarithms.
+    """
+    table = table[~np.isnan(table).all(axis=1)]
+    if not len(table):
+        return None
+    k = (~np.isnan(table)).sum(axis=1)
+    means = np.nansum(table, axis=1) / k
+    squares = np.nansum((table - means[:, None]) ** 2, axis=1)
+    variances = np.where(k > 1, squares / np.maximum(k - 1, 1) / k, np.nan)
+    reach = float(np.nanmax(table) - np.nanmin(table)) or 1.0
+    point = Point.of(means, variances, int(k.sum()), reach, "")
     value, unit = point.value, 1.0
     if name == "length":
         value = unit = math.exp(point.value)

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from grpo_harness.gate.bounds import ALPHA
 from grpo_harness.gate.changepoint import Change, Point, changes, pooled, share
@@ -25,6 +25,7 @@ class Measurement:
     fingerprint: str
     seed: int
     point: Point
+    conditions: str = ""
     complete: bool = True
     verdict: str = ""
     baseline: Reference | None = None
@@ -89,14 +90,16 @@ class Series:
 
     @cached_property
     def evidence(self) -> list[Measurement]:
-        """The measurements that count: none that stopped by what it saw.
+        """The measurements that count: none that stopped by what it saw, or was asked otherwise.
 
+        What is asked, and how it is sampled, is that of the last one.
         Runs with one seed draw the same completions, as far as the machine allows. Together they
         count as one run: each has its share of the completions, and its noise is that of so few.
         """
-        whole = [one for one in self.measurements if one.complete]
+        last = self.measurements[-1].conditions
+        whole = [one for one in self.measurements if one.complete and one.conditions == last]
         times = Counter(map(_draw, whole))
-        return [replace(one, point=_part(one.point, times[_draw(one)])) for one in whole]
+        return [_part(one, times[_draw(one)]) for one in whole]
 
     @cached_property
     def positions(self) -> list[Position]:
@@ -132,13 +135,19 @@ def _draw(one: Measurement) -> tuple[str, int, str]:
     return one.fingerprint, one.seed, one.point.problems
 
 
-def _part(point: Point, of: int) -> Point:
-    completions = max(1, point.completions // of)
-    return replace(point, noise=point.noise * math.sqrt(of), completions=completions)
+def _part(one: Measurement, of: int) -> Measurement:
+    if of == 1:
+        return one
+    noise, completions = one.point.noise * math.sqrt(of), max(1, one.point.completions // of)
+    return replace(one, point=replace(one.point, noise=noise, completions=completions))
 
 
+@lru_cache(maxsize=1)
 def series(history: History) -> list[Series]:
-    """Return every series of a history, each with its part of the risk."""
+    """Return every series of a history, each with its part of the risk.
+
+    The last history's are kept: its views share what they compute.
+    """
     found: dict[tuple[str, str, str], list[Measurement]] = {}
     for run in history.runs:
         for row in run.rows:
@@ -155,7 +164,8 @@ def _measurements(run: Run, row: Row) -> Iterator[tuple[tuple[str, str, str], Me
         if name in FIGURES:
             point = Point(of.value, of.noise, of.spread, of.completions, row.problems)
             own = Measurement(
-                run.started, run.commit, row.fingerprint, row.seed, point, row.n == row.planned,
+                run.started, run.commit, row.fingerprint, row.seed, point, row.conditions,
+                row.n == row.planned,
                 verdicts.get((row.policy, row.task_type, name), ""), row.baseline,
             )  # fmt: skip
             yield (row.policy, row.task_type, name), own

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from markupsafe import Markup
 
 from grpo_harness.checks import change, side
 from grpo_harness.gate.verdicts import WORST_FIRST, Verdict
-from grpo_harness.history.file import History, Run
-from grpo_harness.history.series import Drift, Measurement, Position, Series, series
+from grpo_harness.history.file import History, Reference, Run
+from grpo_harness.history.series import Drift, Position, Series, series
 from grpo_harness.report.figures import Moment, timeline
 from grpo_harness.report.hostile import harmless
 from grpo_harness.report.tables import Table
@@ -32,14 +33,13 @@ def measured(history: History) -> Table:
     """Return one row per series: its first and its last value, and what is proven."""
     rows = []
     for one in series(history):
-        stopped = len(one.measurements) - len(one.evidence)
         places = one.positions
         rows.append(
             {
                 "task type": one.task_type,
                 "policy": one.policy,
                 "figure": RULES[one.figure].title,
-                "runs": f"{len(one.evidence)}{f' + {stopped} stopped early' if stopped else ''}",
+                "runs": _counted_runs(one),
                 "commits": str(len(places)),
                 "first (90 % CI)": _value(one, places[0]) if places else "",
                 "last (90 % CI)": _value(one, places[-1]) if places else "",
@@ -52,7 +52,6 @@ def measured(history: History) -> Table:
 
 def runs(history: History) -> Table:
     """Return one row per run: its commit, its verdicts, and what was recorded before it."""
-    marks = {run.started: marked for run, marked in _marked(history)}
     return Table.of(
         [
             {
@@ -60,9 +59,9 @@ def runs(history: History) -> Table:
                 "commit": _short(run.commit),
                 "seed": str(run.seed),
                 "verdicts": _counted(run),
-                "baselines": marks[run.started],
+                "baselines": marks,
             }
-            for run in history.runs
+            for run, marks in zip(history.runs, _marks(history), strict=True)
         ],
         ("seed",),
     )
@@ -98,8 +97,8 @@ def page(history: History) -> str:
         Markup(css),  # noqa: S704 - our own file
         len(history.runs),
         Markup().join(Markup("<li>%s</li>") % line for line in said or ["no drift is proven"]),
-        "Whiskers are 90 % intervals for the same problems, dashed lines the level between drifts. "
-        "Upright lines: red a proven drift, grey a new baseline, dark a moved anchor.",
+        "Whiskers are 90 % intervals for the same problems, level lines the mean between drifts. "
+        "Upright lines: red a proven drift, light a new baseline, dark a moved anchor.",
         Markup().join(drawn),
         Markup().join(tables),
     )
@@ -141,20 +140,27 @@ def _relative(one: Series, drift: Drift, size: float) -> float:
     return size / drift.change.before if in_tokens else size
 
 
-def _ends(position: Position) -> tuple[float, float, float]:
+def _ends(one: Series, position: Position) -> tuple[float, float, float]:
     point = position.point
-    return point.value - _Z90 * point.noise, point.value, point.value + _Z90 * point.noise
+    lower, upper = point.value - _Z90 * point.noise, point.value + _Z90 * point.noise
+    if RULES[one.figure].measure.unit == "%":
+        lower, upper = max(lower, 0.0), min(upper, 1.0)
+    return lower, point.value, upper
 
 
 def _value(one: Series, position: Position) -> str:
-    lower, value, upper = (side(end, RULES[one.figure].measure.unit) for end in _ends(position))
+    lower, value, upper = (_number(one, end) for end in _ends(one, position))
     return f"{value} ({lower} to {upper})"
 
 
+def _number(one: Series, value: float) -> str:
+    return side(value, RULES[one.figure].measure.unit).removesuffix(" tokens")
+
+
 def _picture(one: Series) -> Markup:
-    places, unit = one.positions, RULES[one.figure].measure.unit
+    places = one.positions
     moments = [
-        Moment(*_ends(place), place.verdict, escape(f"{place.name}: {_value(one, place)} "
+        Moment(*_ends(one, place), place.verdict, escape(f"{place.name}: {_value(one, place)} "
         f"{place.verdict}")) for place in places
     ]  # fmt: skip
     turns = [drift.change.at for drift in one.drifts]
@@ -167,32 +173,44 @@ def _picture(one: Series) -> Markup:
     marks = [(at - 0.5, kind, said) for at, kind, said in _recorded(places)]
     marks += [(d.change.at - 0.5, "margin", f"proven since {escape(d.since)}") for d in one.drifts]
     names = (escape(places[0].name), escape(places[-1].name))
-    return timeline(moments, steps, marks, _title(one), names, lambda value: side(value, unit))
+    return timeline(moments, steps, marks, _title(one), names, partial(_number, one))
 
 
-def _recorded(places: Sequence[Position | Measurement]) -> Iterator[tuple[int, str, str]]:
+def _recorded(places: Sequence[Position]) -> Iterator[tuple[int, str, str]]:
     """Yield where the baseline or its anchor is another one than before."""
     for at, (old, new) in enumerate(pairwise(places), 1):
-        if old.baseline is None or new.baseline is None:
-            continue
-        if old.baseline.anchor != new.baseline.anchor:
-            yield at, "axis", "the anchor moved"
-        elif old.baseline.digest != new.baseline.digest:
-            yield at, "zero", "the baseline was recorded anew"
+        if said := _new(old.baseline, new.baseline):
+            yield at, "axis" if "anchor" in said else "zero", said
 
 
-def _marked(history: History) -> Iterator[tuple[Run, str]]:
-    """Yield each run with what was recorded since the one before, of each policy and task type."""
-    marks: dict[str, list[str]] = {}
-    for one in series(history):
-        if one.figure == "length":  # which every evaluation has
-            for at, _, said in _recorded(one.measurements):
-                of = f"{one.policy} on {one.task_type}: {said}"
-                marks.setdefault(one.measurements[at].started, []).append(of)
+def _new(old: Reference | None, new: Reference | None) -> str:
+    """Say what was recorded between two runs, or nothing."""
+    if old is None or new is None or old.digest == new.digest:
+        return ""
+    return "the anchor moved" if old.anchor != new.anchor else "the baseline was recorded anew"
+
+
+def _marks(history: History) -> Iterator[str]:
+    """Yield of each run what was recorded since the ones before, of all policies and task types."""
+    before: dict[tuple[str, str], Reference | None] = {}
     for run in history.runs:
-        found = marks.get(run.started, [])
+        found = []
+        for row in run.rows:
+            key = row.policy, row.task_type
+            if said := _new(before.get(key), row.baseline):
+                found.append(f"{row.policy} on {row.task_type}: {said}")
+            before[key] = row.baseline or before.get(key)
         more = f" and {len(found) - 2} more" if len(found) > 2 else ""
-        yield run, ", ".join(found[:2]) + more
+        yield ", ".join(found[:2]) + more
+
+
+def _counted_runs(one: Series) -> str:
+    """Return how many runs count, and how many do not, and why."""
+    stopped = sum(not of.complete for of in one.measurements)
+    otherwise = len(one.measurements) - stopped - len(one.evidence)
+    left_out = {"stopped early": stopped, "asked otherwise": otherwise}
+    more = "".join(f", {number} {why}" for why, number in left_out.items() if number)
+    return f"{len(one.evidence)}{more}"
 
 
 def _counted(run: Run) -> str:
