@@ -185,9 +185,11 @@ def _recorded(places: Sequence[Position]) -> Iterator[tuple[int, str, str]]:
 
 def _new(old: Reference | None, new: Reference | None) -> str:
     """Say what was recorded between two runs, or nothing."""
-    if old is None or new is None or old.digest == new.digest:
+    if old is None or new is None:
         return ""
-    return "the anchor moved" if old.anchor != new.anchor else "the baseline was recorded anew"
+    if old.anchor != new.anchor:
+        return "the anchor moved"
+    return "the baseline was recorded anew" if old.digest != new.digest else ""
 
 
 def _marks(history: History) -> Iterator[str]:
