@@ -103,6 +103,19 @@ def test_the_first_screen_says_the_verdict_and_what_broke():
     assert "Nothing: every check is a PASS" in Page(page(report([problem()]))).said
 
 
+def test_a_training_is_drawn_over_the_recorded_ones():
+    found = report()
+    curve = {"steps": [1.0, 2.0], "now": [0.1, float("nan")], "then_steps": [1.0, 2.0]}
+    band = {"then": [[0.2, 0.3]], "mean": [0.2, 0.3], "lower": [0.1, 0.2], "upper": [0.3, 0.4]}
+    found.add({"kind": "curve", "training": "learn", "name": "entropy", **curve, **band})
+    made = Page(page(found))
+    assert len(made.all("svg", **{"aria-label": "entropy along the training learn"})) == 1
+    titles = [text for tag, text in made.texts if tag == "title"]
+    assert "now, 1: 0.1 (0.1 to 0.1)" in titles
+    assert "then, 2: 0.3 (0.2 to 0.4)" in titles
+    assert not any("now, 2" in text for text in titles), "what is no number is not drawn"
+
+
 def test_a_run_that_judged_nothing_is_no_pass():
     said = Page(page(Report(RUN))).said
     assert "UNPROVEN" in said

@@ -16,6 +16,7 @@ from selenium.webdriver.chrome.service import Service
 from grpo_harness.report.files import write
 from grpo_harness.report.report import Report
 from grpo_harness.report.schema import Completion, Kept, Problem, Side
+from grpo_harness.rewards.outcome import Outcome
 
 ROWS, PROBLEMS, SAMPLES, CHARACTERS = 12, 256, 8, 200
 TIMES = 5
@@ -92,7 +93,7 @@ def _problem(rng: random.Random, name: str) -> Problem:
 
 
 def _completion(rng: random.Random) -> Completion:
-    outcome = rng.choice(["correct", "wrong"])
+    outcome: Outcome = rng.choice(["correct", "wrong"])
     return Completion(text=_text(rng), tokens=50, outcome=outcome, strict=False, reward=0.0)
 
 
