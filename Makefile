@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check test heavy contract eval smollm2 real bench nano calibrate falsealarms trl learning record lock
+.PHONY: help check test heavy contract eval smollm2 real bench nano calibrate falsealarms trl learning record schema lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*##/\1\t/' | expand -t 12
@@ -68,6 +68,9 @@ trl: .venv/installed  ## ask the contract beside older releases of TRL (half an 
 
 learning: .venv/installed  ## run the learning test and its controls twenty times each (hours)
 	$(BIN)/python -W ignore -m tools.nano.learning_table --tests 20 --out report/learning
+
+schema: .venv/installed  ## write the JSON Schema of report.json, after a change of it
+	$(BIN)/python -m tools.report_schema
 
 lock: .venv/installed  ## write down what is installed, after an upgrade of it
 	$(BIN)/python -m pip freeze --all --exclude-editable \

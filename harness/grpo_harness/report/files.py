@@ -126,4 +126,3 @@ def _writing(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ReportError(f"the report cannot be written to {place} ({one_line(error)})") from error
-

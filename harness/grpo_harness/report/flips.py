@@ -61,9 +61,7 @@ def pair(problem: Problem) -> Pair:
     kind = flip(problem)
     assert kind is not None
     now_is_right = kind == "gained"
-    texts = Counter(
-        c.text for c in problem.completions if (c.outcome == "correct") == now_is_right
-    )
+    texts = Counter(c.text for c in problem.completions if (c.outcome == "correct") == now_is_right)
     now, times = texts.most_common(1)[0]
     kept = [k.text for k in problem.kept if (k.outcome == "correct") != now_is_right]
     if not kept:
@@ -73,10 +71,11 @@ def pair(problem: Problem) -> Pair:
 
 def _marked(then: str, now: str) -> tuple[Markup, Markup]:
     """Return both texts, with what only one of them has marked."""
-    sides = [_PARTS.findall(text[:_LONGEST]) for text in (then, now)]
+    old_parts: list[str] = _PARTS.findall(then[:_LONGEST])
+    new_parts: list[str] = _PARTS.findall(now[:_LONGEST])
     before, after = [], []
-    for kind, a, b, c, d in SequenceMatcher(None, *sides, autojunk=False).get_opcodes():
-        old, new = harmless("".join(sides[0][a:b])), harmless("".join(sides[1][c:d]))
+    for kind, a, b, c, d in SequenceMatcher(None, old_parts, new_parts, False).get_opcodes():
+        old, new = harmless("".join(old_parts[a:b])), harmless("".join(new_parts[c:d]))
         before.append(old if kind == "equal" or not old else Markup("<del>%s</del>") % old)
         after.append(new if kind == "equal" or not new else Markup("<ins>%s</ins>") % new)
     return (

@@ -22,6 +22,11 @@ def harmless(text: str, longest: int | None = None) -> Markup:
     return Markup(_UNSEEN.sub(_shown, str(escape(text))))  # noqa: S704 - escaped here
 
 
+def line(text: str) -> Markup:
+    """Return a text for an attribute or a picture, where nothing can be marked, on one line."""
+    return escape("".join(c if c == "\\" else visible(c) for c in text))
+
+
 def _shown(match: re.Match[str]) -> str:
     character = match.group()
     seen = visible(character)
