@@ -32,11 +32,12 @@ def add(commands: Commands) -> None:
 def _init(_: argparse.Namespace) -> None:
     from grpo_harness.init.choose import choose
     from grpo_harness.init.look import look
-    from grpo_harness.init.write import others_changed, write
+    from grpo_harness.init.write import others_changed, own_table, project, write
 
     home = Path.cwd()
+    before = project(home)
     found = look(home)
-    choice = choose(found)
+    choice = choose(found, own_table(before))
     for what, why in choice.said:
         say(f"{what:<9} {why}")
     for path, why in found.skipped[:_SKIPPED]:
@@ -44,12 +45,12 @@ def _init(_: argparse.Namespace) -> None:
     if len(found.skipped) > _SKIPPED:
         say(f"skipped   {len(found.skipped) - _SKIPPED} more")
     say("")
-    for file, done in write(home, found, choice):
+    for file, done in write(home, found, choice, before):
         say(f"{file}: {done}")
     if others_changed(home):
         choice.to_do.append("commit or stash what else has changed: a recording wants a clean tree")
     if choice.to_do:
-        say("\nTo see to:\n" + "\n".join(f"- {line}" for line in choice.to_do))
+        say("\nFirst:\n" + "\n".join(f"- {line}" for line in choice.to_do))
     say("\nNext:\n" + "\n".join(f"  {command}" for command in _next(home)))
 
 

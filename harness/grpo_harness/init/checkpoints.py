@@ -47,7 +47,7 @@ class Checkpoint:
     @property
     def age(self) -> tuple[float, int, bool, str]:
         """Sorts checkpoints, the newest last: by weights, step, and a link after its target."""
-        step = STEP.fullmatch(self.folder.name)
+        step = STEP.fullmatch(self.folder.resolve().name)
         return self.made, int(step[1]) if step else 0, self.folder.is_symlink(), self.path
 
 
@@ -76,7 +76,7 @@ def checkpoint_in(folder: Path, home: Path) -> Checkpoint | None:
         name,
         folder,
         max(path.stat().st_mtime for path in weights),
-        bool(_SIGNS & files.keys() or STEP.fullmatch(folder.name) or steps),
+        bool(_SIGNS & files.keys() or STEP.fullmatch(folder.resolve().name) or steps),
         _base(folder, home, config, files),
     )
 
@@ -87,8 +87,10 @@ def name_of(path: Path, home: Path) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError("its name is not UTF-8") from None
-    return f"./{name}" if name in _NAMED or name.startswith("~") else name
+        raise ValueError("its name is not UTF-8: rename it") from None
+    if name.startswith("~"):
+        raise ValueError("a name that begins with ~ means a home folder: rename it")
+    return f"./{name}" if name in _NAMED else name
 
 
 def policy_named(text: str, home: Path, *places: Path) -> str | None:

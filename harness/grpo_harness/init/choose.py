@@ -67,8 +67,12 @@ class Choice:
         return self.data if self.data and not self.data.lacks else None
 
 
-def choose(found: Found) -> Choice:
-    """Choose what is judged of what was found."""
+def choose(found: Found, table: Mapping[str, Any] | None = None) -> Choice:
+    """Choose what is judged of what was found; or nothing, if the project's ``table`` says it."""
+    if table is not None:
+        choice = Choice(trained=str(table.get("trained")), base=table.get("base", "nano-base"))
+        choice.said.append(("table", "pyproject.toml has one, so that nothing is guessed"))
+        return choice
     choice = Choice()
     _choose_policies(found, choice)
     _choose_data(found, choice)
@@ -148,9 +152,10 @@ def _choose_data(found: Found, choice: Choice) -> None:
     def judged(file: DataFile) -> Judged:
         return Judged(_task_name(file.path), file, *_rewards(found, recipe, file))
 
-    def order(of: Judged) -> tuple[bool, bool, bool, bool, str]:
+    def order(of: Judged) -> tuple[Any, ...]:
         seen, file = found.home / of.file.path in trained_on, of.file
-        return bool(of.lacks), seen, not file.held_out, file.answer is None, file.path
+        worse = (bool(of.lacks), seen, not file.held_out, file.answer is None)
+        return *worse, -len(of.rewards), file.path
 
     data = min(map(judged, found.data), key=order, default=None) or _elsewhere(recipe)
     choice.data = data

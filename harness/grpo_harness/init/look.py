@@ -57,8 +57,13 @@ def look(home: Path) -> Found:
 
     for place, folders, files in os.walk(home, onerror=unreadable):
         folder = Path(place)
-        folders[:] = sorted(name for name in folders if not _is_skipped(folder / name))
         found.entries += len(folders) + len(files)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not _is_skipped(folder / name)
+            and found.tried(folder / name, partial(name_of, folder / name, home)) is not None
+        )
         if found.entries > MOST:
             found.skipped.append(("all further folders", f"more than {MOST:,} entries"))
             break

@@ -29,19 +29,41 @@ class InitError(HarnessError):
     """A file cannot be written. One line: which, why, and what to do."""
 
 
-def write(home: Path, found: Found, choice: Choice) -> Iterator[tuple[str, str]]:
-    """Write the files of a project, and yield each with what was done. Raises ``InitError``."""
+def project(home: Path) -> dict[str, Any] | None:
+    """Return the content of a project's file, if it has one.
+
+    Raises ``HarnessError`` if that cannot be read, or if something is in the way of other files.
+    """
     for name in FILES:
         blocks = [place for place in (home / name).parents if place.exists() and not place.is_dir()]
         if blocks or (home / name).is_dir():
             raise InitError(f"{blocks[0] if blocks else home / name} is in the way: rename it")
-    before = _project(home)
+    file, _ = nearest_table(home)
+    if file is None or (file.parent != home and not _in_one_repository(home, file.parent)):
+        return None
+    if file.parent != home:
+        raise InitError(
+            f"the project's file is {file}: run it there, or make a {PROJECT} here first"
+        )
+    return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def own_table(project: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the table of ours in a project's file, if it has one."""
+    tools = (project or {}).get("tool", {})
+    return tools.get("grpo-harness") if isinstance(tools, dict) else None
+
+
+def write(
+    home: Path, found: Found, choice: Choice, project: dict[str, Any] | None
+) -> Iterator[tuple[str, str]]:
+    """Write the files of a project, and yield each with what was done. Raises ``InitError``."""
     missing = [*_not_ignored(home, found)]
-    yield PROJECT, _write_table(home, choice, before)
+    yield PROJECT, _write_table(home, choice, project)
     yield TESTS, _write_new(home / TESTS, tests(choice))
     top = git("rev-parse", "--show-toplevel", cwd=home)
     if top is None or Path(top).samefile(home):
-        yield WORKFLOW, _write_new(home / WORKFLOW, workflow(home, choice, before))
+        yield WORKFLOW, _write_new(home / WORKFLOW, workflow(home, choice, project))
     else:
         yield WORKFLOW, f"left out: GitHub reads workflows in {escape(top)} only"
     if missing:
@@ -102,18 +124,6 @@ def workflow(home: Path, choice: Choice, project: dict[str, Any] | None) -> str:
     )
 
 
-def _project(home: Path) -> dict[str, Any] | None:
-    """Return the content of the project's file, if it has one. Raises ``HarnessError``."""
-    file, _ = nearest_table(home)
-    if file is None or (file.parent != home and not _in_one_repository(home, file.parent)):
-        return None
-    if file.parent != home:
-        raise InitError(
-            f"the project's file is {file}: run it there, or make a {PROJECT} here first"
-        )
-    return tomllib.loads(file.read_text(encoding="utf-8"))
-
-
 def _in_one_repository(home: Path, above: Path) -> bool:
     top = git("rev-parse", "--show-toplevel", cwd=home)
     return top is not None and above.is_relative_to(top)
@@ -124,8 +134,7 @@ def _write_table(home: Path, choice: Choice, before: dict[str, Any] | None) -> s
     added = table(choice, baselines)
     if before is None:
         return _write_new(home / PROJECT, added)
-    tools = before.get("tool", {})
-    if isinstance(tools, dict) and "grpo-harness" in tools:
+    if own_table(before) is not None:
         return "left alone: it has the table [tool.grpo-harness]"
     file = home / PROJECT
     try:
@@ -135,7 +144,7 @@ def _write_table(home: Path, choice: Choice, before: dict[str, Any] | None) -> s
             f"{file}: [tool.grpo-harness] cannot be added at its end ({one_line(error)}): write "
             "tool as tables, [tool.NAME]"
         ) from error
-    assert whole == {**before, "tool": {**tools, **tomllib.loads(added)["tool"]}}
+    assert whole == {**before, "tool": {**before.get("tool", {}), **tomllib.loads(added)["tool"]}}
     _append(file, "\n" + added)
     return "added the table [tool.grpo-harness]"
 
