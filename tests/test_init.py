@@ -175,11 +175,8 @@ def test_of_nothing_it_writes_a_table_of_the_embedded_pair(repository):
     assert "none found: the embedded pair stands for yours" in said
     assert "- name your policies in pyproject.toml: trained and base" in said
     commands = said.split("Next:\n")[1].splitlines()
-    assert [command.split()[:2] for command in commands] == [
-        ["git", "add"],
-        ["pytest", "tests/test_policy.py"],
-        ["pytest", "tests/test_policy.py"],
-    ]
+    (told,) = re.findall(r"^grpo-harness init\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert [command.strip() for command in commands] == told.splitlines()
 
 
 def test_a_second_time_it_changes_nothing(repository):
@@ -424,6 +421,14 @@ def test_what_is_in_the_way_is_said_before_anything_is_written(repository, name)
     assert repository.files() == before
 
 
+def test_a_test_of_the_same_name_is_left_alone(repository):
+    module(repository.path / "tests" / "test_policy.py", "def test_x():\n    pass\n")
+    said = repository.init()
+    assert "tests/test_policy.py: left alone: it exists" in said
+    assert "- tests/test_policy.py asks no gate: write tests as the README does" in said
+    assert said.endswith("\n  pytest --grpo-record --grpo-problems 256\n  pytest\n")
+
+
 def test_a_folder_within_a_project_is_refused(repository, monkeypatch):
     (repository.path / "pyproject.toml").write_text(PROJECT)
     (repository.path / "part").mkdir()
@@ -448,7 +453,20 @@ def test_lines_of_gitignore_are_added_once(repository):
 
 @pytest.mark.parametrize(
     "name",
-    ["a b", "it's", 'say "x"', "größe", "模型", "a\\b", "x[1]", "50%*?", "nano-base", "#1", "!a"],
+    [
+        "a b",
+        "it's",
+        'say "x"',
+        "größe",
+        "模型",
+        "a\\b",
+        "a\nb",
+        "x[1]",
+        "50%*?",
+        "nano-base",
+        "#1",
+        "!a",
+    ],
 )
 def test_names_of_any_kind(repository, name):
     checkpoint(repository.path / name / name, "trainer_state.json")
@@ -517,13 +535,16 @@ def test_folders_of_others_are_left_out(repository, folder):
 
 
 def test_it_does_not_look_without_end(repository, monkeypatch):
-    monkeypatch.setattr(looking, "MOST", 50)
-    for i in range(40):
+    monkeypatch.setattr(looking, "MOST", 20)
+    monkeypatch.setattr(looking, "MOST_FILES", 9)
+    for i in range(20):
         (repository.path / f"{i:03}").mkdir()
-        (repository.path / f"{i:03}" / "x").touch()
+        rows(repository.path / "000" / f"{i:02}.jsonl", n=1)
     checkpoint(repository.path / "zzz")
     said = repository.init()
-    assert "skipped   all further folders: more than 50 entries" in said
+    assert "skipped   019: more than 20 folders" in said
+    assert "skipped   000: 20 files, of which the first 9 are looked at" in said
+    assert "also there: 000/01.jsonl, 000/02.jsonl, 000/03.jsonl, 000/04.jsonl and 4 more" in said
     assert repository.table()["trained"] == "nano-trained"
 
 

@@ -13,6 +13,7 @@ from grpo_harness.text import escape
 if TYPE_CHECKING:
     from grpo_harness.commands.common import Commands
 
+
 _SKIPPED = 6
 """Files that are named although they could not be used."""
 
@@ -32,7 +33,7 @@ def add(commands: Commands) -> None:
 def _init(_: argparse.Namespace) -> None:
     from grpo_harness.init.choose import choose
     from grpo_harness.init.look import look
-    from grpo_harness.init.write import others_changed, own_table, project, write
+    from grpo_harness.init.write import TESTS, judges, others_changed, own_table, project, write
 
     home = Path.cwd()
     before = project(home)
@@ -47,6 +48,8 @@ def _init(_: argparse.Namespace) -> None:
     say("")
     for file, done in write(home, found, choice, before):
         say(f"{file}: {done}")
+    if not judges(home):
+        choice.to_do.append(f"{TESTS} asks no gate: write tests as the README does")
     if others_changed(home):
         choice.to_do.append("commit or stash what else has changed: a recording wants a clean tree")
     if choice.to_do:
@@ -57,12 +60,12 @@ def _init(_: argparse.Namespace) -> None:
 def _next(home: Path) -> Iterator[str]:
     """Yield the commands from the files to the first verdict."""
     from grpo_harness.baselines.provenance import git
-    from grpo_harness.init.write import TESTS, to_commit
+    from grpo_harness.init.write import TESTS, judges, to_commit
 
     if files := " ".join(to_commit(home)):
         start = "git init && " if git("rev-parse", "--git-dir", cwd=home) is None else ""
         yield f"{start}git add {files} && git commit -m 'Judge the policy by grpo-harness'"
-    tests = f"pytest {TESTS}" if b"gate" in (home / TESTS).read_bytes() else "pytest"
+    tests = f"pytest {TESTS}" if judges(home) else "pytest"
     # A quarter of what a recording asks by itself: the first one is to be there soon.
     yield f"{tests} --grpo-record --grpo-problems 256"
     yield tests

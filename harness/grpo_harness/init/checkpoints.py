@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ _SIGNS = {"adapter_config.json", "recipe.json", "trainer_state.json", "training_
 """Files that only a training leaves."""
 
 _BASE = re.compile(r"(^|[-_.])(base|sft|ref|reference|init|pretrained)($|[-_.])", re.IGNORECASE)
+_MOST = 1 << 24
 _GENERATES = re.compile("CausalLM|LMHead|ConditionalGeneration")
 
 
@@ -53,16 +54,16 @@ class Checkpoint:
 
 def checkpoint_in(folder: Path, home: Path) -> Checkpoint | None:
     """Return the policy that a folder is, if it is one. Raises ``PolicyError`` if it is damaged."""
-    files = {path.name: path for path in folder.iterdir() if path.is_file()}
-    weights = [
-        path
-        for name, path in files.items()
-        if name.endswith(".safetensors") or name.startswith("pytorch_model")
-    ]
+    files = {path.name for path in folder.iterdir()}
     adapter = "adapter_config.json" in files
-    if not weights or not (adapter or "config.json" in files):
+    if not (adapter or "config.json" in files):
         return None
-    config = _json(files["adapter_config.json" if adapter else "config.json"])
+    weights = [
+        name for name in files if name.endswith((".safetensors", ".bin")) and "model" in name
+    ]
+    if not weights:
+        return None
+    config = _json(folder / ("adapter_config.json" if adapter else "config.json"))
     kind = config.get("task_type") if adapter else (config.get("architectures") or [None])[0]
     if isinstance(kind, str) and not (kind == "CAUSAL_LM" or _GENERATES.search(kind)):
         raise PolicyError(f"a {kind}, which generates nothing")
@@ -71,12 +72,12 @@ def checkpoint_in(folder: Path, home: Path) -> Checkpoint | None:
         raise PolicyError("an adapter without adapter_model.safetensors")
     if not adapter:
         find(PolicyName(name, home))
-    steps = any(STEP.fullmatch(child.name) for child in folder.iterdir())
+    steps = any(map(STEP.fullmatch, files))
     return Checkpoint(
         name,
         folder,
-        max(path.stat().st_mtime for path in weights),
-        bool(_SIGNS & files.keys() or STEP.fullmatch(folder.resolve().name) or steps),
+        max((folder / name).stat().st_mtime for name in weights),
+        bool(_SIGNS & files or STEP.fullmatch(folder.resolve().name) or steps),
         _base(folder, home, config, files),
     )
 
@@ -102,10 +103,10 @@ def policy_named(text: str, home: Path, *places: Path) -> str | None:
 
 
 def _base(
-    folder: Path, home: Path, config: Mapping[str, Any], files: Mapping[str, Path]
+    folder: Path, home: Path, config: Mapping[str, Any], files: Collection[str]
 ) -> str | None:
     """Return what a policy was trained from, if one of its files says so."""
-    recipe = _json(files["recipe.json"]) if "recipe.json" in files else {}
+    recipe = _json(folder / "recipe.json") if "recipe.json" in files else {}
     said = (
         config.get("base_model_name_or_path"),
         recipe["base"].get("name") if isinstance(recipe.get("base"), dict) else None,
@@ -119,6 +120,8 @@ def _base(
 
 def _json(path: Path) -> Mapping[str, Any]:
     """Return the object in a file, or an empty one: what is needed of it is checked elsewhere."""
+    if path.stat().st_size > _MOST:
+        raise PolicyError(f"its {path.name} is larger than 16 MiB")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -8,6 +8,7 @@ sees, and its rewards are those of the recipe, or of the module with the most th
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import has_magic
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -96,7 +97,8 @@ def _choose_policies(found: Found, choice: Choice) -> None:
             if find_spec("peft") is None:
                 choice.to_do.append("for the adapter, run `pip install 'grpo-harness[peft]'`")
     elif recipe:
-        choice.trained = recipe.text("output_dir") or _NOT_YET
+        out = recipe.text("output_dir") or _NOT_YET
+        choice.trained = _NOT_YET if has_magic(out) else out  # several candidates, of none yet
         why = f"where {escape(recipe.path)} trains to; nothing is there yet"
         choice.to_do.append(f"train to {escape(choice.trained)}, or name another trained policy")
     else:

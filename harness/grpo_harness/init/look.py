@@ -14,8 +14,10 @@ from grpo_harness.init.data import KINDS, DataFile, data_in
 from grpo_harness.init.recipes import RecipeFile
 from grpo_harness.init.rewards import RewardFunction
 
-MOST = 20_000
-"""Entries of folders that are looked at."""
+MOST, MOST_FILES = 10_000, 200
+"""Folders that are looked at, and files of each."""
+
+_FILES = (*KINDS, ".yaml", ".yml", ".py")
 
 _SKIPPED = {
     *("node_modules", "site-packages", "venv", "env", "build", "dist", "wandb", "mlruns"),
@@ -29,7 +31,7 @@ class Found:
     """What is in a repository. ``skipped`` says of what could not be used, why."""
 
     home: Path
-    entries: int = 0
+    folders: int = 0
     checkpoints: list[Checkpoint] = field(default_factory=list)
     data: list[DataFile] = field(default_factory=list)
     rewards: list[RewardFunction] = field(default_factory=list)
@@ -57,21 +59,25 @@ def look(home: Path) -> Found:
 
     for place, folders, files in os.walk(home, onerror=unreadable):
         folder = Path(place)
-        found.entries += len(folders) + len(files)
         folders[:] = sorted(
             name
             for name in folders
             if not _is_skipped(folder / name)
             and found.tried(folder / name, partial(name_of, folder / name, home)) is not None
         )
-        if found.entries > MOST:
-            found.skipped.append(("all further folders", f"more than {MOST:,} entries"))
+        found.folders += 1
+        if found.folders > MOST:
+            found.skipped.append((os.path.relpath(folder, home), f"more than {MOST:,} folders"))
             break
         links = [folder / name for name in folders if (folder / name).is_symlink()]
         policies = [found.tried(at, partial(checkpoint_in, at, home)) for at in (folder, *links)]
         found.checkpoints += [policy for policy in policies if policy]
         if policies[0] is None:  # what is in a checkpoint belongs to it
-            for name in sorted(files):
+            names = sorted(name for name in files if name.lower().endswith(_FILES))
+            if len(names) > MOST_FILES:
+                more = f"{len(names)} files, of which the first {MOST_FILES} are looked at"
+                found.skipped.append((os.path.relpath(folder, home), more))
+            for name in names[:MOST_FILES]:
                 _look_at(folder / name, found)
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-_MOST = 1 << 20
+_MOST = 1 << 17
 _OF_GRPO = {"reward_funcs", "num_generations", "max_completion_length", "grpo_harness"}
 """Keys that a recipe of another trainer does not have."""
 

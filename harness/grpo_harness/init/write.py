@@ -81,6 +81,11 @@ def to_commit(home: Path) -> list[str]:
     ]
 
 
+def judges(home: Path) -> bool:
+    """Tell whether the file of tests asks the gate; it may be another one, of the same name."""
+    return b"gate" in (home / TESTS).read_bytes()
+
+
 def others_changed(home: Path) -> bool:
     """Tell whether other files have changes that are not committed."""
     own = [f":(exclude,literal){name}" for name in FILES]
@@ -198,7 +203,7 @@ def _not_ignored(home: Path, found: Found) -> Iterator[str]:
 def _pattern(checkpoint: Checkpoint, home: Path) -> str:
     """Return the line of .gitignore for a checkpoint, or for all that its run keeps."""
     folder = checkpoint.folder.relative_to(home)
-    literal = re.sub(r"([\\*?[])", r"\\\1", f"/{folder.as_posix()}")
+    literal = re.sub(r"([\\*?[])", r"\\\1", f"/{folder.as_posix()}").replace("\n", "?")
     if checkpoint.folder.is_symlink():
         return literal  # to git, a link is no folder
     return re.sub(STEP.pattern + "$", "checkpoint-*", literal) + "/"
