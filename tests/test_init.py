@@ -24,9 +24,11 @@ import grpo_harness.nano
 from grpo_harness.cli import main
 from grpo_harness.init import data as data_files
 from grpo_harness.init import look as looking
+from grpo_harness.init.choose import choose
 from grpo_harness.init.data import data_in
 from grpo_harness.init.rewards import rewards_in
-from grpo_harness.init.table import text
+from grpo_harness.init.table import table, text
+from grpo_harness.init.write import tests
 from grpo_harness.policy import SYSTEM_MESSAGE
 from grpo_harness.tasks import task_types
 from tests.projects import Team
@@ -244,7 +246,9 @@ def test_an_adapter_names_its_base(repository, base, named):
     said = repository.init()
     assert repository.table() == {"trained": "models/lora", "base": named}
     assert f"base      {named}: as the files of the trained policy say" in said
-    assert "skipped   models/reward-lora: a SEQ_CLS, which generates nothing" in said
+    assert (
+        "skipped   models/reward-lora: its weights are of SEQ_CLS, which generates nothing" in said
+    )
     assert "pip install 'grpo-harness[peft]'\n" in (repository.path / WRITTEN[2]).read_text()
 
 
@@ -580,6 +584,31 @@ def test_what_is_damaged_is_skipped_with_a_note(repository):
     assert said.count("skipped   ") == 7
     assert "skipped   7 more" in said
     assert repository.table() == {"trained": "nano-trained", "base": "nano-base"}
+
+
+@pytest.mark.parametrize("file", ["config.json", "recipe.json", "adapter_config.json", "a.yaml"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "null", "3", "{", "[" * 100_000, "\0", "\ud800"),
+        '{"architectures": {"x": 1}, "base": [], "model_name_or_path": {}, "reward_funcs": {}}',
+        '{"architectures": "x", "base": {"name": {}}, "model_name_or_path": 1, "datasets": [1]}',
+        '{"architectures": [3], "base": 3, "model_name_or_path": null, "reward_weights": [{}]}',
+        '{"base_model_name_or_path": 3, "task_type": [], "_name_or_path": "\\u0000", '
+        '"model_name_or_path": "\\u0000", "grpo_harness": 1, "output_dir": "*"}',
+        '{"base_model_name_or_path": "' + "x" * 9000 + '", "model_name_or_path": "~nobody/x", '
+        '"num_generations": "x", "temperature": {}, "dataset_name": "\\u0000/x"}',
+    ],
+)
+def test_whatever_a_file_says_there_is_a_table(repository, file, content):
+    checkpoint(repository.path / "model" / "x")
+    adapter(repository.path / "model" / "y", "model/x")
+    for folder in ("model/x", "model/y", "."):
+        (repository.path / folder / file).write_text(content, errors="surrogatepass")
+    found = looking.look(repository.path)
+    choice = choose(found)
+    assert tomllib.loads(table(choice, None))["tool"]["grpo-harness"]["trained"]
+    compile(tests(choice), "tests", "exec")
 
 
 def test_what_cannot_be_read_is_skipped_with_a_note(repository):

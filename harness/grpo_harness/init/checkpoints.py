@@ -18,7 +18,7 @@ _SIGNS = {"adapter_config.json", "recipe.json", "trainer_state.json", "training_
 
 _BASE = re.compile(r"(^|[-_.])(base|sft|ref|reference|init|pretrained)($|[-_.])", re.IGNORECASE)
 _MOST = 1 << 24
-_GENERATES = re.compile("CausalLM|LMHead|ConditionalGeneration")
+_GENERATES = re.compile("CAUSAL_LM|CausalLM|LMHead|ConditionalGeneration")
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def checkpoint_in(folder: Path, home: Path) -> Checkpoint | None:
     if not weights:
         return None
     config = _json(folder / ("adapter_config.json" if adapter else "config.json"))
-    kind = config.get("task_type") if adapter else (config.get("architectures") or [None])[0]
-    if isinstance(kind, str) and not (kind == "CAUSAL_LM" or _GENERATES.search(kind)):
-        raise PolicyError(f"a {kind}, which generates nothing")
+    kind = str(config.get("task_type" if adapter else "architectures") or "CAUSAL_LM")
+    if not _GENERATES.search(kind):
+        raise PolicyError(f"its weights are of {kind}, which generates nothing")
     name = name_of(folder, home)
     if adapter and "adapter_model.safetensors" not in files:
         raise PolicyError("an adapter without adapter_model.safetensors")
