@@ -103,6 +103,19 @@ def test_the_first_screen_says_the_verdict_and_what_broke():
     assert "Nothing: every check is a PASS" in Page(page(report([problem()]))).said
 
 
+def test_a_training_is_drawn_over_the_recorded_ones():
+    found = report()
+    curve = {"steps": [1.0, 2.0], "now": [0.1, float("nan")], "then_steps": [1.0, 2.0]}
+    band = {"then": [[0.2, 0.3]], "mean": [0.2, 0.3], "lower": [0.1, 0.2], "upper": [0.3, 0.4]}
+    found.add({"kind": "curve", "training": "learn", "name": "entropy", **curve, **band})
+    made = Page(page(found))
+    assert len(made.all("svg", **{"aria-label": "entropy along the training learn"})) == 1
+    titles = [text for tag, text in made.texts if tag == "title"]
+    assert "now, 1: 0.1 (0.1 to 0.1)" in titles
+    assert "then, 2: 0.3 (0.2 to 0.4)" in titles
+    assert not any("now, 2" in text for text in titles), "what is no number is not drawn"
+
+
 def test_a_run_that_judged_nothing_is_no_pass():
     said = Page(page(Report(RUN))).said
     assert "UNPROVEN" in said
@@ -138,7 +151,9 @@ def test_flips_are_both_texts_with_their_differences_the_largest_drop_first():
     assert found.times == 3
     nothing = pair(problem("lost", right=1, kept=False))
     assert nothing.then == ""
-    assert "no completion of this problem was kept" in page(report([problem(right=0, kept=False)]))
+    assert "no such completion of this problem was kept" in page(
+        report([problem(right=0, kept=False)])
+    )
 
 
 def test_a_gained_problem_shows_the_wrong_text_then_and_the_right_one_now():
@@ -299,3 +314,27 @@ def test_a_run_writes_every_problem_with_both_sides(project):
         assert (one["then"]["correct"], one["then"]["k"]) == (record["correct"], record["k"])
         assert one["then"]["tokens"] == pytest.approx(record["length"] / record["k"])
     assert "Task by task" in (project.path / "out" / "report.html").read_text()
+
+
+def _luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_colours_can_be_told_apart(mode):
+    """WCAG 2.2, 1.4.3: text has a contrast of 4.5 to its ground at least."""
+    css = (Path(schema.__file__).parent / "page.css").read_text()
+    block = re.findall(r":root \{(.*?)\}", css, re.DOTALL)[mode]
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", block))
+    pairs = [
+        (ink, ground)
+        for ink in ("ink", "soft", "link", "pass", "fail", "unproven", "error")
+        for ground in ("paper", "panel")
+    ]
+    pairs += [("ink", "del"), ("ink", "ins")]
+    pairs += [("on", name) for name in ("pass", "fail", "unproven", "error")]
+    for ink, ground in pairs:
+        one, two = sorted((_luminance(colours[ink]), _luminance(colours[ground])))
+        assert (two + 0.05) / (one + 0.05) >= 4.5, (ink, ground)

@@ -152,6 +152,28 @@ def test_what_has_no_room_is_named_and_what_matters_stays():
     assert not any("no room" in line for line in wide)
 
 
+def test_a_terminal_that_can_has_the_same_table_with_coloured_verdicts():
+    found = report(verdict="FAIL", reason="[bold]why[/bold]")
+    for width in (80, 300):
+        plain, styled = (found.measured().terminal(width, styled=s) for s in (False, True))
+        bare = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in styled]
+        words = [line.split() for line in bare if "─" not in line]
+        assert words == [line.split() for line in plain if "---" not in line]
+        assert all(len(line) <= width for line in bare)
+    assert any("\x1b[1;31mFAIL: accuracy" in line for line in styled)
+    assert not any("\x1b" in line for line in plain)
+
+
+def test_a_terminal_shows_the_worst_rows_first():
+    found = Report(RUN, ["gcd", "sort", "math"], ["p"], "finished")
+    for task, verdict in (("gcd", "PASS"), ("sort", "UNPROVEN"), ("math", "FAIL")):
+        for row in rows("p", task, verdict):
+            found.add(row)
+    tasks = [line.split()[0] for line in found.terminal(200) if line.startswith(("g", "so", "m"))]
+    assert [t for t in tasks if t in ("gcd", "sort", "math")] == ["math", "sort", "gcd"]
+    assert [row["task type"] for row in found.measured().rows] == ["gcd", "sort", "math"]
+
+
 def test_a_table_of_nothing_is_false():
     assert not Table.of([])
 

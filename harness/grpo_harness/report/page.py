@@ -113,6 +113,7 @@ def page(report: Report) -> str:
             ("Trained against base", report.improvements()),
         ],
         forests=list(_forests(report, anchors)),
+        curves=[(row["training"], row["name"], _along(row)) for row in report.curves],
         sections=sections,
         outcomes=sorted({c.outcome for s in sections for p in s.problems for c in p.completions}),
         text=partial(harmless, longest=longest),
@@ -302,6 +303,19 @@ def _pictures(compared: Sequence[Problem], name: str, judged: bool) -> Iterator[
     then = [problem.then.tokens for problem in compared if problem.then]
     now = [problem.now.tokens for problem in compared]
     yield "length now (bars) and then (line)", figures.lengths(then, now, f"lengths of {name}")
+
+
+def _along(row: Row) -> Markup:
+    """Draw a figure along a training."""
+    now = [(x, y, y, y) for x, y in zip(row["steps"], row["now"], strict=True)]
+    band = zip(row["then_steps"], row["lower"], row["mean"], row["upper"], strict=True)
+    shown = [("then", [*band]), ("now", now)]
+    finite = [
+        (kind, [point for point in of if all(v is not None and math.isfinite(v) for v in point)])
+        for kind, of in shown
+    ]
+    said = f"{row['name']} along the training {row['training']}"
+    return figures.lines(finite, said, "step", "") if any(of for _, of in finite) else Markup()
 
 
 def _curve(rates: Sequence[Rate]) -> list[tuple[float, float, float, float]]:

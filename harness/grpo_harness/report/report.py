@@ -63,13 +63,16 @@ class Report:
     environment: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     problems: dict[tuple[str, str], list[Problem]] = field(default_factory=dict)
+    curves: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
-        """Add a row of the kind ``evaluation``, ``check`` or ``notice``; others are ignored."""
+        """Add a row: an ``evaluation``, ``check``, ``curve`` or ``notice``; others are ignored."""
         if row["kind"] == "evaluation":
             self.evaluations[row["policy"], row["task_type"]] = row
         elif row["kind"] == "check":
             self.checks[row["rule"], row["policy"], row["task_type"]] = row
+        elif row["kind"] == "curve":
+            self.curves.append(row)
         elif row["kind"] == "notice":
             self.notices.append(row["text"])
 
@@ -91,6 +94,7 @@ class Report:
             "settings": self.settings,
             "evaluations": [_stored(row) for row in evaluations],
             "checks": [_stored(row) for row in self._sorted(self.checks)],
+            "curves": [_stored(row) for row in self.curves],
             "tests": {
                 "passed": self.passed,
                 "failed": [{"test": name, "said": said} for name, said in self.failed.items()],
@@ -122,6 +126,7 @@ class Report:
             row["slices"] = msgspec.to_builtins(evaluation.slices)
             del row["problems"]
             report.add(row)
+        report.curves = [msgspec.to_builtins(curve) for curve in content.curves]
         for check in map(msgspec.to_builtins, content.checks):
             report.add({**check, "kind": "check", "evidence": _numbers(check["evidence"])})
         return report

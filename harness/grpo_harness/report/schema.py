@@ -147,6 +147,23 @@ class Check(_Object, kw_only=True):
     unit: Literal["%", "tokens", "reward"]
 
 
+class Curve(_Object, kw_only=True):
+    """A figure along a training: of this run at ``steps``, and of recorded runs at ``then_steps``.
+
+    ``mean`` is that of the recorded runs (``then``), and ``lower`` and ``upper`` their band.
+    """
+
+    training: str
+    name: str
+    steps: list[float]
+    now: list[float | None]
+    then_steps: list[float]
+    then: list[list[float | None]]
+    mean: list[float | None]
+    lower: list[float | None]
+    upper: list[float | None]
+
+
 class Failure(_Object, kw_only=True):
     """A test that failed or could not be run, and its message."""
 
@@ -187,5 +204,6 @@ class Content(_Object, kw_only=True):
     settings: dict[str, Any]
     evaluations: list[Evaluation]
     checks: list[Check]
+    curves: list[Curve]
     tests: Tests
     notices: list[str]

@@ -81,7 +81,10 @@ class Table:
         from rich.table import Table as Drawn
         from rich.text import Text
 
-        drawn = Drawn(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+        drawn = Drawn(
+            box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+            header_style="bold",
+        )  # fmt: skip
         for name in columns:
             drawn.add_column(Text(harmless(name)), no_wrap=True)
         for row in self.rows:
