@@ -38,6 +38,7 @@ files of a package, in the order of its own table.
 ``contract/``      what a GRPO step must compute, checked on TRL from outside
 ``learning/``      short runs -> has GRPO learned, by reward and held-out accuracy
 ``nano/``          the embedded pair of policies: weights and cards
+``init/``          the first day: what is in a repository, and the files that it needs
 ``commands/``      the commands of the command line
 ``cli.py``         the command line
 =================  ==============================================================

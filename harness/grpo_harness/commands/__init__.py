@@ -2,6 +2,7 @@
 
 ================  ===============================================================
 ``common.py``     what commands share
+``init.py``       init: write what a repository needs
 ``runs.py``       settings, admit, store: what runs of pytest have here
 ``training.py``   train, recipes, resources
 ``logs.py``       log: judge a training run
