@@ -7,5 +7,6 @@
 ``logs.py``       log: judge a training run
 ``reports.py``    comment: show a report elsewhere
 ``baselines.py``  diff: compare recordings
+``choice.py``     compare, bisect: which policy, which checkpoint
 ================  ===============================================================
 """
