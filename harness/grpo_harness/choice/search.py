@@ -4,10 +4,11 @@ Numbers in, answer out: `bisect` takes a function that measures, and knows no po
 
 The checkpoints lie between a good and a bad one. One is claimed to be *kept* if it is proven to
 have lost less than three quarters of what the bad one has lost, and to have *dropped* if it is
-proven to have lost more than a quarter, whichever is proven first. Both are bets on the rates of
-the same problems (`harmless_evidence`), with more problems until one has won: valid for any number
-of looks, and however skewed the differences are. Where all problems do not decide, nothing is
-claimed, and the answer is a range.
+proven to have lost more than a quarter, whichever is proven first. Half of the risk of a claim is
+that of bets on the rates of the same problems (`harmless_evidence`), which are valid for any number
+of looks: a checkpoint gets more problems until one bet has won. The other half is that of a t test
+of all problems, where none has. If that does not decide either, nothing is claimed, and the answer
+is a range.
 """
 
 import math
@@ -30,7 +31,7 @@ ERROR = 0.05
 WOBBLE = 0.25
 """Part of the bad one's loss by which a checkpoint may differ from the good or the bad one.
 
-With more of it a probe needs more problems: at 0 half as many do, and at a half twice as many.
+With more of it a probe needs more problems: at 0 two thirds as many, at a half twice as many.
 """
 
 State: TypeAlias = Literal["kept", "dropped", "undecided"]
@@ -109,14 +110,21 @@ class _Search:
         state: State = "undecided"
         while state == "undecided" and n < self.most:
             n = min(n + max(LOOK, n // 4), self.most)
-            good, own = self.rates(GOOD, n), self.rates(number, n)
-            if number == self.bad:  # has it lost anything at all?
-                state = _first(own - good, good - own, self.risk)
-            else:
-                bad = self.rates(self.bad, n)
-                apart = WOBBLE * (good - bad)
-                state = _first(own - bad - apart, good - own - apart, self.risk)
-        return Probe(number, state, n, Estimate.of(good - own, guarded=True))
+            kept, dropped = self._differences(number, n)
+            state = _bets(kept, dropped, self.risk / 2)
+        if state == "undecided":
+            state = _tests(kept, dropped, self.risk / 2)
+        lost = self.rates(GOOD, n) - self.rates(number, n)
+        return Probe(number, state, n, Estimate.of(lost, guarded=True))
+
+    def _differences(self, number: int, n: int) -> tuple[Floats, Floats]:
+        """Return what has a mean above 0 if a checkpoint is kept, and if it has dropped."""
+        good, own = self.rates(GOOD, n), self.rates(number, n)
+        if number == self.bad:  # any loss counts: nothing is known of its size
+            return own - good, good - own
+        bad = self.rates(self.bad, n)
+        apart = WOBBLE * (good - bad)
+        return own - bad - apart, good - own - apart
 
     def step(self, kept: int, dropped: int) -> Estimate:
         """Return the loss between two checkpoints that were probed."""
@@ -124,13 +132,21 @@ class _Search:
         return Estimate.of(self.rates(kept, n) - self.rates(dropped, n), guarded=True)
 
 
-def _first(kept: Floats, dropped: Floats, risk: float) -> State:
+def _bets(kept: Floats, dropped: Floats, risk: float) -> State:
     """Tell which of two means is first proven to be above 0, problem after problem."""
-    both = np.stack([harmless_evidence(kept, 0.0), harmless_evidence(dropped, 0.0)])
-    won = np.flatnonzero(both.max(axis=0) >= -math.log(risk))
+    wealth = np.stack([harmless_evidence(kept, 0.0), harmless_evidence(dropped, 0.0)])
+    won = np.flatnonzero(wealth.max(axis=0) >= -math.log(risk))
     if not len(won):
         return "undecided"
-    return "kept" if both[0, won[0]] > both[1, won[0]] else "dropped"
+    return "kept" if wealth[0, won[0]] > wealth[1, won[0]] else "dropped"
+
+
+def _tests(kept: Floats, dropped: Floats, risk: float) -> State:
+    """Tell which of two means is better proven to be above 0, by all problems."""
+    p = [Estimate.of(of, guarded=True).p_above(0.0) for of in (kept, dropped)]
+    if min(p) > risk:
+        return "undecided"
+    return "kept" if p[0] < p[1] else "dropped"
 
 
 def bisect(
