@@ -62,32 +62,32 @@ def points(of: Estimate) -> str:
     return f"{100 * of.mean:.1f} points ({ends})"
 
 
+_STATES = {"kept": "before the drop", "dropped": "after the drop", "undecided": "undecided"}
+
+
 def probed(probe: Probe, name: PolicyName, *, bad: bool) -> str:
     """Say what was found of a checkpoint."""
-    state = "bad" if bad and probe.state == "dropped" else probe.state
-    return (
-        f"{escape(name.text)}: {state}, lost {points(probe.lost)} of {probe.n} problem"
-        f"{'' if probe.n == 1 else 's'}"
-    )
+    state = "" if bad else f"{_STATES[probe.state]}, "
+    return f"{escape(name.text)}: {state}lost {points(probe.lost)} by {probe.n} problems"
 
 
-def concluded(answer: Answer, names: Sequence[PolicyName], error: float) -> list[str]:
+def concluded(answer: Answer, names: Sequence[PolicyName]) -> list[str]:
     """Say where the drop is. ``names`` are numbered as in the search."""
     kept, dropped = escape(names[answer.kept].text), escape(names[answer.dropped].text)
-    last = "the good one itself" if answer.kept == GOOD else kept
     if answer.found:
-        lines = [f"first that has dropped: {dropped}; the last before it, {last}, is kept"]
+        lines = [f"first after the drop: {dropped}; the last before it: {kept}"]
     else:
         lines = [
-            f"UNPROVEN between {kept} and {dropped}: the {answer.dropped - answer.kept - 1} "
-            "checkpoints between them are not decided by all problems; more --problems or "
-            "--samples would"
+            f"UNPROVEN: the drop is after {kept} and at {dropped} or before; the "
+            f"{answer.dropped - answer.kept - 1} between them are not decided by all problems, so "
+            "ask more --problems or --samples"
         ]
-    of = f"{points(answer.step)} of {100 * answer.bad.lost.mean:.1f} were lost between these two"
+    of = f"between these two, {points(answer.step)} of {100 * answer.bad.lost.mean:.1f} were lost"
     if answer.found and answer.step.upper(_LEVEL) < answer.bad.lost.mean / 2:
         of += ": less than half, so the loss is gradual"
-    lines.append(of)
-    return [*lines, f"wrong in at most {100 * error:g} % of cases, if what has dropped stays so"]
+        if answer.kept != GOOD:
+            of += f"; what was lost before is found with --bad {kept}"
+    return [*lines, of]
 
 
 def cost(answer: Answer, measured: Measured, full: int, candidates: int, seconds: float) -> str:
@@ -95,7 +95,7 @@ def cost(answer: Answer, measured: Measured, full: int, candidates: int, seconds
     stored = measured.completions - measured.drawn
     reused = f", {stored:,} of them stored before," if stored else ""
     return (
-        f"asked {len(answer.probes)} of {candidates} checkpoints: {measured.completions:,} "
+        f"asked {len(answer.probes)} of {candidates} checkpoints, {measured.completions:,} "
         f"completions{reused} in {seconds:.0f} s; to judge each in full would take {full:,}"
     )
 

@@ -83,7 +83,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _bisect(arguments: argparse.Namespace) -> int:
     from grpo_harness.baselines.recording import PROBLEMS
     from grpo_harness.choice import named, shown
-    from grpo_harness.choice.search import ERROR, Probe, bisect
+    from grpo_harness.choice.search import Probe, bisect
 
     cwd, began = Path.cwd(), time.monotonic()
     good, bad = (named.policies([text], cwd)[0] for text in (arguments.good, arguments.bad))
@@ -94,12 +94,12 @@ def _bisect(arguments: argparse.Namespace) -> int:
         settings = opened.settings
         tasks = named.chosen(settings, arguments.task)
         most = min(named.problems(settings, task, PROBLEMS) for task in tasks)
+        each = f" of each of {len(tasks)} tasks" if len(tasks) > 1 else ""
         measured = named.Measured(opened, tasks, most, names)
         named.check_apart([measured.policy(len(between)), measured.policy(-1)])
         say(
-            f"{len(between)} checkpoints between {escape(good.text)} and {escape(bad.text)}, asked "
-            f"up to {most} problems of {len(tasks)} task{'s' * (len(tasks) > 1)} each, seed "
-            f"{opened.run_seed}"
+            f"{len(between)} checkpoints between {escape(good.text)} and {escape(bad.text)}, up to "
+            f"{most} problems{each}, seed {opened.run_seed}"
         )
 
         def told(probe: Probe) -> None:
@@ -109,11 +109,11 @@ def _bisect(arguments: argparse.Namespace) -> int:
         if answer.bad.state != "dropped":
             raise named.ChoiceError(
                 f"there is nothing to bisect: {escape(bad.text)} is not proven to be worse than "
-                f"{escape(good.text)} by {answer.bad.n} problems of each task; it lost "
+                f"{escape(good.text)} by {answer.bad.n} problems{each}; it lost "
                 f"{shown.points(answer.bad.lost)}. Name a worse one, or ask more --problems or "
                 "--samples"
             )
-        for line in shown.concluded(answer, names, ERROR):
+        for line in shown.concluded(answer, names):
             say(line)
         full = len(names) * most * sum(settings.draws(task.source) for task in tasks)
         say(shown.cost(answer, measured, full, len(between), time.monotonic() - began))
