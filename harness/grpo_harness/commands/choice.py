@@ -88,8 +88,8 @@ def _bisect(arguments: argparse.Namespace) -> int:
     cwd, began = Path.cwd(), time.monotonic()
     good, bad = (named.policies([text], cwd)[0] for text in (arguments.good, arguments.bad))
     between = named.between(good, bad, arguments.candidates, cwd)
+    named.check_alike([good, bad, *between])
     names = [*between, bad, good]
-    named.check_alike(names)
     with session(arguments) as opened:
         settings = opened.settings
         tasks = named.chosen(settings, arguments.task)
