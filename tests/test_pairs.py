@@ -1,5 +1,6 @@
 """Every two policies are compared on every task, as one family of two-sided tests."""
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from scipy.stats import ttest_1samp
 from statsmodels.stats.multitest import multipletests
 
-from grpo_harness.choice.pairs import best, compare, overall
+from grpo_harness.choice.pairs import best, compare, overall, unbeaten
 from grpo_harness.engines.engine import Sample
 from grpo_harness.errors import HarnessError
 from grpo_harness.evaluation import ask, evaluate
@@ -114,7 +115,7 @@ def test_the_best_is_proven_better_than_all_others(asked, three):
     assert relation[b, a, "gcd"] == relation[b, a, "math"] == relation[b, a, "all"] == "better"
     assert relation[c, b, "gcd"] == relation[c, b, "all"] == "worse"
     assert relation[c, a, "all"] == "not told apart"
-    assert best(pairs) == [b]
+    assert (best(pairs), unbeaten(pairs)) == (b, [b])
     assert [p.check.task_type for p in overall(pairs)] == ["all"] * 3
     assert {p.check.verdict for p in pairs if p.relation == "worse"} == {"FAIL"}
     assert {p.check.verdict for p in pairs if p.relation == "better"} == {"PASS"}
@@ -126,7 +127,8 @@ def test_the_best_is_proven_better_than_all_others(asked, three):
 def test_equal_policies_are_not_told_apart_or_equivalent_and_none_is_best(asked, three):
     pairs = compare(asked((0.5,), (0.5,), (0.2,), names=("gcd",)), [NO_BOUNDS] * 2, ALPHA)
     assert [pair.check.task_type for pair in pairs] == ["gcd"] * 3  # one task is not asked twice
-    assert best(pairs) == [three[0].name, three[1].name]
+    assert best(pairs) is None
+    assert unbeaten(pairs) == [three[0].name, three[1].name]
     (equal,) = (p for p in pairs if p.check.reference == three[0].name and p.relation != "worse")
     assert equal.relation == "not told apart"
     assert equal.check.verdict == "UNPROVEN"
@@ -134,6 +136,18 @@ def test_equal_policies_are_not_told_apart_or_equivalent_and_none_is_best(asked,
     same = compare(asked((1.0,), (1.0,), names=("gcd",)), [NO_BOUNDS] * 2, ALPHA)
     assert [pair.relation for pair in same] == ["equivalent"]
     assert "5 points or more, either way, is ruled out" in same[0].check.reason
+
+
+def test_one_that_is_unbeaten_need_not_be_the_best(asked, three):
+    """One that beats another, with nothing known of it and a third, is unbeaten alone."""
+    pairs = compare(asked((0.6,), (0.4,), (0.2,), names=("gcd",)), [NO_BOUNDS] * 2, ALPHA)
+    assert (best(pairs), unbeaten(pairs)) == (three[0].name, [three[0].name])
+    first_and_third = 1
+    unknown = [
+        replace(pair, relation="not told apart") if i == first_and_third else pair
+        for i, pair in enumerate(pairs)
+    ]
+    assert (best(unknown), unbeaten(unknown)) == (None, [three[0].name])
 
 
 def test_what_cannot_be_judged_is_an_error(asked):

@@ -120,15 +120,21 @@ def overall(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if pair.check.task_type == last]
 
 
-def best(pairs: Sequence[Pair]) -> list[str]:
-    """Return the policy that is proven better than all others, or else all that may be the best."""
-    together = overall(pairs)
-    names = dict.fromkeys(n for pair in together for n in (pair.check.reference, pair.check.policy))
-    relations: dict[str, list[Relation]] = {name: [] for name in names}
-    for pair in together:
-        relations[pair.check.policy].append(pair.relation)
-        relations[pair.check.reference].append(pair.opposite)
-    for name, found in relations.items():
-        if all(relation == "better" for relation in found):
-            return [name]
-    return [name for name, found in relations.items() if "worse" not in found]
+def best(pairs: Sequence[Pair]) -> str | None:
+    """Return the policy that is proven better than every other, overall; ``None`` if none is."""
+    found = _relations(pairs).items()
+    return next((name for name, own in found if {*own} == {"better"}), None)
+
+
+def unbeaten(pairs: Sequence[Pair]) -> list[str]:
+    """Return the policies that are not proven worse than any other, overall."""
+    return [name for name, own in _relations(pairs).items() if "worse" not in own]
+
+
+def _relations(pairs: Sequence[Pair]) -> dict[str, list[Relation]]:
+    """Return the relations of each policy to all others."""
+    relations: dict[str, list[Relation]] = {}
+    for pair in overall(pairs):
+        relations.setdefault(pair.check.reference, []).append(pair.opposite)
+        relations.setdefault(pair.check.policy, []).append(pair.relation)
+    return relations

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_harness.choice.pairs import Pair, best, overall
+from grpo_harness.choice.pairs import Pair, best, overall, unbeaten
 from grpo_harness.choice.search import GOOD, Answer, Probe
 from grpo_harness.report.tables import Table
 from grpo_harness.text import escape, together
@@ -25,7 +25,7 @@ _LEVEL = 0.95
 
 def table(pairs: Sequence[Pair]) -> Table:
     """One row per pair and task: which is better, by how much, and what would have been found."""
-    return Table.of([_row(pair) for pair in pairs], ("p (Holm)", "found", "n × k"))
+    return Table.of([_row(pair) for pair in pairs], ("p (Holm)", "MDE90", "n × k"))
 
 
 def _row(pair: Pair) -> dict[str, str]:
@@ -41,7 +41,7 @@ def _row(pair: Pair) -> dict[str, str]:
         "the other": f"{e.then:.1%}",
         "Δ points (90 % CI)": f"{100 * e.delta:+.1f} ({ends})",
         "p (Holm)": f"{pair.adjusted:.2g}",
-        "found": f"{100 * e.mde90:.1f}",
+        "MDE90": f"{100 * e.mde90:.1f}",
     }
 
 
@@ -49,11 +49,11 @@ def summary(pairs: Sequence[Pair]) -> str:
     """Say which policy is proven best, if one is."""
     found, what = best(pairs), overall(pairs)[0].check.task_type
     on = "all tasks together" if what == "all" else what
-    if len(found) == 1:
+    if found is not None:
         each = "every other" if len(overall(pairs)) > 1 else "the other"
-        return f"best on {on}: {escape(found[0])}, proven better than {each}"
-    names = together([escape(name) for name in found])
-    return f"no policy is proven best on {on}: {names} are not proven worse than any other"
+        return f"best on {on}: {escape(found)}, proven better than {each}"
+    names = together([escape(name) for name in unbeaten(pairs)])
+    return f"no policy is proven best on {on}; not proven worse than any other: {names}"
 
 
 def points(of: Estimate) -> str:

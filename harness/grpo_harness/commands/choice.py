@@ -84,9 +84,10 @@ def _bisect(arguments: argparse.Namespace) -> int:
     from grpo_harness.baselines.recording import PROBLEMS
     from grpo_harness.choice import named, shown
     from grpo_harness.choice.search import Probe, bisect
+    from grpo_harness.policy import PolicyName
 
     cwd, began = Path.cwd(), time.monotonic()
-    good, bad = (named.policies([text], cwd)[0] for text in (arguments.good, arguments.bad))
+    good, bad = (PolicyName(text, cwd) for text in (arguments.good, arguments.bad))
     between = named.between(good, bad, arguments.candidates, cwd)
     named.check_alike([good, bad, *between])
     names = [*between, bad, good]
