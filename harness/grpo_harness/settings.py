@@ -262,7 +262,7 @@ class Settings:
         return {of.reward for of in correct if of is not None}
 
     def content(self) -> dict[str, Any]:
-        """Return the resolved table as plain data; without servers, whose addresses may be secret."""
+        """Return the resolved table as plain data, without servers: addresses may be secret."""
         table = msgspec.to_builtins(self.table)
         return {name: value for name, value in table.items() if name != "serve"}
 

@@ -234,7 +234,8 @@ class Summary:
         report = self._report("finished")
         if report:
             terminalreporter.section("grpo-harness")
-            for line in report.terminal(self._width()):
+            styled = bool(getattr(terminalreporter, "_tw", None) and terminalreporter._tw.hasmarkup)
+            for line in report.terminal(self._width(), styled=styled):
                 say(line)
         for line in self._written:
             say(plain(line))

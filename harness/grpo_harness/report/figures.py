@@ -9,7 +9,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
+
+from grpo_harness.report.hostile import line
 
 WIDTH, HEIGHT = 280, 220
 """The size of a picture, in its own units."""
@@ -63,7 +65,7 @@ def scatter(dots: Sequence[Dot], title: str) -> Markup:
         # Problems with the same counts would hide each other: each is moved by up to 4 units.
         angle, far = number * 2.399963, 4 * math.sqrt((number % 16) / 16)
         cx, cy = x(dot.then) + far * math.cos(angle), y(dot.now) + far * math.sin(angle)
-        said = escape(dot.said)
+        said = line(dot.said)
         if dot.flip:
             up = -1 if dot.flip == "gained" else 1
             d = f"M{cx - 4:.1f} {cy - 3 * up:.1f}h8l-4 {7 * up}z"
@@ -144,8 +146,8 @@ def interval(bar: Bar, reach: float, title: str) -> Markup:
     kind = bar.verdict.lower()
     marks.append(f'<path class="whisker {kind}" d="M{x(bar.lower):.1f} 10H{x(bar.upper):.1f}"/>')
     marks.append(f'<circle class="point {kind}" cx="{x(bar.delta):.1f}" cy="10" r="4"/>')
-    said = escape(title)
-    return Markup(
+    said = line(title)
+    return Markup(  # noqa: S704 - numbers, and a text that is escaped
         '<svg class="interval" viewBox="0 0 300 20" preserveAspectRatio="none" role="img" '
         f'aria-label="{said}"><title>{said}</title>{"".join(marks)}</svg>'
     )
@@ -159,10 +161,7 @@ def _shares(values: Sequence[float], low: float, high: float, bins: int) -> list
 
 
 def _scales(left: float, right: float, bottom: float, top: float) -> tuple[Scale, Scale]:
-    return (
-        Scale(left, right, _LEFT, WIDTH - _RIGHT),
-        Scale(bottom, top, HEIGHT - _BOTTOM, _TOP),
-    )
+    return (Scale(left, right, _LEFT, WIDTH - _RIGHT), Scale(bottom, top, HEIGHT - _BOTTOM, _TOP))
 
 
 def _picture(
@@ -176,8 +175,8 @@ def _picture(
     beside: str,
 ) -> Markup:
     """Put marks between their axes."""
-    said = escape(title)
-    return Markup(
+    said = line(title)
+    return Markup(  # noqa: S704 - numbers, and texts that are escaped
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">'
         + "".join(_axes(x, y, along, up, below, beside))
         + "".join(marks)
@@ -196,9 +195,13 @@ def _axes(
     yield f'<path class="axis" d="M{x.start} {y.end}V{y.start}H{x.end}"/>'
     for value, name in along:
         end = "start" if value == x.low else "end" if value == x.high else "middle"
-        yield f'<text x="{x(value):.1f}" y="{y.start + 14}" text-anchor="{end}">{escape(name)}</text>'
+        yield _text(x(value), y.start + 14, name, end)
     for value, name in up:
-        yield f'<text x="{x.start - 4}" y="{y(value) + 4:.1f}" text-anchor="end">{escape(name)}</text>'
-    middle = (x.start + x.end) / 2
-    yield f'<text class="name" x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(below)}</text>'
-    yield f'<text class="name" x="{x.start + 4}" y="{y.end + 8}">{escape(beside)}</text>'
+        yield _text(x.start - 4, y(value) + 4, name, "end")
+    yield _text((x.start + x.end) / 2, HEIGHT - 5, below, "middle", "name")
+    yield _text(x.start + 4, y.end + 8, beside, "start", "name")
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {place}>{line(text)}</text>'
