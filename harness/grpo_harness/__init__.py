@@ -28,6 +28,7 @@ files of a package, in the order of its own table.
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
 ``sizing.py``      how many problems and samples each row asks, planned from its baseline
 ``session.py``     what the tests of one run share
+``choice/``        which of several policies is best, which checkpoint went wrong
 ``canaries.py``    what a checkpoint's weights say of some texts, recorded
 ``admission.py``   does a server serve the policy that it is said to serve
 ``grpo/``          GRPO in plain torch: to read, and as the oracle for TRL

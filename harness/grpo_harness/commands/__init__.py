@@ -9,5 +9,6 @@
 ``reports.py``    comment: show a report elsewhere
 ``history.py``    history: show runs over time
 ``baselines.py``  diff: compare recordings
+``choice.py``     compare, bisect: which policy, which checkpoint
 ================  ===============================================================
 """
