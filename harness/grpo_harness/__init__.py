@@ -28,6 +28,7 @@ files of a package, in the order of its own table.
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
 ``sizing.py``      how many problems and samples each row asks, planned from its baseline
 ``session.py``     what the tests of one run share
+``choice/``        which of several policies is best, which checkpoint went wrong
 ``canaries.py``    what a checkpoint's weights say of some texts, recorded
 ``admission.py``   does a server serve the policy that it is said to serve
 ``grpo/``          GRPO in plain torch: to read, and as the oracle for TRL
@@ -38,6 +39,7 @@ files of a package, in the order of its own table.
 ``contract/``      what a GRPO step must compute, checked on TRL from outside
 ``learning/``      short runs -> has GRPO learned, by reward and held-out accuracy
 ``nano/``          the embedded pair of policies: weights and cards
+``init/``          the first day: what is in a repository, and the files that it needs
 ``commands/``      the commands of the command line
 ``cli.py``         the command line
 =================  ==============================================================

@@ -294,13 +294,13 @@ class Settings:
         return short if plain and len({"base", *short}) > len(short) else slugs
 
 
-def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
+def resolve(root: Path, cwd: Path, options: Mapping[str, Any], prefix: str = "--grpo-") -> Settings:
     """Resolve the settings of a run below ``root``.
 
     ``options`` holds what the command line set, by the names of the keys plus ``greedy``, and
     ``serve_base`` and ``serve_trained``, lists of addresses; ``None`` means not set. Paths of the
-    command line are relative to ``cwd``, those of a ``pyproject.toml`` to its folder. Raises
-    ``SettingsError``.
+    command line are relative to ``cwd``, those of a ``pyproject.toml`` to its folder. ``prefix`` is
+    that of the options. Raises ``SettingsError``.
     """
     from grpo_harness.policy import PolicyName
 
@@ -315,7 +315,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     set_here = {name: value for name, value in options.items() if value is not None}
     greedy = bool(set_here.pop("greedy", False))
     addresses = {role: set_here.pop(f"serve_{role}", None) for role in ROLES}
-    chosen = converted(set_here, Table, lambda _: "--grpo-")
+    chosen = converted(set_here, Table, lambda _: prefix)
     resolved = msgspec.structs.replace(table, **{name: getattr(chosen, name) for name in set_here})
     resolved = _one_size(resolved, set_here, f"{where}] ")
     sampling = resolved.sampling
@@ -334,12 +334,12 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     overridden = "trained" in set_here
     configured: dict[Role, Sequence[PolicyName]] = {
         "base": (PolicyName(table.base, home),),
-        "trained": _candidates(table.trained, home, None if overridden else f"{where}] "),
+        "trained": candidates(table.trained, home, None if overridden else f"{where}] trained"),
     }
     base = PolicyName(set_here["base"], cwd) if "base" in set_here else configured["base"][0]
     trained = configured["trained"]
     if overridden:
-        trained = _candidates(chosen.trained, cwd, "--grpo-")
+        trained = candidates(chosen.trained, cwd, "--grpo-trained")
     _distinct(base, trained)
     folder = (cwd if "baselines" in set_here else home) / resolved.baselines
     if "\0" in resolved.baselines or folder.is_file():
@@ -505,11 +505,11 @@ def nearest_table(place: Path) -> tuple[Path | None, Mapping[str, Any] | None]:
     return file, table
 
 
-def _candidates(given: str | list[str], home: Path, place: str | None) -> list[PolicyName]:
+def candidates(given: str | list[str], home: Path, place: str | None) -> list[PolicyName]:
     """Return the policies that are named, in the order of their steps, each once.
 
     A pattern means the folders that it matches from ``home``. Raises ``SettingsError`` if there are
-    none, unless ``place``, where it is set, is ``None``.
+    none, unless ``place``, what they are named by, is ``None``.
     """
     from grpo_harness.policy import PolicyName
 
@@ -525,7 +525,7 @@ def _candidates(given: str | list[str], home: Path, place: str | None) -> list[P
         folders = [match for match in matches if match.folder]
         if place and not folders:
             raise SettingsError(
-                f"{place}trained '{escape(text)}' matches no folder (looked for from {home}): "
+                f"{place} '{escape(text)}' matches no folder (looked for from {home}): "
                 "correct the pattern, or train first"
             )
         named += folders
