@@ -19,6 +19,7 @@ files of a package, in the order of its own table.
 ``checks.py``      judge evaluations by a rule, and say what was found
 ``baselines/``     the stored references: file, recording, pruning, provenance
 ``reruns.py``      runs that did not pass: a rerun pools its samples with theirs
+``history/``       one small file a run: since when a figure has changed
 ``report/``        rows -> tables for a terminal, Markdown and JSON
 ``tables.py``      a table of settings as a checked model, with messages
 ``asked.py``       what a run asks: each task with its rewards and sampling
@@ -38,6 +39,7 @@ files of a package, in the order of its own table.
 ``contract/``      what a GRPO step must compute, checked on TRL from outside
 ``learning/``      short runs -> has GRPO learned, by reward and held-out accuracy
 ``nano/``          the embedded pair of policies: weights and cards
+``init/``          the first day: what is in a repository, and the files that it needs
 ``commands/``      the commands of the command line
 ``cli.py``         the command line
 =================  ==============================================================

@@ -159,6 +159,9 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     training: Annotated[
         _Name | None, _key("the folder of a training run, whose log is judged", "DIR")
     ] = None
+    history: Annotated[
+        _Name | None, _key("the folder of a history, to which each run adds a small file", "DIR")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,7 @@ class Settings:
     resident: Literal["auto", "one", "all"]
     recipes: tuple[Path, ...]
     training: Path | None
+    history: Path | None
     sources: Mapping[str, str]
     table: Table
 
@@ -396,7 +400,8 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any], prefix: str = "--
         ),
         resident=resolved.resident,
         recipes=_recipes(resolved.recipe, home, f"{where}] recipe"),
-        training=_training(resolved.training, cwd if "training" in set_here else home),
+        training=_folder(resolved.training, cwd if "training" in set_here else home),
+        history=_folder(resolved.history, cwd if "history" in set_here else home),
         sources=sources,
         table=resolved,
     )
@@ -434,7 +439,7 @@ def _recipes(given: str | list[str] | None, home: Path, place: str) -> tuple[Pat
     return tuple(found)
 
 
-def _training(given: str | None, home: Path) -> Path | None:
+def _folder(given: str | None, home: Path) -> Path | None:
     return None if given is None else home / Path(given).expanduser()
 
 

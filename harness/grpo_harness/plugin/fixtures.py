@@ -225,6 +225,10 @@ def evaluate(
     def evaluate(policy: Policy, task_type: Source) -> Evaluation:
         evaluation = clearly(lambda: grpo_session.evaluation(policy, task_type))
         carry(request.node, "evaluation", evaluation.summary())
+        if request.config.stash[RUN].settings.history is not None:
+            from grpo_harness.history.measured import measured
+
+            carry(request.node, "measured", measured(evaluation))
         carry_notices(request.node, grpo_session)
         return evaluation
 
