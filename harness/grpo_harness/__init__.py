@@ -20,7 +20,7 @@ files of a package, in the order of its own table.
 ``baselines/``     the stored references: file, recording, pruning, provenance
 ``reruns.py``      runs that did not pass: a rerun pools its samples with theirs
 ``report/``        rows -> tables for a terminal, Markdown and JSON
-``export/``        ``report.json`` -> the logs of inspect_ai, Every Eval Ever's records
+``export/``        a report -> the logs of inspect_ai, Every Eval Ever's records
 ``tables.py``      a table of settings as a checked model, with messages
 ``asked.py``       what a run asks: each task with its rewards and sampling
 ``stopping.py``    when a sequential run may stop
