@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check test heavy contract eval smollm2 real bench nano calibrate falsealarms trl learning record lock
+.PHONY: help check test heavy browser benchpage contract eval smollm2 real bench nano calibrate falsealarms trl learning record schema lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*##/\1\t/' | expand -t 12
@@ -51,6 +51,14 @@ bench: smollm2  ## how fast completions are drawn, side by side (half an hour, o
 		--alone 16; } | tee tools/bench/RESULTS.half
 	mv tools/bench/RESULTS.half tools/bench/RESULTS.md
 
+browser:  ## install Chromium, in which the page is tested (Debian, as root)
+	test -x /usr/bin/chromedriver || { apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
+		chromium chromium-driver; } > /dev/null
+
+benchpage: .venv/installed browser  ## how large the page of a large run is, and how fast it opens
+	$(BIN)/python -m tools.bench.page
+
 nano: .venv/installed  ## train both embedded policies again (under an hour on 2 cores)
 	$(BIN)/python -m tools.nano.make
 
@@ -68,6 +76,9 @@ trl: .venv/installed  ## ask the contract beside older releases of TRL (half an 
 
 learning: .venv/installed  ## run the learning test and its controls twenty times each (hours)
 	$(BIN)/python -W ignore -m tools.nano.learning_table --tests 20 --out report/learning
+
+schema: .venv/installed  ## write the JSON Schema of report.json, after a change of it
+	$(BIN)/python -m tools.report_schema
 
 lock: .venv/installed  ## write down what is installed, after an upgrade of it
 	$(BIN)/python -m pip freeze --all --exclude-editable \

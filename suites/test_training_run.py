@@ -9,12 +9,16 @@ import pytest
 
 def test_curves(grpo_log, recorded_runs, request):
     """No figure is outside the band of one more run."""
+    from dataclasses import asdict
+
     from grpo_harness.logs.judge import judge
-    from grpo_harness.logs.plot import plot
+    from grpo_harness.logs.plot import curves, plot
     from grpo_harness.plugin.assertions import conclude
-    from grpo_harness.plugin.state import clearly
+    from grpo_harness.plugin.state import carry, clearly
 
     judgement = judge(grpo_log, recorded_runs)
+    for curve in curves(grpo_log, recorded_runs):
+        carry(request.node, "curve", {"training": recorded_runs.training, **asdict(curve)})
     if folder := request.config.getoption("grpo_report"):
         place = request.config.invocation_params.dir / folder
         place.mkdir(parents=True, exist_ok=True)

@@ -167,7 +167,7 @@ class TestBroken:
     def test_an_empty_folder(self, tmp_path):
         assert "config.json" in self.message(tmp_path)
 
-    @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', "\0"])
+    @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', "\0", "[" * 100_000])
     def test_a_config_that_is_not_one(self, copy, text):
         (copy / "config.json").write_text(text)
         assert str(copy / "config.json") in self.message(copy)

@@ -10,13 +10,11 @@ from grpo_harness.cli import main
 from grpo_harness.report.comment import LONGEST, MARKER, comment
 from grpo_harness.report.files import ReportError, read, write
 from grpo_harness.report.report import Report
-from tests.test_report import HOSTILE, evidence, rows
-
-HEADER = {"base": "b", "trained": "p", "seed": 7}
+from tests.test_report import HOSTILE, RUN, evidence, rows
 
 
 def report(*verdicts, changed=(), failed=(), status="finished"):
-    found = Report(HEADER, status=status, failed=dict(failed))
+    found = Report(RUN, status=status, failed=dict(failed))
     for number, verdict in enumerate(verdicts):
         for row in rows(task=f"task{number}", verdict=verdict, reason=f"reason {number}"):
             found.add(row | {"changed": list(changed)} if row["kind"] == "check" else row)
@@ -66,7 +64,7 @@ class Elements(HTMLParser):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_nothing_in_it_is_interpreted(text):
-    found = Report({"base": text, "trained": [text], "seed": 7}, failed={text: text})
+    found = Report({**RUN, "base": text, "trained": [text]}, failed={text: text})
     for row in rows(policy=text, verdict="FAIL", reason=text):
         found.add(row | {"changed": [text]} if row["kind"] == "check" else row)
     said = comment(found)

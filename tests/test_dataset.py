@@ -51,6 +51,14 @@ def test_every_row_of_every_format_is_a_problem(tmp_path, kind):
     assert len({problem.id for problem in problems}) == 40
 
 
+@pytest.mark.parametrize("name", ["x[1].jsonl", "a*b.jsonl", "?.jsonl"])
+def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path, name):
+    for file in ("x1.jsonl", "a_b.jsonl", "z.jsonl", name):
+        (tmp_path / file).write_text(json.dumps({"prompt": file}))
+    (problem,) = DatasetSource("x", name, tmp_path).problems(9)
+    assert problem.prompt == name
+
+
 def test_a_function_returns_a_table(tmp_path, monkeypatch):
     (tmp_path / "own_rows.py").write_text(
         f"from datasets import Dataset\ndef rows():\n    return Dataset.from_list({ROWS!r})\n"

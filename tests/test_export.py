@@ -96,6 +96,7 @@ def content(*evaluations, started="2026-11-29T14:51:53+00:00"):
         "settings": {},
         "evaluations": msgspec.to_builtins(list(evaluations)),
         "checks": [],
+        "curves": [],
         "tests": {"passed": 1, "failed": [], "not_run": []},
         "notices": [],
     }

@@ -200,7 +200,7 @@ def test_each_candidate_has_its_rows(candidates, monkeypatch):
     result = run(candidates, "--grpo-report=report", "--grpo-seed=3", "-k", "not beats")
     folders = [f"out/{label}" for label in LABELS]
     report = json.loads((candidates.path / "report" / "report.json").read_text())
-    assert report["trained"] == [*folders, "trained-policy"]
+    assert report["run"]["trained"] == [*folders, "trained-policy"]
     measured = [row["policy"] for row in report["evaluations"]]
     assert measured == ["base-policy", *folders, "trained-policy"]
     references = {c["policy"]: c["reference"] for c in report["checks"] if c["rule"] == "accuracy"}
@@ -300,7 +300,7 @@ def test_the_report(project):
     run(project, "--grpo-record")
     run(project, "--grpo-report", "out", "--grpo-seed", "11")
     report = json.loads((project.path / "out" / "report.json").read_text())
-    assert report["seed"] == 11
+    assert report["run"]["seed"] == 11
     assert report["status"] == "finished"
     assert report["tests"] == {"passed": 2, "failed": [], "not_run": []}
     assert len(report["evaluations"]) == len(report["checks"]) == 2
@@ -540,7 +540,8 @@ def test_model_text_cannot_command_a_terminal_or_a_ci_system(project):
     report = project.path / "out"
     for shown in (
         result.stdout.str(),
-        *((report / f"report.{e}").read_text() for e in ("md", "json")),
+        *((report / f"report.{e}").read_text() for e in ("md", "json", "html")),
+        *(path.read_text() for path in (report / "samples").iterdir()),
     ):
         assert "\x1b[2J" not in shown
         assert "\n::" not in shown
@@ -785,7 +786,9 @@ def test_both(evaluation, baseline, gate):
             for rule in ("accuracy", "length")
         )
     )
-    seed = f"--grpo-seed={json.loads((skilled.path / 'out/report.json').read_text())['seed']}"
+    seed = (
+        f"--grpo-seed={json.loads((skilled.path / 'out/report.json').read_text())['run']['seed']}"
+    )
     skilled(0.8, "--grpo-report", "out", seed, passed=4)
     assert both == [judged(skilled, rule)["evidence"]["mde90"] for rule in ("accuracy", "length")]
 

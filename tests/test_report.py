@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +32,20 @@ HOSTILE = (
 )
 
 
+RUN = {
+    "base": "b",
+    "trained": ["p"],
+    "problems": 256,
+    "samples": 4,
+    "sampling": {},
+    "baselines": "baselines",
+    "seed": 1,
+    "started": "2026-01-01T00:00:00+00:00",
+    "seconds": 1.0,
+    "commit": None,
+}
+
+
 def evidence(**changes):
     return {
         "verdict": "PASS",
@@ -45,6 +60,8 @@ def evidence(**changes):
         "p": 0.2,
         "mde90": 0.05,
         "needed": 200,
+        "margin": 0.05,
+        "minimum": 0.01,
         **changes,
     }
 
@@ -54,16 +71,22 @@ def rows(policy="p", task="gcd", verdict="PASS", reason="x"):
         {
             "kind": "evaluation",
             "policy": policy,
+            "slug": "p",
+            "fingerprint": "f",
             "task_type": task,
             "n": 256,
             "planned": 256,
             "k": 4,
+            "run_seed": 1,
+            "engine": {},
+            "metrics": {},
+            "slices": [],
             "sampling": {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": 64},
             "accuracy": 0.7,
             "strict_accuracy": 0.6,
             "mean_reward": 0.5,
             "mean_length": 12.3,
-            "outcomes": {"truncated": 0.0},
+            "outcomes": {"correct": 0.7, "truncated": 0.0},
         },
         {
             "kind": "check",
@@ -76,13 +99,15 @@ def rows(policy="p", task="gcd", verdict="PASS", reason="x"):
             "verdict": verdict,
             "reason": reason,
             "unit": "%",
+            "changed": [],
             "evidence": evidence(verdict=verdict),
         },
     ]
 
 
 def report(**names):
-    found = Report({"base": names.get("policy", "p"), "seed": 1}, ["gcd"], ["p"], "finished")
+    base = names.get("policy", "p")
+    found = Report({**RUN, "base": base}, ["gcd"], ["p"], "finished")
     for row in rows(**names):
         found.add(row)
     return found
@@ -127,6 +152,28 @@ def test_what_has_no_room_is_named_and_what_matters_stays():
     assert not any("no room" in line for line in wide)
 
 
+def test_a_terminal_that_can_has_the_same_table_with_coloured_verdicts():
+    found = report(verdict="FAIL", reason="[bold]why[/bold]")
+    for width in (80, 300):
+        plain, styled = (found.measured().terminal(width, styled=s) for s in (False, True))
+        bare = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in styled]
+        words = [line.split() for line in bare if "─" not in line]
+        assert words == [line.split() for line in plain if "---" not in line]
+        assert all(len(line) <= width for line in bare)
+    assert any("\x1b[1;31mFAIL: accuracy" in line for line in styled)
+    assert not any("\x1b" in line for line in plain)
+
+
+def test_a_terminal_shows_the_worst_rows_first():
+    found = Report(RUN, ["gcd", "sort", "math"], ["p"], "finished")
+    for task, verdict in (("gcd", "PASS"), ("sort", "UNPROVEN"), ("math", "FAIL")):
+        for row in rows("p", task, verdict):
+            found.add(row)
+    tasks = [line.split()[0] for line in found.terminal(200) if line.startswith(("g", "so", "m"))]
+    assert [t for t in tasks if t in ("gcd", "sort", "math")] == ["math", "sort", "gcd"]
+    assert [row["task type"] for row in found.measured().rows] == ["gcd", "sort", "math"]
+
+
 def test_a_table_of_nothing_is_false():
     assert not Table.of([])
 
@@ -134,7 +181,7 @@ def test_a_table_of_nothing_is_false():
 def test_the_content_says_what_was_not_run():
     found = report()
     found.failed["test_a"], found.not_run = "said", ["test_b"]
-    content = json.loads(json.dumps(found.content()))
+    content = msgspec.to_builtins(found.content())
     assert content["tests"] == {
         "passed": 0,
         "failed": [{"test": "test_a", "said": "said"}],
@@ -170,7 +217,7 @@ def test_an_earlier_runs_report_does_not_stay(project):
     project.makeconftest("import pytest\ndef pytest_collection(): pytest.exit('early')")
     run(project, "--grpo-report=out", "--grpo-seed=2")
     found = read(project)
-    assert (found["seed"], found["evaluations"]) == (2, [])
+    assert (found["run"]["seed"], found["evaluations"]) == (2, [])
     assert not list((project.path / "out" / "samples").glob("*"))
 
 
@@ -313,7 +360,6 @@ def test_one_trained_policy_is_in_the_head_of_its_column_and_several_have_rows()
 
 
 def test_the_head_names_every_candidate():
-    head = Report({"base": "x", "trained": ["a", "b", "c"], "seed": 1})
+    head = Report({**RUN, "trained": ["a", "b", "c"]})
     assert "- trained: a, b and c\n" in head.markdown()
-    assert head.content()["trained"] == ["a", "b", "c"]
-    assert "- trained: a\n" in Report({"trained": "a", "seed": 1}).markdown()
+    assert "- trained: p\n" in Report(RUN).markdown()

@@ -61,6 +61,9 @@ from grpo_harness.gate.stats import (
 Verdict: TypeAlias = Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]
 Measured: TypeAlias = Counts | Rewards
 
+WORST_FIRST: tuple[Verdict, ...] = ("ERROR", "FAIL", "UNPROVEN", "PASS")
+"""The verdicts, the worst first."""
+
 NOT_THE_POLICY = "the policy is the recorded one: what draws or scores its completions has changed"
 """The meaning of a proven change of the recorded policy, in either direction."""
 
@@ -71,13 +74,13 @@ class Evidence:
 
     `now`, `then` and `delta` are mean rates in 0..1 and their difference; in `judge_length` they
     are geometric mean lengths and the relative change (0.1 is 10 % longer), in `judge_reward` mean
-    rewards. `lower` and `upper` are
-    guarded bounds of `delta`, one-sided at 95 % each: together they are a 90 % interval. `p`
-    belongs to the proof of harm (in `judge_improvement` to the proof of gain, unless a loss is
-    proven; for the recorded policy to the proof of any change) and is compared with the check's
-    part of `alpha`. `mde90` is the change, in the unit of `delta`, that this run would find nine
-    times in ten. `needed` is the number of problems that would prove a PASS nine times in ten, None
-    if no number would. `margin` and `minimum` are the bounds, in the unit of `delta`. `k` is the largest number of samples of a problem: they differ only if runs
+    rewards. `lower` and `upper` are guarded bounds of `delta`, one-sided at 95 % each: together
+    they are a 90 % interval. `p` belongs to the proof of harm (in `judge_improvement` to the proof
+    of gain, unless a loss is proven; for the recorded policy to the proof of any change) and is
+    compared with the check's part of `alpha`. `mde90` is the change, in the unit of `delta`, that
+    this run would find nine times in ten. `needed` is the number of problems that would prove a
+    PASS nine times in ten, None if no number would. `margin` and `minimum` are the bounds, in the
+    unit of `delta`. `k` is the largest number of samples of a problem: they differ only if runs
     that stopped early are pooled.
     """
 
@@ -466,13 +469,7 @@ def _undecided(
 
 
 def _numbers(
-    counts: Measured,
-    *,
-    p: float,
-    mde90: float,
-    needed: int | None,
-    margin: float,
-    minimum: float,
+    counts: Measured, *, p: float, mde90: float, needed: int | None, margin: float, minimum: float
 ) -> Evidence:
     guarded = _guarded(counts)
     now, then = counts.means

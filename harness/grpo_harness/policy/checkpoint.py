@@ -375,7 +375,7 @@ def _json(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
             f"{checkpoint}: there is no {file} in {checkpoint.path}; name the "
             "folder that save_pretrained wrote"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PolicyError(f"{path} cannot be read: {one_line(error)}; save it again") from error
     if not isinstance(content, dict):
         raise PolicyError(f"{path} does not hold a JSON object; save it again")
@@ -432,7 +432,7 @@ def _tensors(checkpoint: Checkpoint, path: Path) -> dict[str, _Entry]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PolicyError(
             f"{checkpoint}: {path} cannot be read ({one_line(error)}); get the checkpoint again"
         ) from error

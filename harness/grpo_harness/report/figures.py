@@ -6,10 +6,12 @@ follow the reader's light or dark mode.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
+
+from grpo_harness.report.hostile import line
 
 WIDTH, HEIGHT = 280, 220
 """The size of a picture, in its own units."""
@@ -55,6 +57,17 @@ class Bar:
     verdict: str
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A measurement over time: its bounds, its verdict, and what is shown when it is pointed at."""
+
+    lower: float
+    value: float
+    upper: float
+    verdict: str
+    said: str
+
+
 def scatter(dots: Sequence[Dot], title: str) -> Markup:
     """Draw each problem by its share of correct completions, then and now."""
     x, y = _scales(0.0, 1.0, 0.0, 1.0)
@@ -63,7 +76,7 @@ def scatter(dots: Sequence[Dot], title: str) -> Markup:
         # Problems with the same counts would hide each other: each is moved by up to 4 units.
         angle, far = number * 2.399963, 4 * math.sqrt((number % 16) / 16)
         cx, cy = x(dot.then) + far * math.cos(angle), y(dot.now) + far * math.sin(angle)
-        said = escape(dot.said)
+        said = line(dot.said)
         if dot.flip:
             up = -1 if dot.flip == "gained" else 1
             d = f"M{cx - 4:.1f} {cy - 3 * up:.1f}h8l-4 {7 * up}z"
@@ -135,6 +148,44 @@ def lines(curves: Sequence[tuple[str, Sequence[tuple[float, float, float, float]
     return _picture(title, marks, x, y, ends if x.high > x.low else ends[:1], heights, along, up)
 
 
+def timeline(
+    moments: Sequence[Moment],
+    steps: Sequence[tuple[int, int, float]],
+    marks: Sequence[tuple[float, str, str]],
+    title: str,
+    ends: tuple[str, str],
+    up: Callable[[float], str],
+) -> Markup:
+    """Draw measurements in their order, with their intervals.
+
+    ``steps`` are levels, as (first, last, value), ``marks`` upright lines as (place, class, what it
+    says), ``ends`` the names of the first and the last, and ``up`` the text of a value.
+    """
+    bottom, top = min(m.lower for m in moments), max(m.upper for m in moments)
+    if top <= bottom:
+        bottom, top = bottom - 0.5, top + 0.5
+    x, y = _scales(-0.5, len(moments) - 0.5, bottom, top)
+    drawn = [
+        f'<path class="{kind}" d="M{x(at):.1f} {y.start}V{y.end}">'
+        f"<title>{line(said)}</title></path>"
+        for at, kind, said in marks
+    ]
+    drawn += [
+        f'<path class="then" d="M{x(first - 0.4):.1f} {y(value):.1f}H{x(last + 0.4):.1f}"/>'
+        for first, last, value in steps
+    ]
+    for at, moment in enumerate(moments):
+        kind = moment.verdict.lower() or "now"
+        drawn.append(
+            f'<path class="axis" d="M{x(at):.1f} {y(moment.lower):.1f}V{y(moment.upper):.1f}"/>'
+            f'<circle class="point {kind}" cx="{x(at):.1f}" cy="{y(moment.value):.1f}" r="3">'
+            f"<title>{line(moment.said)}</title></circle>"
+        )
+    along = [(x.low, ends[0]), (x.high, ends[1])]
+    heights = [(value, up(value)) for value in (bottom, (bottom + top) / 2, top)]
+    return _picture(title, drawn, x, y, along[: len(moments)], heights, "commits", "")
+
+
 def interval(bar: Bar, reach: float, title: str) -> Markup:
     """Draw one interval of a row; rows with the same ``reach`` share a scale."""
     x = Scale(-reach, reach, 4, 296)
@@ -144,8 +195,8 @@ def interval(bar: Bar, reach: float, title: str) -> Markup:
     kind = bar.verdict.lower()
     marks.append(f'<path class="whisker {kind}" d="M{x(bar.lower):.1f} 10H{x(bar.upper):.1f}"/>')
     marks.append(f'<circle class="point {kind}" cx="{x(bar.delta):.1f}" cy="10" r="4"/>')
-    said = escape(title)
-    return Markup(
+    said = line(title)
+    return Markup(  # noqa: S704 - numbers, and a text that is escaped
         '<svg class="interval" viewBox="0 0 300 20" preserveAspectRatio="none" role="img" '
         f'aria-label="{said}"><title>{said}</title>{"".join(marks)}</svg>'
     )
@@ -159,10 +210,7 @@ def _shares(values: Sequence[float], low: float, high: float, bins: int) -> list
 
 
 def _scales(left: float, right: float, bottom: float, top: float) -> tuple[Scale, Scale]:
-    return (
-        Scale(left, right, _LEFT, WIDTH - _RIGHT),
-        Scale(bottom, top, HEIGHT - _BOTTOM, _TOP),
-    )
+    return (Scale(left, right, _LEFT, WIDTH - _RIGHT), Scale(bottom, top, HEIGHT - _BOTTOM, _TOP))
 
 
 def _picture(
@@ -176,8 +224,8 @@ def _picture(
     beside: str,
 ) -> Markup:
     """Put marks between their axes."""
-    said = escape(title)
-    return Markup(
+    said = line(title)
+    return Markup(  # noqa: S704 - numbers, and texts that are escaped
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">'
         + "".join(_axes(x, y, along, up, below, beside))
         + "".join(marks)
@@ -196,9 +244,13 @@ def _axes(
     yield f'<path class="axis" d="M{x.start} {y.end}V{y.start}H{x.end}"/>'
     for value, name in along:
         end = "start" if value == x.low else "end" if value == x.high else "middle"
-        yield f'<text x="{x(value):.1f}" y="{y.start + 14}" text-anchor="{end}">{escape(name)}</text>'
+        yield _text(x(value), y.start + 14, name, end)
     for value, name in up:
-        yield f'<text x="{x.start - 4}" y="{y(value) + 4:.1f}" text-anchor="end">{escape(name)}</text>'
-    middle = (x.start + x.end) / 2
-    yield f'<text class="name" x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(below)}</text>'
-    yield f'<text class="name" x="{x.start + 4}" y="{y.end + 8}">{escape(beside)}</text>'
+        yield _text(x.start - 4, y(value) + 4, name, "end")
+    yield _text((x.start + x.end) / 2, HEIGHT - 5, below, "middle", "name")
+    yield _text(x.start + 4, y.end + 8, beside, "start", "name")
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {place}>{line(text)}</text>'

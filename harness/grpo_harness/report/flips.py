@@ -17,18 +17,22 @@ Flip = Literal["lost", "gained"]
 _LONGEST = 1_500
 """Characters of a text that are shown beside another one."""
 
+_QUESTION = 400
+"""Characters of a question that are shown there."""
+
 _PARTS = re.compile(r"\w+|\s+|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A flip with the commonest completions of both sides, differences marked.
+    """A flip: the end of its question, and the commonest completions of both sides.
 
-    ``then`` is empty if no completion of the recording was kept.
+    What differs in them is marked. ``then`` is empty if no completion of the recording was kept.
     """
 
     problem: Problem
     flip: Flip
+    question: Markup
     then: Markup
     now: Markup
     times: int
@@ -61,22 +65,25 @@ def pair(problem: Problem) -> Pair:
     kind = flip(problem)
     assert kind is not None
     now_is_right = kind == "gained"
-    texts = Counter(
-        c.text for c in problem.completions if (c.outcome == "correct") == now_is_right
-    )
+    texts = Counter(c.text for c in problem.completions if (c.outcome == "correct") == now_is_right)
     now, times = texts.most_common(1)[0]
     kept = [k.text for k in problem.kept if (k.outcome == "correct") != now_is_right]
+    # A prompt ends with what is asked, after the system message and any examples.
+    asked = problem.prompt.strip()
+    left = len(asked) - _QUESTION
+    question = harmless(asked if left <= 0 else f"… {asked[left:]}")
     if not kept:
-        return Pair(problem, kind, Markup(), harmless(now, _LONGEST), times)
-    return Pair(problem, kind, *_marked(kept[0], now), times)
+        return Pair(problem, kind, question, Markup(), harmless(now, _LONGEST), times)
+    return Pair(problem, kind, question, *_marked(kept[0], now), times)
 
 
 def _marked(then: str, now: str) -> tuple[Markup, Markup]:
     """Return both texts, with what only one of them has marked."""
-    sides = [_PARTS.findall(text[:_LONGEST]) for text in (then, now)]
+    old_parts: list[str] = _PARTS.findall(then[:_LONGEST])
+    new_parts: list[str] = _PARTS.findall(now[:_LONGEST])
     before, after = [], []
-    for kind, a, b, c, d in SequenceMatcher(None, *sides, autojunk=False).get_opcodes():
-        old, new = harmless("".join(sides[0][a:b])), harmless("".join(sides[1][c:d]))
+    for kind, a, b, c, d in SequenceMatcher(None, old_parts, new_parts, False).get_opcodes():
+        old, new = harmless("".join(old_parts[a:b])), harmless("".join(new_parts[c:d]))
         before.append(old if kind == "equal" or not old else Markup("<del>%s</del>") % old)
         after.append(new if kind == "equal" or not new else Markup("<ins>%s</ins>") % new)
     return (

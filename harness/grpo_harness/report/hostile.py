@@ -19,7 +19,15 @@ def harmless(text: str, longest: int | None = None) -> Markup:
         half = longest // 2
         note = Markup("<i> … %d characters left out … </i>") % (len(text) - 2 * half)
         return harmless(text[:half]) + note + harmless(text[-half:])
-    return Markup(_UNSEEN.sub(_shown, str(escape(text))))  # noqa: S704 - escaped here
+    shown = _UNSEEN.sub(_shown, str(escape(text)))
+    # What CI systems read as a command, should someone print the page there.
+    shown = shown.replace("##", "#&#35;").replace("::", ":&#58;")
+    return Markup(shown)  # noqa: S704 - escaped above
+
+
+def line(text: str) -> Markup:
+    """Return a text for an attribute or a picture, where nothing can be marked, on one line."""
+    return escape("".join(c if c == "\\" else visible(c) for c in text))
 
 
 def _shown(match: re.Match[str]) -> str:

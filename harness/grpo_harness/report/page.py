@@ -19,7 +19,7 @@ from markupsafe import Markup
 from grpo_harness.checks import change, side
 from grpo_harness.report import figures
 from grpo_harness.report.flips import Pair, flip, pair, share, worst_first
-from grpo_harness.report.hostile import harmless
+from grpo_harness.report.hostile import harmless, line
 from grpo_harness.report.passes import Rate, majority, passes
 from grpo_harness.report.report import Report, Row
 from grpo_harness.report.schema import Completion, Problem
@@ -103,7 +103,7 @@ def page(report: Report) -> str:
     # Short texts leave their room to long ones, so this is less than what fits.
     longest = None if total <= _BYTES else max(200, _BYTES // number)
     files = {name: (_FILES / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
-    return _template().render(
+    made: str = _template().render(
         report=report,
         counts=report.counts(),
         worst=report.worst(),
@@ -113,6 +113,7 @@ def page(report: Report) -> str:
             ("Trained against base", report.improvements()),
         ],
         forests=list(_forests(report, anchors)),
+        curves=[(row["training"], row["name"], _along(row)) for row in report.curves],
         sections=sections,
         outcomes=sorted({c.outcome for s in sections for p in s.problems for c in p.completions}),
         text=partial(harmless, longest=longest),
@@ -124,6 +125,7 @@ def page(report: Report) -> str:
         js=Markup(files["js"]),  # noqa: S704
         policy=_policy(files),
     )
+    return made
 
 
 @cache
@@ -136,6 +138,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["harmless"] = harmless
+    environment.filters["line"] = line
     return environment.get_template("page.html.jinja")
 
 
@@ -266,9 +269,7 @@ def _section(report: Report, key: tuple[str, str], anchor: str) -> _Section:
         rates.append((f"majority@{min(s.k for s in now)}", "", _rate(majority(problems))))
         if most > 1:
             curves = [("now", _curve(reached)), *([("then", _curve(before))] if before else [])]
-            drawn = figures.lines(
-                curves, f"pass@j of {name}", "j", "pass@j", low=0.0, high=1.0
-            )
+            drawn = figures.lines(curves, f"pass@j of {name}", "j", "pass@j", low=0.0, high=1.0)
             pictures.append(("pass@j, now and then", drawn))
     return _Section(
         anchor=anchor,
@@ -284,9 +285,7 @@ def _section(report: Report, key: tuple[str, str], anchor: str) -> _Section:
     )
 
 
-def _pictures(
-    compared: Sequence[Problem], name: str, judged: bool
-) -> Iterator[tuple[str, Markup]]:
+def _pictures(compared: Sequence[Problem], name: str, judged: bool) -> Iterator[tuple[str, Markup]]:
     if judged:
         dots = [
             figures.Dot(
@@ -304,6 +303,19 @@ def _pictures(
     then = [problem.then.tokens for problem in compared if problem.then]
     now = [problem.now.tokens for problem in compared]
     yield "length now (bars) and then (line)", figures.lengths(then, now, f"lengths of {name}")
+
+
+def _along(row: Row) -> Markup:
+    """Draw a figure along a training."""
+    now = [(x, y, y, y) for x, y in zip(row["steps"], row["now"], strict=True)]
+    band = zip(row["then_steps"], row["lower"], row["mean"], row["upper"], strict=True)
+    shown = [("then", [*band]), ("now", now)]
+    finite = [
+        (kind, [point for point in of if all(v is not None and math.isfinite(v) for v in point)])
+        for kind, of in shown
+    ]
+    said = f"{row['name']} along the training {row['training']}"
+    return figures.lines(finite, said, "step", "") if any(of for _, of in finite) else Markup()
 
 
 def _curve(rates: Sequence[Rate]) -> list[tuple[float, float, float, float]]:

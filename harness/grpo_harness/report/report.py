@@ -46,8 +46,8 @@ class Report:
 
     ``run`` says what was run, as ``schema.Run`` has it. ``task_types`` and ``policies`` give the
     order of the rows, whatever the order of the tests. ``problems`` has those of an evaluation by
-    policy and task type, as far as its samples were kept. ``failed`` has the tests that failed or could not be run, with their messages, and ``not_run``
-    those that were not reached.
+    policy and task type, as far as its samples were kept. ``failed`` has the tests that failed or
+    could not be run, with their messages, and ``not_run`` those that were not reached.
     """
 
     run: Mapping[str, Any]
@@ -63,13 +63,16 @@ class Report:
     environment: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     problems: dict[tuple[str, str], list[Problem]] = field(default_factory=dict)
+    curves: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
-        """Add a row of the kind ``evaluation``, ``check`` or ``notice``; others are ignored."""
+        """Add a row: an ``evaluation``, ``check``, ``curve`` or ``notice``; others are ignored."""
         if row["kind"] == "evaluation":
             self.evaluations[row["policy"], row["task_type"]] = row
         elif row["kind"] == "check":
             self.checks[row["rule"], row["policy"], row["task_type"]] = row
+        elif row["kind"] == "curve":
+            self.curves.append(row)
         elif row["kind"] == "notice":
             self.notices.append(row["text"])
 
@@ -91,6 +94,7 @@ class Report:
             "settings": self.settings,
             "evaluations": [_stored(row) for row in evaluations],
             "checks": [_stored(row) for row in self._sorted(self.checks)],
+            "curves": [_stored(row) for row in self.curves],
             "tests": {
                 "passed": self.passed,
                 "failed": [{"test": name, "said": said} for name, said in self.failed.items()],
@@ -122,14 +126,18 @@ class Report:
             row["slices"] = msgspec.to_builtins(evaluation.slices)
             del row["problems"]
             report.add(row)
+        report.curves = [msgspec.to_builtins(curve) for curve in content.curves]
         for check in map(msgspec.to_builtins, content.checks):
             report.add({**check, "kind": "check", "evidence": _numbers(check["evidence"])})
         return report
 
     def measured(self) -> Table:
         """One row per task type and policy: what was measured, and the worst verdict on it."""
+        return self._all_measured(self._sorted(self.evaluations))
+
+    def _all_measured(self, evaluations: Sequence[Row]) -> Table:
         rows = []
-        for row in self._sorted(self.evaluations):
+        for row in evaluations:
             rows.append(self._measured(row))
             rows += [_sliced(row, part) for part in row.get("slices", [])]
         rows += [_together(row) for row in self._sorted(self.checks) if row["rule"] == "total"]
@@ -252,14 +260,21 @@ class Report:
                 parts.append(f"## {title}\n\n{listed}")
         return "\n\n".join(parts) + "\n"
 
-    def terminal(self, width: int) -> list[str]:
-        """Return the lines that a terminal shows: the two tables, then what did not pass."""
+    def terminal(self, width: int, *, styled: bool = False) -> list[str]:
+        """Return the lines that a terminal shows: the two tables, then what did not pass.
+
+        The worst rows come first. ``styled`` is that of `Table.terminal`.
+        """
+        worst = sorted(
+            self._sorted(self.evaluations),
+            key=lambda row: _rank(self.verdict((row["policy"], row["task_type"]))),
+        )
         lines = []
         for line in self._sampling():
             lines += textwrap.wrap(escape(line, 10_000), width, subsequent_indent="  ")
-        for table in (self.measured(), self.improvements()):
+        for table in (self._all_measured(worst), self.improvements()):
             if table:
-                lines += ["", *table.terminal(width)]
+                lines += ["", *table.terminal(width, styled=styled)]
         return [*lines, "", *(plain(line) for line in (*self.unsettled(), *self.notices))]
 
     def _sampling(self) -> list[str]:
@@ -385,6 +400,12 @@ def _worst(checks: Iterable[Row]) -> str:
         if name in by_name:
             return name if name == "PASS" else f"{name}: {', '.join(by_name[name])}"
     return "not judged"
+
+
+def _rank(verdict: str) -> int:
+    """Return the place of a verdict, the worst being 0; what was not judged comes last."""
+    names = [*_WORST_FIRST, verdict]
+    return names.index(verdict.split(":")[0])
 
 
 def _least(row: Row) -> str:

@@ -17,11 +17,11 @@ Verdict = Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]
 Status = Literal["running", "finished", "interrupted"]
 
 
-class _Object(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _Object(msgspec.Struct, forbid_unknown_fields=True):
     """An object that has all of its keys but those with a default, and no others."""
 
 
-class Completion(_Object):
+class Completion(_Object, kw_only=True):
     """One completion.
 
     ``strict`` tells whether it is exactly the wanted answer. ``reward`` is the total, and
@@ -38,7 +38,7 @@ class Completion(_Object):
     logged: dict[str, Any] = {}
 
 
-class Side(_Object):
+class Side(_Object, kw_only=True):
     """The numbers of one problem, now or when its baseline was recorded.
 
     ``correct``, ``truncated`` and ``unparsable`` are counts among the ``k`` completions, ``tokens``
@@ -54,14 +54,14 @@ class Side(_Object):
     rewards: dict[str, float | None] = {}
 
 
-class Kept(_Object):
+class Kept(_Object, kw_only=True):
     """A completion that was kept when the baseline was recorded."""
 
     text: str
     outcome: Outcome
 
 
-class Problem(_Object):
+class Problem(_Object, kw_only=True):
     """One problem: what was asked and is wanted, both sides' numbers, every completion.
 
     ``then`` is null without a baseline of the same prompt. ``kept`` are the commonest right and the
@@ -77,7 +77,7 @@ class Problem(_Object):
     completions: list[Completion]
 
 
-class Slice(_Object):
+class Slice(_Object, kw_only=True):
     """An evaluation on the problems of one value of a column."""
 
     of: str
@@ -86,7 +86,7 @@ class Slice(_Object):
     mean_reward: float | None
 
 
-class Evaluation(_Object):
+class Evaluation(_Object, kw_only=True):
     """A policy on a task type: ``n`` of the ``planned`` problems were asked, ``k`` times each.
 
     ``slug`` is the policy's name in the names of files, such as that of its samples.
@@ -112,7 +112,7 @@ class Evaluation(_Object):
     problems: list[Problem] = []
 
 
-class Evidence(_Object):
+class Evidence(_Object, kw_only=True):
     """The numbers behind a verdict, as ``grpo_harness.gate.verdicts.Evidence`` has them."""
 
     verdict: Verdict
@@ -131,7 +131,7 @@ class Evidence(_Object):
     minimum: float | None
 
 
-class Check(_Object):
+class Check(_Object, kw_only=True):
     """One judged question. ``changed`` shows the problems that got worse."""
 
     rule: str
@@ -147,14 +147,31 @@ class Check(_Object):
     unit: Literal["%", "tokens", "reward"]
 
 
-class Failure(_Object):
+class Curve(_Object, kw_only=True):
+    """A figure along a training: of this run at ``steps``, and of recorded runs at ``then_steps``.
+
+    ``mean`` is that of the recorded runs (``then``), and ``lower`` and ``upper`` their band.
+    """
+
+    training: str
+    name: str
+    steps: list[float]
+    now: list[float | None]
+    then_steps: list[float]
+    then: list[list[float | None]]
+    mean: list[float | None]
+    lower: list[float | None]
+    upper: list[float | None]
+
+
+class Failure(_Object, kw_only=True):
     """A test that failed or could not be run, and its message."""
 
     test: str
     said: str
 
 
-class Tests(_Object):
+class Tests(_Object, kw_only=True):
     """The tests of the run."""
 
     passed: int
@@ -162,7 +179,7 @@ class Tests(_Object):
     not_run: list[str]
 
 
-class Run(_Object):
+class Run(_Object, kw_only=True):
     """What was run: policies, sizes, sampling. ``started`` is in UTC, and ``commit`` is git's."""
 
     base: str
@@ -177,7 +194,7 @@ class Run(_Object):
     commit: str | None
 
 
-class Content(_Object):
+class Content(_Object, kw_only=True):
     """The whole file. ``settings`` is the resolved table ``[tool.grpo-harness]``."""
 
     schema: Literal[3] = SCHEMA
@@ -187,5 +204,6 @@ class Content(_Object):
     settings: dict[str, Any]
     evaluations: list[Evaluation]
     checks: list[Check]
+    curves: list[Curve]
     tests: Tests
     notices: list[str]

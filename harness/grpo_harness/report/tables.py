@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from typing import Self
 
 from tabulate import tabulate
@@ -12,6 +13,9 @@ from grpo_harness.text import escape, markdown
 
 _LONGEST = 1000
 """Maximum of characters in a cell, in the widest table."""
+
+STYLES = {"ERROR": "bold magenta", "FAIL": "bold red", "UNPROVEN": "yellow", "PASS": "green"}
+"""How a terminal shows verdicts."""
 
 _NAMES = (32, 24, 20, 16, 12)
 """Maximum of characters in a name: tried in turn until the table is narrow enough."""
@@ -40,15 +44,19 @@ class Table:
         """Tell whether there are rows."""
         return len(self.rows) > 0
 
-    def terminal(self, width: int) -> list[str]:
+    def terminal(self, width: int, *, styled: bool = False) -> list[str]:
         """Return the lines of the table, none longer than ``width`` if that can be done.
 
-        Columns are left out and long names are shortened; a last line says which columns.
+        Columns are left out and long names are shortened; a last line says which columns. With
+        ``styled`` the lines have the escape sequences of a terminal, and verdicts their colours.
         """
         for columns, longest in self._narrower():
-            lines = self._rendered(columns, "simple", partial(_short, longest)).splitlines()
+            short = partial(_short, longest)
+            lines = self._rendered(columns, "simple", short).splitlines()
             if max(map(len, lines)) <= width:
                 break
+        if styled:
+            lines = self._styled(columns, max(map(len, lines)), short)
         if left_out := [name for name in self.columns if name not in columns]:
             said = f"({width} columns have no room for: {', '.join(left_out)})"
             lines += textwrap.wrap(said, width)
@@ -62,6 +70,33 @@ class Table:
         cells = [[harmless(row.get(name, "")) for name in columns] for row in self.rows]
         names = [harmless(name) for name in columns]
         return str(tabulate(cells, names, tablefmt=style, disable_numparse=True))
+
+    def _styled(
+        self, columns: Sequence[str], width: int, harmless: Callable[[str], str]
+    ) -> list[str]:
+        """Draw the table by rich."""
+        # Imported late: only a terminal needs it.
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table as Drawn
+        from rich.text import Text
+
+        drawn = Drawn(
+            box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+            header_style="bold",
+        )  # fmt: skip
+        for name in columns:
+            drawn.add_column(Text(harmless(name)), no_wrap=True)
+        for row in self.rows:
+            cells = [harmless(row.get(name, "")) for name in columns]
+            drawn.add_row(*(Text(cell, STYLES.get(cell.split(":")[0], "")) for cell in cells))
+        console = Console(
+            file=StringIO(), width=width + 1, force_terminal=True, color_system="standard",
+            legacy_windows=False,
+        )  # fmt: skip
+        with console.capture() as found:
+            console.print(drawn)
+        return [line.rstrip() for line in found.get().splitlines()]
 
     def _narrower(self) -> Iterator[tuple[list[str], int]]:
         """Yield the columns to show and the longest name, from all to the fewest."""

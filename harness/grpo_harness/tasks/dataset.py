@@ -4,6 +4,7 @@ Read with `datasets`, from local caches first. Every row is a problem, and all i
 reward functions, as in TRL. Nothing is held out: the splits of a data set are its owner's.
 """
 
+import glob
 import importlib
 import json
 import logging
@@ -202,7 +203,9 @@ class DatasetSource(Source):
             table = datasets.load_from_disk(str(path))
         elif (reader := _READERS.get(path.suffix.lower())) is not None:
             split = re.match(r"\w+", self.split or "train")
-            files = {split.group() if split else "train": str(path)}
+            # Otherwise `datasets` takes a file's name for a pattern, and reads other files.
+            name = glob.escape(str(path)) if path.is_file() else str(path)
+            files = {split.group() if split else "train": name}
             return datasets.load_dataset(
                 reader, data_files=files, split=self.split or "train", cache_dir=cache
             )

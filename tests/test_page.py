@@ -1,0 +1,340 @@
+"""The page shows what the report holds, and whatever is in it stays text."""
+
+import base64
+import hashlib
+import itertools
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import fmean
+
+import jsonschema
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_harness.report import schema
+from grpo_harness.report.files import read, write
+from grpo_harness.report.flips import flip, pair, worst_first
+from grpo_harness.report.hostile import harmless
+from grpo_harness.report.page import page
+from grpo_harness.report.passes import majority, pass_at, passes
+from grpo_harness.report.report import Report
+from grpo_harness.report.schema import Completion, Kept, Problem, Side
+from tests.projects import run
+from tests.test_report import HOSTILE, RUN, rows
+
+VOID = {"meta", "input", "br"}
+
+
+class Page(HTMLParser):
+    """What a page holds: its elements with their attributes, and its text by element."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.texts = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, tag, **wanted):
+        return [a for t, a in self.elements if t == tag and wanted.items() <= a.items()]
+
+    @property
+    def said(self):
+        return "".join(text for tag, text in self.texts if tag not in ("style", "script"))
+
+
+def side(correct=4, k=4, **changes):
+    numbers = {"truncated": 0, "unparsable": 0, "tokens": 5.0, "reward": 1.0, **changes}
+    return Side(k=k, correct=correct, **numbers)
+
+
+def completion(text="1", outcome="correct", **changes):
+    numbers = {"tokens": 5, "strict": True, "reward": 1.0, **changes}
+    return Completion(text=text, outcome=outcome, **numbers)
+
+
+def problem(name="gcd-1", then=4, right=4, k=4, texts=("7", "8"), kept=True, prompt="gcd?"):
+    """A problem with ``right`` completions that are correct now, of ``k``, and ``then`` before."""
+    outcomes = ["correct"] * right + ["wrong"] * (k - right)
+    return Problem(
+        id=name,
+        prompt=prompt,
+        wanted=texts[0],
+        then=None if then is None else side(then, 4),
+        now=side(right, k),
+        kept=[Kept(text=texts[0], outcome="correct"), Kept(text=texts[1], outcome="wrong")] * kept,
+        completions=[completion(texts[o != "correct"], o) for o in outcomes],
+    )
+
+
+def report(problems=(), policy="p", task="gcd", verdict="PASS", **changes):
+    found = Report({**RUN, **changes}, [task], [policy], "finished")
+    for row in rows(policy, task, verdict, reason="why"):
+        found.add(row)
+    found.problems[policy, task] = list(problems)
+    return found
+
+
+def test_the_first_screen_says_the_verdict_and_what_broke():
+    found = report([problem()], verdict="FAIL")
+    said = Page(page(found)).said
+    head = " ".join(said[: said.index("Policies against")].split())
+    assert "FAIL 1 FAIL" in head
+    assert "accuracy: 1 of 1 row" in head
+    assert "p on gcd: 71.0% → 70.0% (-1.0 points)" in head
+    assert "Nothing: every check is a PASS" in Page(page(report([problem()]))).said
+
+
+def test_a_training_is_drawn_over_the_recorded_ones():
+    found = report()
+    curve = {"steps": [1.0, 2.0], "now": [0.1, float("nan")], "then_steps": [1.0, 2.0]}
+    band = {"then": [[0.2, 0.3]], "mean": [0.2, 0.3], "lower": [0.1, 0.2], "upper": [0.3, 0.4]}
+    found.add({"kind": "curve", "training": "learn", "name": "entropy", **curve, **band})
+    made = Page(page(found))
+    assert len(made.all("svg", **{"aria-label": "entropy along the training learn"})) == 1
+    titles = [text for tag, text in made.texts if tag == "title"]
+    assert "now, 1: 0.1 (0.1 to 0.1)" in titles
+    assert "then, 2: 0.3 (0.2 to 0.4)" in titles
+    assert not any("now, 2" in text for text in titles), "what is no number is not drawn"
+
+
+def test_a_run_that_judged_nothing_is_no_pass():
+    said = Page(page(Report(RUN))).said
+    assert "UNPROVEN" in said
+    assert "nothing was judged" in said
+    assert "PASS" not in said.split("What to look at")[0]
+
+
+def test_every_completion_is_on_the_page_and_how_often():
+    problems = [problem(f"gcd-{i}", right=i % 5, texts=(f"r{i}", f"w{i}")) for i in range(30)]
+    found = Page(page(report(problems)))
+    listed = "".join(t for tag, t in found.texts if tag in ("pre", "i", "li"))
+    for i in range(30):
+        right = i % 5
+        for text, times in ((f"r{i}", right), (f"w{i}", 4 - right)):
+            shown = re.findall(rf"(?:correct|wrong)(?: × (\d))?, 5 tokens, \+1{text}(?!\d)", listed)
+            assert (int(shown[0] or 1) if shown else 0) == times
+
+
+def test_flips_are_both_texts_with_their_differences_the_largest_drop_first():
+    problems = [
+        problem("even", then=4, right=4),
+        problem("half", then=4, right=2),
+        problem("lost", then=3, right=1, texts=("the answer is 7", "the answer was 8")),
+        problem("more", then=4, right=0),
+        problem("back", then=0, right=3),
+        problem("new", then=None, right=0),
+    ]
+    assert [flip(p) for p in problems] == [None, None, "lost", "lost", "gained", None]
+    assert [p.id for p in worst_first(problems)] == ["more", "lost", "back"]
+    found = pair(problems[2])
+    assert found.then == "the answer <del>is</del> <del>7</del>"
+    assert found.now == "the answer <ins>was</ins> <ins>8</ins>"
+    assert found.times == 3
+    nothing = pair(problem("lost", right=1, kept=False))
+    assert nothing.then == ""
+    assert "no such completion of this problem was kept" in page(
+        report([problem(right=0, kept=False)])
+    )
+
+
+def test_a_gained_problem_shows_the_wrong_text_then_and_the_right_one_now():
+    found = pair(problem(then=0, right=3))
+    assert (found.then, found.now) == ("<del>8</del>", "<ins>7</ins>")
+
+
+@given(st.integers(1, 8).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k))))
+def test_pass_at_j_is_the_share_of_subsets_with_a_correct_one(sizes):
+    k, correct = sizes
+    drawn = [True] * correct + [False] * (k - correct)
+    for j in range(1, k + 1):
+        subsets = list(itertools.combinations(drawn, j))
+        assert pass_at(j, k, correct) == pytest.approx(fmean(map(any, subsets)))
+
+
+def test_rates_have_an_interval_that_shrinks_with_problems_and_is_never_nothing():
+    few, many = (passes([side(4)] * n, 4) for n in (10, 1000))
+    assert few[0].value == many[0].value == 1.0
+    assert few[0].lower < many[0].lower < 1.0
+    (half,) = passes([side(2)] * 200, 1)
+    assert half.value == 0.5
+    assert half.lower < 0.5 < half.upper
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab "), st.sampled_from(["correct", "wrong", "truncated"])),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_the_majority_is_the_commonest_text(drawn):
+    completions = [completion(text, outcome) for text, outcome in drawn]
+    one = msgspec.structs.replace(problem(), completions=completions)
+    votes = [(t.strip(), o == "correct") for t, o in drawn if o != "truncated"]
+    texts = {text for text, _ in votes}
+    counted = {text: [right for t, right in votes if t == text] for text in texts}
+    most = max(map(len, counted.values()), default=0)
+    best = [fmean(rights) for rights in counted.values() if len(rights) == most]
+    assert majority([one]).value == pytest.approx(fmean(best) if best else 0.0)
+
+
+@given(st.text(st.characters(), max_size=60))
+def test_a_text_is_shown_as_it_is_and_escaped_once(text):
+    shown = harmless(text)
+    found = Page(f"<p>{shown}</p>")
+    assert [tag for tag, _ in found.elements].count("p") == 1
+    assert {tag for tag, _ in found.elements} <= {"p", "b"}
+    assert all(c.isprintable() or c == "\n" for c in found.said)
+    again = "".join(
+        t.encode().decode("unicode_escape") if tag == "b" else t for tag, t in found.texts
+    )
+    assert again.encode("utf-16", "surrogatepass") == text.encode("utf-16", "surrogatepass")
+    str(shown).encode()
+
+
+def test_a_long_text_is_cut_in_the_middle_with_a_note():
+    shown = harmless("a" * 500 + "b" * 500, 100)
+    assert shown == "a" * 50 + "<i> … 900 characters left out … </i>" + "b" * 50
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_comes_from_outside_is_text_in_every_place(text):
+    own = problem(text, right=1, texts=(text, text + "x"), prompt=text)
+    own.completions[0].rewards[text] = None
+    found = report([own], text, text, "FAIL", base=text, trained=[text], baselines=text)
+    found.failed[text], found.notices[:] = text, [text]
+    found.settings, found.environment = {text: {text: text}}, {"python": text}
+    made = Page(page(found))
+    clean = Page(page(report([problem(right=1)], "p", "gcd", "FAIL")))
+    allowed = {tag for tag, _ in clean.elements} | {"b", "i", "pre", "p", "h3", "div", "details"}
+    assert {tag for tag, _ in made.elements} <= allowed
+    assert "\x1b" not in made.said
+    assert "\u202e" not in made.said
+
+
+def test_it_loads_nothing_and_allows_only_its_own_script_and_style():
+    text = page(report([problem(right=0)] * 3, verdict="FAIL"))
+    found = Page(text)
+    (policy,) = [a["content"] for a in found.all("meta") if "http-equiv" in a]
+    for tag in ("style", "script"):
+        (inside,) = [data for of, data in found.texts if of == tag]
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    for _, attributes in found.elements:
+        assert not {"src", "style", "srcset", "action"} & attributes.keys()
+        assert not [name for name in attributes if name.startswith("on")]
+        assert attributes.get("href", "#").startswith("#")
+    ids = [a["id"] for _, a in found.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"][1:] for _, a in found.elements if "href" in a} <= set(ids)
+
+
+def test_it_can_be_read_by_a_screen_reader():
+    found = Page(page(report([problem(right=0)] * 3, verdict="FAIL")))
+    assert all(a.get("role") == "img" and a.get("aria-label") for a in found.all("svg"))
+    assert all(a.get("scope") for a in found.all("th"))
+    assert found.all("html", lang="en")
+    headings = [int(tag[1]) for tag, _ in found.elements if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(headings))
+
+
+def test_a_large_run_is_one_small_file_in_little_time(tmp_path):
+    found = Report(RUN, [f"task{i}" for i in range(12)], ["p"], "finished")
+    for i in range(12):
+        for row in rows("p", f"task{i}"):
+            found.add(row)
+        found.problems["p", f"task{i}"] = [
+            msgspec.structs.replace(
+                problem(f"task{i}-{j:08x}", prompt="a question of some length " * 8),
+                completions=[
+                    completion(f"{j} {c} " + "x" * 900, "wrong", tokens=c) for c in range(8)
+                ],
+            )
+            for j in range(256)
+        ]
+    began = time.process_time()
+    write(found, tmp_path)
+    seconds = time.process_time() - began
+    size = (tmp_path / "report.html").stat().st_size
+    assert size < 15_000_000
+    assert seconds < 30, "far from the limit, which a benchmark measures"
+    assert "characters left out" in (tmp_path / "report.html").read_text()
+
+
+def test_the_schema_on_disk_is_that_of_the_code_and_reports_meet_it(tmp_path):
+    stored = json.loads((Path(schema.__file__).parent / "report.schema.json").read_text())
+    assert stored == msgspec.json.schema(schema.Content), "write it: make schema"
+    write(report([problem(right=1)], verdict="FAIL"), tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    jsonschema.validate(content, stored)
+    assert read(tmp_path).content() == report([problem(right=1)], verdict="FAIL").content()
+
+
+def test_a_run_writes_every_problem_with_both_sides(project):
+    run(project, "--grpo-record")
+    run(project, "--grpo-report=out", passed=2)
+    content = json.loads((project.path / "out" / "report.json").read_text())
+    jsonschema.validate(content, msgspec.json.schema(schema.Content))
+    (evaluation,) = [e for e in content["evaluations"] if e["policy"] == content["run"]["base"]]
+    stored = json.loads(next(project.path.glob("baselines/*/palindrome.json")).read_text())
+    samples = [
+        json.loads(line)
+        for line in (project.path / f"out/samples/{evaluation['slug']}--palindrome.jsonl")
+        .read_text()
+        .splitlines()
+    ]
+    assert len(evaluation["problems"]) == evaluation["n"]
+    for one in evaluation["problems"]:
+        own = [row for row in samples if row["problem"] == one["id"]]
+        assert [c["text"] for c in one["completions"]] == [row["completion"] for row in own]
+        assert one["prompt"] == own[0]["prompt"]
+        assert one["now"]["correct"] == sum(row["outcome"] == "correct" for row in own)
+        record = stored["problems"][one["id"]]
+        assert (one["then"]["correct"], one["then"]["k"]) == (record["correct"], record["k"])
+        assert one["then"]["tokens"] == pytest.approx(record["length"] / record["k"])
+    assert "Task by task" in (project.path / "out" / "report.html").read_text()
+
+
+def _luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_colours_can_be_told_apart(mode):
+    """WCAG 2.2, 1.4.3: text has a contrast of 4.5 to its ground at least."""
+    css = (Path(schema.__file__).parent / "page.css").read_text()
+    block = re.findall(r":root \{(.*?)\}", css, re.DOTALL)[mode]
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", block))
+    pairs = [
+        (ink, ground)
+        for ink in ("ink", "soft", "link", "pass", "fail", "unproven", "error")
+        for ground in ("paper", "panel")
+    ]
+    pairs += [("ink", "del"), ("ink", "ins")]
+    pairs += [("on", name) for name in ("pass", "fail", "unproven", "error")]
+    for ink, ground in pairs:
+        one, two = sorted((_luminance(colours[ink]), _luminance(colours[ground])))
+        assert (two + 0.05) / (one + 0.05) >= 4.5, (ink, ground)
