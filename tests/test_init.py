@@ -615,12 +615,14 @@ def test_what_cannot_be_read_is_skipped_with_a_note(repository):
     # Readable by its mode, and no read of it succeeds, whoever asks.
     (repository.path / "test.jsonl").symlink_to("/proc/self/mem")
     os.mkfifo(repository.path / "dev.jsonl")
+    (repository.path / "val.jsonl").symlink_to("x" * 300)
     closed = repository.path / "eval.jsonl"
     rows(closed)
     closed.chmod(0)
     said = repository.init()
     assert "skipped   test.jsonl: [Errno 5] Input/output error" in said
     assert "dev.jsonl" not in said
+    assert "val.jsonl" not in said
     assert "eval.jsonl" in said
     closed.chmod(0o600)
 

@@ -21,6 +21,7 @@ files of a package, in the order of its own table.
 ``reruns.py``      runs that did not pass: a rerun pools its samples with theirs
 ``history/``       one small file a run: since when a figure has changed
 ``report/``        rows -> one file of everything, a page, tables, a comment
+``export/``        a report -> the logs of inspect_ai, Every Eval Ever's records
 ``tables.py``      a table of settings as a checked model, with messages
 ``asked.py``       what a run asks: each task with its rewards and sampling
 ``stopping.py``    when a sequential run may stop

@@ -120,7 +120,7 @@ def write(
         "problems": settings.problems,
         "samples": settings.samples,
         "sampling": settings.sampling.asdict(),
-        "baselines": str(settings.baselines),
+        "baselines": settings.table.baselines,
         "seed": session.run_seed,
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from grpo_harness.errors import HarnessError
-from grpo_harness.init import recipes, rewards
 from grpo_harness.init.checkpoints import Checkpoint, checkpoint_in, name_of
 from grpo_harness.init.data import KINDS, DataFile, data_in
-from grpo_harness.init.recipes import RecipeFile
-from grpo_harness.init.rewards import RewardFunction
+from grpo_harness.init.recipes import RecipeFile, recipe_in
+from grpo_harness.init.rewards import RewardFunction, rewards_in
 
 MOST, MOST_FILES = 10_000, 200
 """Folders that are looked at, and files of each."""
@@ -31,7 +30,6 @@ class Found:
     """What is in a repository. ``skipped`` says of what could not be used, why."""
 
     home: Path
-    folders: int = 0
     checkpoints: list[Checkpoint] = field(default_factory=list)
     data: list[DataFile] = field(default_factory=list)
     rewards: list[RewardFunction] = field(default_factory=list)
@@ -55,20 +53,19 @@ def look(home: Path) -> Found:
     found = Found(home)
 
     def unreadable(error: OSError) -> None:
-        found.tried(Path(error.filename), lambda: _raise(error))
+        found.skipped.append((os.path.relpath(error.filename, home), str(error)))
 
-    for place, folders, files in os.walk(home, onerror=unreadable):
+    for number, (place, folders, files) in enumerate(os.walk(home, onerror=unreadable)):
         folder = Path(place)
+        if number == MOST:
+            found.skipped.append((os.path.relpath(folder, home), f"more than {MOST:,} folders"))
+            break
         folders[:] = sorted(
             name
             for name in folders
             if not _is_skipped(folder / name)
             and found.tried(folder / name, partial(name_of, folder / name, home)) is not None
         )
-        found.folders += 1
-        if found.folders > MOST:
-            found.skipped.append((os.path.relpath(folder, home), f"more than {MOST:,} folders"))
-            break
         links = [folder / name for name in folders if (folder / name).is_symlink()]
         policies = [found.tried(at, partial(checkpoint_in, at, home)) for at in (folder, *links)]
         found.checkpoints += [policy for policy in policies if policy]
@@ -84,28 +81,24 @@ def look(home: Path) -> Found:
 
 def _look_at(file: Path, found: Found) -> None:
     kind = file.suffix.lower()
-    if not file.is_file() or file.name.startswith("."):
+    # Unlike pathlib, it is quiet on a link to what cannot be reached.
+    if not os.path.isfile(file) or file.name.startswith("."):  # noqa: PTH113
         return
     if kind in KINDS:
         data = found.tried(file, lambda: data_in(file, name_of(file, found.home)))
         found.data += [data] if data else []
     elif kind in (".yaml", ".yml"):
-        recipe = found.tried(file, lambda: recipes.recipe_in(file, name_of(file, found.home)))
+        recipe = found.tried(file, lambda: recipe_in(file, name_of(file, found.home)))
         found.recipes += [recipe] if recipe else []
     elif kind == ".py" and not _is_test(file, found.home):
-        found.rewards += found.tried(file, lambda: rewards.rewards_in(file, found.home)) or []
+        found.rewards += found.tried(file, lambda: rewards_in(file, found.home)) or []
 
 
 def _is_skipped(folder: Path) -> bool:
-    return (
-        folder.name.startswith(".") or folder.name in _SKIPPED or (folder / "pyvenv.cfg").exists()
-    )
+    environment = os.path.exists(folder / "pyvenv.cfg")  # noqa: PTH110 - as above
+    return folder.name.startswith(".") or folder.name in _SKIPPED or environment
 
 
 def _is_test(file: Path, home: Path) -> bool:
     names = file.relative_to(home).parts
     return "tests" in names or names[-1].startswith(("test_", "conftest."))
-
-
-def _raise(error: OSError) -> None:
-    raise error

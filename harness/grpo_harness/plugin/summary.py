@@ -222,6 +222,8 @@ class Summary:
         from grpo_harness.report.files import ReportError, append_summary, write
 
         report = self._report("interrupted" if interrupted else "finished")
+        if self._history is not None and not interrupted:
+            self._append(report, self._history)
         try:
             if self._report_to is not None:
                 self._add_problems(report, self._report_to)
@@ -232,12 +234,10 @@ class Summary:
                 append_summary(report, target)
         except ReportError as error:
             self._written.append(str(error))
-        if self._history is not None and not interrupted:
-            self._append(report, self._history)
 
     def _append(self, report: Report, folder: Path) -> None:
-        """Add the run to the history, if it measured anything."""
-        from grpo_harness.history.file import HistoryError, append
+        """Add the run to the history, if it measured anything, and the history to the report."""
+        from grpo_harness.history.file import HistoryError, append, read
         from grpo_harness.history.run import run_of
 
         measured = [row for row in self._rows if row["kind"] == "measured"]
@@ -253,6 +253,7 @@ class Summary:
         )
         try:
             self._written.append(f"written: {self._relative(append(run, folder))}")
+            report.history = read(folder)
         except HistoryError as error:
             self._written.append(str(error))
 

@@ -77,6 +77,15 @@ def pictures(history: History) -> list[tuple[str, Markup]]:
     return [(_title(one), _picture(one)) for one in series(history) if one.positions]
 
 
+def most_telling(history: History) -> list[tuple[str, Markup]]:
+    """Return those of `pictures` that show an accuracy, or a proven drift."""
+    return [
+        (_title(one), _picture(one))
+        for one in series(history)
+        if one.positions and (one.figure == "accuracy" or one.drifts)
+    ]
+
+
 def page(history: History) -> str:
     """Return a history as one HTML file that loads nothing."""
     css = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
