@@ -19,7 +19,7 @@ from tools.calibration.simulation import HARMS, Batch, Draws, Pattern, Scenario
 from tools.calibration.studies import Study, step_down
 
 SMALL = replace(QUICK, studies=100)
-OBVIOUS = {"tolerance .05", "tolerance", "drops alone"}
+OBVIOUS = {"tolerance .05", "tolerance", "drops alone", "means of 64"}
 """The mutants of studies that a small one shows."""
 
 

@@ -182,7 +182,8 @@ def test_every_command_of_the_readme_is_one():
     launched = r"^(?:grpo-harness|accelerate .* -m grpo_harness\.cli) (.*)$"
     commands = re.findall(launched, readme, re.MULTILINE)
     commands += re.findall(r"`grpo-harness (\w+ -[^`]*)`", readme)
-    told = {"admit", "diff", "train", "recipes", "log", "resources", "store"}
+    told = {"admit", "bisect", "compare", "diff", "export", "history", "init", "log", "recipes"}
+    told |= {"resources", "store", "train"}
     assert {command.split()[0] for command in commands} == told
     for command in commands:
         arguments, _ = parser().parse_known_args(command.split())

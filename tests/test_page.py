@@ -316,6 +316,18 @@ def test_a_run_writes_every_problem_with_both_sides(project):
     assert "Task by task" in (project.path / "out" / "report.html").read_text()
 
 
+def test_the_history_is_on_the_page_and_in_the_report(project):
+    run(project, "--grpo-record")
+    for seed in (1, 2):
+        run(project, "--grpo-report=out", "--grpo-history=kept", f"--grpo-seed={seed}", passed=2)
+    found = read(project.path / "out")
+    assert [one.seed for one in found.history.runs] == [1, 2]
+    made = Page((project.path / "out" / "report.html").read_text())
+    assert "Each accuracy over the commits of 2 runs" in " ".join(made.said.split())
+    assert "No drift is proven." in made.said
+    assert page(found) == (project.path / "out" / "report.html").read_text()
+
+
 def _luminance(colour):
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]

@@ -19,7 +19,9 @@ files of a package, in the order of its own table.
 ``checks.py``      judge evaluations by a rule, and say what was found
 ``baselines/``     the stored references: file, recording, pruning, provenance
 ``reruns.py``      runs that did not pass: a rerun pools its samples with theirs
-``report/``        rows -> tables for a terminal, Markdown and JSON
+``history/``       one small file a run: since when a figure has changed
+``report/``        rows -> one file of everything, a page, tables, a comment
+``export/``        a report -> the logs of inspect_ai, Every Eval Ever's records
 ``tables.py``      a table of settings as a checked model, with messages
 ``asked.py``       what a run asks: each task with its rewards and sampling
 ``stopping.py``    when a sequential run may stop
@@ -27,6 +29,7 @@ files of a package, in the order of its own table.
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
 ``sizing.py``      how many problems and samples each row asks, planned from its baseline
 ``session.py``     what the tests of one run share
+``choice/``        which of several policies is best, which checkpoint went wrong
 ``canaries.py``    what a checkpoint's weights say of some texts, recorded
 ``admission.py``   does a server serve the policy that it is said to serve
 ``grpo/``          GRPO in plain torch: to read, and as the oracle for TRL

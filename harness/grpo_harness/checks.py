@@ -94,7 +94,7 @@ def against_baseline(
     Only one evaluation may have stopped early.
     """
     check = opened(rule, _named(evaluations), evaluations[0].policy, reference)
-    if reason := _failed(evaluations):
+    if reason := failed(evaluations):
         return replace(check, reason=reason)
     asked, planned = (sum(getattr(e, n) for e in evaluations) for n in ("n", "planned"))
     may_stop = terms.may_stop and len(evaluations) == 1
@@ -134,7 +134,7 @@ def against_base(
             "they are compared in pairs, and there must be one"
         )
     check = opened(rule, _named(trained), trained[0].policy, base[0].policy)
-    if reason := _no_pairs(trained, base) or _failed([*trained, *base]):
+    if reason := _no_pairs(trained, base) or failed([*trained, *base]):
         return replace(check, reason=reason)
     # One side may have been asked more problems than the other, or have stopped later.
     pairs = [
@@ -278,16 +278,17 @@ def _by_chance(pairs: Sequence[tuple[Tally, Tally]], alone: int) -> bool:
     return log > math.log(_CHANCE)
 
 
-def _failed(evaluations: Sequence[Evaluation]) -> str:
-    failed = [
+def failed(evaluations: Sequence[Evaluation]) -> str:
+    """Return which completions could not be drawn, or an empty text."""
+    missed = [
         f"{missing} of {len(outcomes)} ({evaluation.policy} on {evaluation.task})"
         for evaluation in evaluations
         if (missing := (outcomes := [c.outcome for c in evaluation.completions]).count("error"))
     ]
-    if not failed:
+    if not missed:
         return ""
     return (
-        f"completions could not be drawn: {', '.join(failed)}. Nothing is judged if some are "
+        f"completions could not be drawn: {', '.join(missed)}. Nothing is judged if some are "
         "missing: see the samples' errors, free memory (--grpo-device, fewer samples), run again"
     )
 

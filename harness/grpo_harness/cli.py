@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from grpo_harness.commands import baselines, init, logs, reports, runs, training
+from grpo_harness.commands import baselines, choice, history, init, logs, reports, runs, training
 from grpo_harness.errors import HarnessError
 from grpo_harness.text import plain
 
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="grpo-harness")
     whole.set_defaults(passes_on=False)  # arguments that it does not know, to pytest
     commands = whole.add_subparsers(required=True, dest="command")
-    for module in (init, runs, training, logs, baselines, reports):
+    for module in (init, runs, training, logs, baselines, reports, history, choice):
         module.add(commands)
     return whole
 

@@ -158,7 +158,11 @@ class Questions:
 
     def first(self, n: int) -> Self:
         """Return the first ``n`` questions."""
-        return replace(self, problems=self.problems[:n], prompts=self.prompts[:n])
+        return self.part(0, n)
+
+    def part(self, start: int, stop: int) -> Self:
+        """Return the questions from number ``start``, from 0, to before ``stop``."""
+        return replace(self, problems=self.problems[start:stop], prompts=self.prompts[start:stop])
 
     def content(self, i: int) -> str:
         """Return a digest of what problem ``i`` has beside its prompt, or an empty text."""

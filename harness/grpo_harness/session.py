@@ -2,8 +2,8 @@
 
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ from grpo_harness.settings import Settings
 from grpo_harness.sizing import Size, Sizing, baseline_of, to_record
 from grpo_harness.store import Store
 from grpo_harness.tasks import Source
-from grpo_harness.text import digest
+from grpo_harness.text import digest, escape
 
 if TYPE_CHECKING:
     from grpo_harness.engines.ray_cluster import Cluster
@@ -38,6 +38,17 @@ if TYPE_CHECKING:
 
 Until = Callable[[Sequence[Group]], bool]
 """Tells whether a run may stop after the groups so far."""
+
+
+@contextmanager
+def progress_bar(title: str, samples: int) -> Iterator[Progress]:
+    """Show a progress bar on a terminal only."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=samples, desc=escape(title, 60), unit=" samples", leave=False, disable=None
+    ) as bar:
+        yield bar.update
 
 
 def stale_entries(settings: Settings) -> list[Stale]:
@@ -230,6 +241,10 @@ class Session:
             )
             self.evaluated(self._evaluations[key])
         return self._evaluations[key]
+
+    def ask(self, questions: Questions, k: int) -> Evaluation:
+        """Ask some questions ``k`` times each, however many the run plans."""
+        return self._draw(questions, k, self.run_seed)
 
     def again(self, evaluation: Evaluation, run_seed: int, problems: int) -> Evaluation:
         """Ask the first ``problems`` of an evaluation's questions with another run's seed."""

@@ -159,6 +159,9 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     training: Annotated[
         _Name | None, _key("the folder of a training run, whose log is judged", "DIR")
     ] = None
+    history: Annotated[
+        _Name | None, _key("the folder of a history, to which each run adds a small file", "DIR")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,7 @@ class Settings:
     resident: Literal["auto", "one", "all"]
     recipes: tuple[Path, ...]
     training: Path | None
+    history: Path | None
     sources: Mapping[str, str]
     table: Table
 
@@ -290,13 +294,13 @@ class Settings:
         return short if plain and len({"base", *short}) > len(short) else slugs
 
 
-def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
+def resolve(root: Path, cwd: Path, options: Mapping[str, Any], prefix: str = "--grpo-") -> Settings:
     """Resolve the settings of a run below ``root``.
 
     ``options`` holds what the command line set, by the names of the keys plus ``greedy``, and
     ``serve_base`` and ``serve_trained``, lists of addresses; ``None`` means not set. Paths of the
-    command line are relative to ``cwd``, those of a ``pyproject.toml`` to its folder. Raises
-    ``SettingsError``.
+    command line are relative to ``cwd``, those of a ``pyproject.toml`` to its folder. ``prefix`` is
+    that of the options. Raises ``SettingsError``.
     """
     from grpo_harness.policy import PolicyName
 
@@ -311,7 +315,7 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     set_here = {name: value for name, value in options.items() if value is not None}
     greedy = bool(set_here.pop("greedy", False))
     addresses = {role: set_here.pop(f"serve_{role}", None) for role in ROLES}
-    chosen = converted(set_here, Table, lambda _: "--grpo-")
+    chosen = converted(set_here, Table, lambda _: prefix)
     resolved = msgspec.structs.replace(table, **{name: getattr(chosen, name) for name in set_here})
     resolved = _one_size(resolved, set_here, f"{where}] ")
     sampling = resolved.sampling
@@ -330,12 +334,12 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
     overridden = "trained" in set_here
     configured: dict[Role, Sequence[PolicyName]] = {
         "base": (PolicyName(table.base, home),),
-        "trained": _candidates(table.trained, home, None if overridden else f"{where}] "),
+        "trained": candidates(table.trained, home, None if overridden else f"{where}] trained"),
     }
     base = PolicyName(set_here["base"], cwd) if "base" in set_here else configured["base"][0]
     trained = configured["trained"]
     if overridden:
-        trained = _candidates(chosen.trained, cwd, "--grpo-")
+        trained = candidates(chosen.trained, cwd, "--grpo-trained")
     _distinct(base, trained)
     folder = (cwd if "baselines" in set_here else home) / resolved.baselines
     if "\0" in resolved.baselines or folder.is_file():
@@ -396,7 +400,8 @@ def resolve(root: Path, cwd: Path, options: Mapping[str, Any]) -> Settings:
         ),
         resident=resolved.resident,
         recipes=_recipes(resolved.recipe, home, f"{where}] recipe"),
-        training=_training(resolved.training, cwd if "training" in set_here else home),
+        training=_folder(resolved.training, cwd if "training" in set_here else home),
+        history=_folder(resolved.history, cwd if "history" in set_here else home),
         sources=sources,
         table=resolved,
     )
@@ -434,7 +439,7 @@ def _recipes(given: str | list[str] | None, home: Path, place: str) -> tuple[Pat
     return tuple(found)
 
 
-def _training(given: str | None, home: Path) -> Path | None:
+def _folder(given: str | None, home: Path) -> Path | None:
     return None if given is None else home / Path(given).expanduser()
 
 
@@ -500,11 +505,11 @@ def nearest_table(place: Path) -> tuple[Path | None, Mapping[str, Any] | None]:
     return file, table
 
 
-def _candidates(given: str | list[str], home: Path, place: str | None) -> list[PolicyName]:
+def candidates(given: str | list[str], home: Path, place: str | None) -> list[PolicyName]:
     """Return the policies that are named, in the order of their steps, each once.
 
     A pattern means the folders that it matches from ``home``. Raises ``SettingsError`` if there are
-    none, unless ``place``, where it is set, is ``None``.
+    none, unless ``place``, what they are named by, is ``None``.
     """
     from grpo_harness.policy import PolicyName
 
@@ -520,7 +525,7 @@ def _candidates(given: str | list[str], home: Path, place: str | None) -> list[P
         folders = [match for match in matches if match.folder]
         if place and not folders:
             raise SettingsError(
-                f"{place}trained '{escape(text)}' matches no folder (looked for from {home}): "
+                f"{place} '{escape(text)}' matches no folder (looked for from {home}): "
                 "correct the pattern, or train first"
             )
         named += folders

@@ -9,6 +9,7 @@ that no mutant can break tests nothing. `python -m tools.calibration` prints all
 ``promises.py``    what must hold, with the limits
 ``studies.py``     promises beyond one check of counts, with the alternatives
 ``histories.py``   promises over several sessions and recordings
+``drifts.py``      promises of the scan for change points; has a command of its own
 ``rewards.py``     promises of the rule for rewards, and mutants of it
 ``report.py``      tables and the plot
 ``__main__.py``    the command

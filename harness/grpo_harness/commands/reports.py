@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grpo_harness.commands.common import say
+
 if TYPE_CHECKING:
     from grpo_harness.commands.common import Commands
 
@@ -23,9 +25,29 @@ def add(commands: Commands) -> None:
     command.add_argument("report", type=Path, help="report.json, or the folder of --grpo-report")
     command.set_defaults(run=_comment)
 
+    command = commands.add_parser(
+        "export",
+        help="write a report for inspect_ai, or for Every Eval Ever",
+        description="Write every evaluation of a report in a format of another tool, and print "
+        "the files. A file is replaced only by the same report's.",
+    )
+    command.add_argument("format", choices=("inspect", "every-eval-ever"))
+    command.add_argument("report", type=Path, help="report.json, or the folder of --grpo-report")
+    command.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    command.set_defaults(run=_export)
+
 
 def _comment(arguments: argparse.Namespace) -> None:
     from grpo_harness.report.comment import comment
     from grpo_harness.report.files import read
 
     sys.stdout.write(comment(read(arguments.report)))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from grpo_harness.export import every_eval_ever, inspect_log
+    from grpo_harness.report.files import read
+
+    export = inspect_log if arguments.format == "inspect" else every_eval_ever
+    for path in export.write(read(arguments.report).content(), arguments.out):
+        say(path)

@@ -61,6 +61,9 @@ from grpo_harness.gate.stats import (
 Verdict: TypeAlias = Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]
 Measured: TypeAlias = Counts | Rewards
 
+WORST_FIRST: tuple[Verdict, ...] = ("ERROR", "FAIL", "UNPROVEN", "PASS")
+"""The verdicts, the worst first."""
+
 NOT_THE_POLICY = "the policy is the recorded one: what draws or scores its completions has changed"
 """The meaning of a proven change of the recorded policy, in either direction."""
 

@@ -106,19 +106,12 @@ def _own_plugins(config: pytest.Config) -> Iterator[Path]:
 
 @contextmanager
 def _progress(config: pytest.Config, title: str, samples: int) -> Iterator[Progress]:
-    """Show a progress bar on a terminal only; pytest's capture is suspended for it."""
-    from tqdm import tqdm
-
-    from grpo_harness.text import escape
+    """Show a progress bar; pytest's capture is suspended for it."""
+    from grpo_harness.session import progress_bar
 
     capture = config.pluginmanager.getplugin("capturemanager")
-    with (
-        capture.global_and_fixture_disabled(),
-        tqdm(
-            total=samples, desc=escape(title, 60), unit=" samples", leave=False, disable=None
-        ) as bar,
-    ):
-        yield bar.update
+    with capture.global_and_fixture_disabled(), progress_bar(title, samples) as progress:
+        yield progress
 
 
 @pytest.fixture(scope="session")
@@ -232,6 +225,10 @@ def evaluate(
     def evaluate(policy: Policy, task_type: Source) -> Evaluation:
         evaluation = clearly(lambda: grpo_session.evaluation(policy, task_type))
         carry(request.node, "evaluation", evaluation.summary())
+        if request.config.stash[RUN].settings.history is not None:
+            from grpo_harness.history.measured import measured
+
+            carry(request.node, "measured", measured(evaluation))
         carry_notices(request.node, grpo_session)
         return evaluation
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 _MODES = ("strict", "skip_unproven", "record", "prune", "settings", "fresh", "rescore")
 _OTHERS = ("seed", "accept_regression", "report", "greedy")
-_PATHS = ("--grpo-base", "--grpo-trained", "--grpo-baselines", "--grpo-training", "--grpo-report")
+_PATHS = (
+    *("--grpo-base", "--grpo-trained", "--grpo-baselines", "--grpo-training", "--grpo-history"),
+    "--grpo-report",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -48,12 +48,25 @@ class Summary:
         self._report_to = self._folder()
         if self._report_to is not None:
             self._begin(self._report_to)
+        self._history = self._kept_in()
 
     def _folder(self) -> Path | None:
         folder = self._config.getoption("grpo_report")
         if folder is None or not self._leads or self._config.getoption("collectonly"):
             return None
         return Path(self._config.invocation_params.dir / folder)
+
+    def _kept_in(self) -> Path | None:
+        """Return the folder of the history, if this run is to be in it; make it if it is new."""
+        folder = self._run.settings.history
+        options = ("collectonly", "grpo_record")
+        if folder is None or not self._leads or any(map(self._config.getoption, options)):
+            return None
+        from grpo_harness.history.file import prepare
+
+        with usage_errors():
+            prepare(folder)
+        return folder
 
     def _begin(self, folder: Path) -> None:
         """Replace an earlier run's report by one with the status running."""
@@ -209,6 +222,8 @@ class Summary:
         from grpo_harness.report.files import ReportError, append_summary, write
 
         report = self._report("interrupted" if interrupted else "finished")
+        if self._history is not None and not interrupted:
+            self._append(report, self._history)
         try:
             if self._report_to is not None:
                 self._add_problems(report, self._report_to)
@@ -218,6 +233,28 @@ class Summary:
             if report and (target := os.environ.get("GITHUB_STEP_SUMMARY")):
                 append_summary(report, target)
         except ReportError as error:
+            self._written.append(str(error))
+
+    def _append(self, report: Report, folder: Path) -> None:
+        """Add the run to the history, if it measured anything, and the history to the report."""
+        from grpo_harness.history.file import HistoryError, append, read
+        from grpo_harness.history.run import run_of
+
+        measured = [row for row in self._rows if row["kind"] == "measured"]
+        if not measured:
+            return
+        run = run_of(
+            report.run["started"],
+            self._run.seed,
+            measured,
+            report.checks.values(),
+            self._baseline,
+            self._config.rootpath,
+        )
+        try:
+            self._written.append(f"written: {self._relative(append(run, folder))}")
+            report.history = read(folder)
+        except HistoryError as error:
             self._written.append(str(error))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

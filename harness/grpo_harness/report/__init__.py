@@ -10,6 +10,7 @@
 ``passes.py``    pass@j and majority@k, with intervals
 ``flips.py``     problems that flipped, with both texts
 ``figures.py``   the page's pictures
+``history.py``    runs over time: tables, pictures, and what is proven
 ``page.py``      the page, ``report.html``: with its template, style and script
 ``files.py``     the report and its samples on disk
 ===============  ==================================================================

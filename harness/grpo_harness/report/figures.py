@@ -6,7 +6,7 @@ follow the reader's light or dark mode.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -55,6 +55,17 @@ class Bar:
     tolerated: tuple[float, ...]
     ignored: tuple[float, ...]
     verdict: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A measurement over time: its bounds, its verdict, and what is shown when it is pointed at."""
+
+    lower: float
+    value: float
+    upper: float
+    verdict: str
+    said: str
 
 
 def scatter(dots: Sequence[Dot], title: str) -> Markup:
@@ -135,6 +146,44 @@ def lines(curves: Sequence[tuple[str, Sequence[tuple[float, float, float, float]
     ends = [(x.low, f"{x.low:g}"), (x.high, f"{x.high:g}")]
     heights = [(v, f"{v:.3g}") for v in (bottom, (bottom + top) / 2, top)]
     return _picture(title, marks, x, y, ends if x.high > x.low else ends[:1], heights, along, up)
+
+
+def timeline(
+    moments: Sequence[Moment],
+    steps: Sequence[tuple[int, int, float]],
+    marks: Sequence[tuple[float, str, str]],
+    title: str,
+    ends: tuple[str, str],
+    up: Callable[[float], str],
+) -> Markup:
+    """Draw measurements in their order, with their intervals.
+
+    ``steps`` are levels, as (first, last, value), ``marks`` upright lines as (place, class, what it
+    says), ``ends`` the names of the first and the last, and ``up`` the text of a value.
+    """
+    bottom, top = min(m.lower for m in moments), max(m.upper for m in moments)
+    if top <= bottom:
+        bottom, top = bottom - 0.5, top + 0.5
+    x, y = _scales(-0.5, len(moments) - 0.5, bottom, top)
+    drawn = [
+        f'<path class="{kind}" d="M{x(at):.1f} {y.start}V{y.end}">'
+        f"<title>{line(said)}</title></path>"
+        for at, kind, said in marks
+    ]
+    drawn += [
+        f'<path class="then" d="M{x(first - 0.4):.1f} {y(value):.1f}H{x(last + 0.4):.1f}"/>'
+        for first, last, value in steps
+    ]
+    for at, moment in enumerate(moments):
+        kind = moment.verdict.lower() or "now"
+        drawn.append(
+            f'<path class="axis" d="M{x(at):.1f} {y(moment.lower):.1f}V{y(moment.upper):.1f}"/>'
+            f'<circle class="point {kind}" cx="{x(at):.1f}" cy="{y(moment.value):.1f}" r="3">'
+            f"<title>{line(moment.said)}</title></circle>"
+        )
+    along = [(x.low, ends[0]), (x.high, ends[1])]
+    heights = [(value, up(value)) for value in (bottom, (bottom + top) / 2, top)]
+    return _picture(title, drawn, x, y, along[: len(moments)], heights, "commits", "")
 
 
 def interval(bar: Bar, reach: float, title: str) -> Markup:

@@ -6,6 +6,7 @@ the page's Content-Security-Policy allows its own style and script alone, by the
 
 import base64
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from markupsafe import Markup
 from grpo_harness.checks import change, side
 from grpo_harness.report import figures
 from grpo_harness.report.flips import Pair, flip, pair, share, worst_first
+from grpo_harness.report.history import drifts, most_telling
 from grpo_harness.report.hostile import harmless, line
 from grpo_harness.report.passes import Rate, majority, passes
 from grpo_harness.report.report import Report, Row
@@ -113,6 +115,8 @@ def page(report: Report) -> str:
             ("Trained against base", report.improvements()),
         ],
         forests=list(_forests(report, anchors)),
+        drifts=[harmless(line) for line in drifts(report.history)],
+        history=most_telling(report.history),
         curves=[(row["training"], row["name"], _along(row)) for row in report.curves],
         sections=sections,
         outcomes=sorted({c.outcome for s in sections for p in s.problems for c in p.completions}),
@@ -139,6 +143,7 @@ def _template() -> Any:
     )
     environment.filters["harmless"] = harmless
     environment.filters["line"] = line
+    environment.filters["value"] = _value
     return environment.get_template("page.html.jinja")
 
 
@@ -338,6 +343,10 @@ def _rewards(problems: Sequence[Problem]) -> list[tuple[str, str, str]]:
             values.append(f"{sum(each) / len(each):+.3f}" if each else "")
         rows.append((name or "total", values[0], values[1]))
     return rows
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _rate(rate: Rate) -> str:

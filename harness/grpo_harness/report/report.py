@@ -15,6 +15,7 @@ import msgspec
 
 from grpo_harness.checks import change, side
 from grpo_harness.gate.stats import holm
+from grpo_harness.history.file import History
 from grpo_harness.report.schema import SCHEMA, Content, Problem, Status
 from grpo_harness.report.tables import Table
 from grpo_harness.text import escape, markdown, plain, together
@@ -64,6 +65,7 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     problems: dict[tuple[str, str], list[Problem]] = field(default_factory=dict)
     curves: list[Row] = field(default_factory=list)
+    history: History = field(default_factory=lambda: History([]))
 
     def add(self, row: Row) -> None:
         """Add a row: an ``evaluation``, ``check``, ``curve`` or ``notice``; others are ignored."""
@@ -95,6 +97,7 @@ class Report:
             "evaluations": [_stored(row) for row in evaluations],
             "checks": [_stored(row) for row in self._sorted(self.checks)],
             "curves": [_stored(row) for row in self.curves],
+            "history": self.history.runs,
             "tests": {
                 "passed": self.passed,
                 "failed": [{"test": name, "said": said} for name, said in self.failed.items()],
@@ -126,6 +129,7 @@ class Report:
             row["slices"] = msgspec.to_builtins(evaluation.slices)
             del row["problems"]
             report.add(row)
+        report.history = History(content.history)
         report.curves = [msgspec.to_builtins(curve) for curve in content.curves]
         for check in map(msgspec.to_builtins, content.checks):
             report.add({**check, "kind": "check", "evidence": _numbers(check["evidence"])})

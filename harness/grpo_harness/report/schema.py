@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from grpo_harness.history.file import Run as EarlierRun
 from grpo_harness.rewards.outcome import Outcome
 
 SCHEMA: Final = 3
@@ -195,7 +196,10 @@ class Run(_Object, kw_only=True):
 
 
 class Content(_Object, kw_only=True):
-    """The whole file. ``settings`` is the resolved table ``[tool.grpo-harness]``."""
+    """The whole file. ``settings`` is the resolved table ``[tool.grpo-harness]``.
+
+    ``history`` has the runs of the folder of ``--grpo-history``, with this one.
+    """
 
     schema: Literal[3] = SCHEMA
     status: Status
@@ -205,5 +209,6 @@ class Content(_Object, kw_only=True):
     evaluations: list[Evaluation]
     checks: list[Check]
     curves: list[Curve]
+    history: list[EarlierRun] = []
     tests: Tests
     notices: list[str]
