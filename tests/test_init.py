@@ -130,9 +130,8 @@ class Repository:
         return {
             str(path.relative_to(self.path)): path.read_bytes()
             for path in self.path.rglob("*")
-            if path.is_file()
-            and not path.is_symlink()
-            and ".git" not in path.relative_to(self.path).parts[:1]
+            if not path.is_symlink() and path.is_file()
+            if path.relative_to(self.path).parts[0] != ".git"
         }
 
     def init(self):
@@ -615,14 +614,14 @@ def test_what_cannot_be_read_is_skipped_with_a_note(repository):
     # Readable by its mode, and no read of it succeeds, whoever asks.
     (repository.path / "test.jsonl").symlink_to("/proc/self/mem")
     os.mkfifo(repository.path / "dev.jsonl")
-    (repository.path / "val.jsonl").symlink_to("x" * 300)
+    (repository.path / "valid.jsonl").symlink_to("x" * 300)
     closed = repository.path / "eval.jsonl"
     rows(closed)
     closed.chmod(0)
     said = repository.init()
     assert "skipped   test.jsonl: [Errno 5] Input/output error" in said
     assert "dev.jsonl" not in said
-    assert "val.jsonl" not in said
+    assert "valid.jsonl" not in said
     assert "eval.jsonl" in said
     closed.chmod(0o600)
 
