@@ -15,14 +15,13 @@ import msgspec
 
 from grpo_harness.checks import change, side
 from grpo_harness.gate.stats import holm
+from grpo_harness.gate.verdicts import WORST_FIRST
 from grpo_harness.history.file import History
 from grpo_harness.report.schema import SCHEMA, Content, Problem, Status
 from grpo_harness.report.tables import Table
 from grpo_harness.text import escape, markdown, plain, together
 
 Row = Mapping[str, Any]
-
-_WORST_FIRST = ("ERROR", "FAIL", "UNPROVEN", "PASS")
 
 _COLUMNS = (
     "task type",
@@ -224,7 +223,7 @@ class Report:
     def worst_first(self) -> list[Row]:
         """Return all checks, the worst verdicts first."""
         rows = self.sorted_checks()
-        return sorted(rows, key=lambda row: _WORST_FIRST.index(row["verdict"]))
+        return sorted(rows, key=lambda row: WORST_FIRST.index(row["verdict"]))
 
     def counts(self) -> dict[str, int]:
         """Count the checks of each verdict that occurs, the worst first."""
@@ -400,7 +399,7 @@ def _worst(checks: Iterable[Row]) -> str:
     by_name: dict[str, list[str]] = {}
     for check in checks:
         by_name.setdefault(check["verdict"], []).append(check["title"])
-    for name in _WORST_FIRST:
+    for name in WORST_FIRST:
         if name in by_name:
             return name if name == "PASS" else f"{name}: {', '.join(by_name[name])}"
     return "not judged"
@@ -408,7 +407,7 @@ def _worst(checks: Iterable[Row]) -> str:
 
 def _rank(verdict: str) -> int:
     """Return the place of a verdict, the worst being 0; what was not judged comes last."""
-    names = [*_WORST_FIRST, verdict]
+    names = [*WORST_FIRST, verdict]
     return names.index(verdict.split(":")[0])
 
 
