@@ -96,6 +96,18 @@ def test_what_is_no_report_is_one_line(tmp_path, content, capsys):
     assert "is no report of this version" in line
 
 
+@pytest.mark.parametrize("p", [None, -1, 7, 1e308])
+def test_a_file_with_an_impossible_p_is_shown_without_its_adjustment(tmp_path, p):
+    write(report("PASS", "FAIL"), tmp_path)
+    path = tmp_path / "report.json"
+    content = json.loads(path.read_text())
+    content["checks"][0]["evidence"]["p"] = p
+    path.write_text(json.dumps(content))
+    rows = read(path).details().rows
+    assert [row["p (Holm)"] for row in rows] == ["", "0.2"]
+    assert "Every check" in comment(read(path))
+
+
 @pytest.mark.parametrize("part", ["checks", "evaluations", "tests", "notices", "status"])
 def test_a_report_that_lacks_a_part_is_none(tmp_path, part):
     write(report("PASS"), tmp_path)

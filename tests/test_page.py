@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import itertools
 import json
 import re
@@ -24,8 +25,9 @@ from grpo_harness.report.page import page
 from grpo_harness.report.passes import majority, pass_at, passes
 from grpo_harness.report.report import Report
 from grpo_harness.report.schema import Completion, Kept, Problem, Side
+from grpo_harness.rules import RULES
 from tests.projects import run
-from tests.test_report import HOSTILE, RUN, rows
+from tests.test_report import HOSTILE, RUN, evidence, rows
 
 VOID = {"meta", "input", "br"}
 
@@ -103,6 +105,207 @@ def test_the_first_screen_says_the_verdict_and_what_broke():
     assert "Nothing: every check is a PASS" in Page(page(report([problem()]))).said
 
 
+def said_first(found):
+    """What the first screen says, each of its list items and paragraphs by itself."""
+    text = page(found)
+    look = text[text.index('id="look"') : text.index('id="table"')]
+    parts = re.findall(r"<(?:h3|li|p)>(.*?)</(?:h3|li|p)>", look, re.DOTALL)
+    return [html.unescape(re.sub("<.*?>", "", part)) for part in parts]
+
+
+def checked(*numbers, rule="accuracy", title="accuracy", unit="%", verdict="FAIL"):
+    """A report with a check of one rule on each task, by its evidence, or its reason alone."""
+    found = Report(RUN, [f"t{i}" for i in range(len(numbers))], ["p"], "finished")
+    for i, of in enumerate(numbers):
+        for row in rows("p", f"t{i}", verdict, reason=of if isinstance(of, str) else f"why {i}"):
+            about = {"rule": rule, "title": title, "unit": unit}
+            e = None if isinstance(of, str) else evidence(verdict=verdict, **of)
+            found.add(row | about | {"evidence": e} if row["kind"] == "check" else row)
+    return found
+
+
+def test_the_first_screen_names_the_largest_changes_first_and_how_many_there_are():
+    found = checked(*({"delta": d, "margin": 0.05} for d in (-0.1, 0.3, -0.2, -0.4, -0.05, 0.25)))
+    found.add(rows("p", "t9", "PASS")[1])
+    head, *lines, reason = said_first(found)
+    assert head == "FAIL accuracy: 6 of 7 rows"
+    assert [line.split(":")[0] for line in lines] == [
+        *(f"p on t{i}" for i in (3, 1, 5, 2)), "and 2 more, see Intervals",
+    ]  # fmt: skip
+    assert lines[0] == "p on t3: 71.0% → 70.0% (-40.0 points)"
+    assert reason == "The first: why 3"
+
+
+def test_changes_are_ordered_by_their_margins():
+    found = checked({"delta": -0.1, "margin": 0.2}, {"delta": -0.06, "margin": 0.05})
+    assert [line.split(":")[0] for line in said_first(found)[1:3]] == ["p on t1", "p on t0"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "line"),
+    [
+        ("%", "p on t0: 71.0% → 70.0% (-1.0 points)"),
+        ("tokens", "p on t0: 0.7 tokens → 0.7 tokens (-1.0 %)"),
+        ("reward", "p on t0: +0.71 → +0.7 (-0.01)"),
+    ],
+)
+def test_a_change_has_its_unit(unit, line):
+    assert said_first(checked({}, unit=unit))[1] == line
+
+
+def test_the_worst_verdict_comes_first():
+    found = checked({}, verdict="UNPROVEN")
+    for verdict, title in (("FAIL", "length"), ("ERROR", "reward"), ("PASS", "truncation")):
+        found.add(rows("p", "t0", verdict)[1] | {"rule": title, "title": title})
+    heads = [line.split()[0] for line in said_first(found) if " of " in line]
+    assert heads == ["ERROR", "FAIL", "UNPROVEN"]
+
+
+def test_each_row_that_could_not_be_judged_says_why():
+    lines = said_first(checked("no baseline", "other sampling", verdict="ERROR"))
+    assert lines[1:] == ["p on t0: no baseline", "p on t1: other sampling"]
+    lines = said_first(checked(*["no baseline"] * 6, verdict="ERROR"))
+    assert lines[1:] == [*(f"p on t{i}" for i in range(4)), "and 2 more, see Table", "no baseline"]
+
+
+class Drawn:
+    """The places in a picture of an interval, as changes."""
+
+    def __init__(self, found, reach):
+        self.svg = re.search('<svg class="interval".*?</svg>', page(found))[0]
+        self.reach = reach
+
+    def at(self, mark):
+        number = r"[\d.]+"
+        found = re.findall(mark.replace("X", f"({number})").replace("_", number), self.svg)
+        return [round((float(x) - 150) / 146 * self.reach, 3) for x in found]
+
+
+@pytest.mark.parametrize(
+    ("rule", "unit", "margins", "ignored"),
+    [
+        ("accuracy", "%", [-0.25], [-0.05, 0.05]),
+        ("slices.lang=de", "%", [-0.25], [-0.05, 0.05]),
+        ("no_loss", "%", [-0.25], [-0.05, 0.05]),
+        ("hacking", "%", [-0.25], [-0.05, 0.05]),
+        ("truncation", "%", [0.25], [-0.05, 0.05]),
+        ("unparsable", "%", [0.25], [-0.05, 0.05]),
+        ("lenient", "%", [0.25], [-0.05, 0.05]),
+        ("improvement", "%", [0.25], [-0.05, 0.05]),
+        ("reward", "reward", [-0.25], [-0.05, 0.05]),
+        ("rewards.length_penalty", "reward", [-0.25], [-0.05, 0.05]),
+        ("length", "tokens", [-0.2, 0.25], [-0.048, 0.05]),
+    ],
+)
+def test_an_interval_is_drawn_where_it_is(rule, unit, margins, ignored):
+    numbers = {"lower": -0.4, "delta": -0.3, "upper": 0.1, "margin": 0.25, "minimum": 0.05}
+    found = checked(numbers, rule=rule, title=rule, unit=unit)
+    drawn = Drawn(found, 1.08 * 0.4)
+    assert drawn.at('class="margin" d="MX 0V20"') == pytest.approx(margins, abs=2e-3)
+    assert drawn.at('class="minimum" d="MX 5V15"') == pytest.approx(ignored, abs=2e-3)
+    assert drawn.at('class="zero" d="MX 0V20"') == [0.0]
+    assert drawn.at('class="whisker fail" d="MX 10H_"') == pytest.approx([-0.4], abs=2e-3)
+    assert drawn.at('class="whisker fail" d="M_ 10HX"') == pytest.approx([0.1], abs=2e-3)
+    assert drawn.at('class="point fail" cx="X" cy="10"') == pytest.approx([-0.3], abs=2e-3)
+    asks = RULES[rule.partition(".")[0]].asks
+    assert asks in Page(page(found)).said
+
+
+def test_what_has_no_end_reaches_the_end_of_its_side():
+    numbers = {"lower": float("-inf"), "delta": 0.1, "upper": float("inf"), "margin": 0.25}
+    drawn = Drawn(checked(numbers), 1.08 * 0.25)
+    assert drawn.at('class="whisker fail" d="MX 10H_"') == [-0.27]
+    assert drawn.at('class="whisker fail" d="M_ 10HX"') == [0.27]
+
+
+def picture_of(found, name):
+    """The only picture that has a name."""
+    (picture,) = re.findall(rf'<svg viewBox[^>]* aria-label="{name}">.*?</svg>', page(found))
+    return picture
+
+
+def table_of(found):
+    """The rates and rewards of the only evaluation: by name, then and now."""
+    body = page(found).split('aria-label="Rates and rewards"')[1].split("</table>")[0]
+    return {
+        name: (then, now)
+        for name, then, now in re.findall(
+            r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>', body
+        )
+    }
+
+
+def test_rates_of_both_sides_end_at_the_completions_of_each():
+    one = msgspec.structs.replace(problem(right=2), then=side(1, 2))
+    found = table_of(report([one] * 8))
+    assert [*found] == ["pass@1", "pass@2", "pass@4", "majority@4", "reward total"]
+    cells = zip(*found.values(), strict=True)
+    before, after = ([cell.split(" (")[0] for cell in column] for column in cells)
+    assert before == ["50.0%", "100.0%", "", "", "+1.000"]
+    assert after == ["50.0%", "83.3%", "100.0%", "50.0%", "+1.000"]
+    picture = picture_of(report([one] * 8), "pass@j of p on gcd")
+    assert picture.count('class="point then"') == 2
+    assert picture.count('class="point now"') == 4
+
+
+def test_rewards_are_means_of_the_problems_that_have_some():
+    def of(then, now):
+        def sides(values):
+            return side(reward=values[0], rewards={"a": values[1], "b": values[2]})
+
+        return msgspec.structs.replace(problem(), then=sides(then), now=sides(now))
+
+    problems = [of((1.0, 0.5, None), (0.0, 0.25, None)), of((2.0, None, None), (0.5, 0.5, None))]
+    found = {name: of for name, of in table_of(report(problems)).items() if "reward" in name}
+    assert found == {
+        "reward total": ("+1.500", "+0.250"),
+        "reward a": ("+0.500", "+0.375"),
+        "reward b": ("", ""),
+    }
+
+
+def test_each_problem_is_drawn_at_its_shares():
+    problems = [problem("kept", then=3, right=2), problem("lost", then=4, right=0),
+                problem("back", then=0, right=3)]  # fmt: skip
+    (picture,) = re.findall(
+        r'<svg viewBox[^>]*"correct then and now.*?</svg>', page(report(problems))
+    )
+    (dot,) = re.findall(r'"dot" cx="(.*?)" cy="(.*?)" r="2.6"><title>(.*?)<', picture)
+    flips = dict(re.findall(r'class="(lost|gained)" d="M(.*?)h8', picture))
+    assert dot[2] == "kept: 3/4 then, 2/4 now"
+
+    def shares(x, y):
+        return (float(x) - 40) / 232, (186 - float(y)) / 176
+
+    near = 5 / 176
+    assert shares(*dot[:2]) == pytest.approx((0.75, 0.5), abs=near)
+    assert shares(*(flips["lost"].split())) == pytest.approx((1.0, 0.0), abs=2 * near)
+    assert shares(*(flips["gained"].split())) == pytest.approx((0.0, 0.75), abs=2 * near)
+
+
+def test_lengths_are_drawn_as_shares_of_the_problems():
+    now, then = [10.0, 10.0, 10.0, 26.0], [10.0, 26.0, 26.0, 26.0]
+    problems = [
+        msgspec.structs.replace(problem(), now=side(tokens=a), then=side(tokens=b))
+        for a, b in zip(now, then, strict=True)
+    ]
+    picture = picture_of(report(problems), "lengths of p on gcd")
+    bars = re.findall(
+        r'"bar" x="(.*?)" y="(.*?)" width=".*?" height="(.*?)"><title>(.*?)<', picture
+    )
+    assert [(float(x), float(h)) for x, _, h, _ in bars] == [
+        (40.5, 176.0), (258.0, pytest.approx(176 / 3, abs=0.1)),
+    ]  # fmt: skip
+    assert [said for *_, said in bars] == [
+        "75% of the problems now", "25% of the problems now",
+    ]  # fmt: skip
+    (steps,) = re.findall(r'class="then" d="M40.0 186.0(.*?)"', picture)
+    heights = [float(y) for y in re.findall(r"V([\d.]+)H", steps)]
+    assert heights[0] == pytest.approx(186 - 176 / 3, abs=0.1)
+    assert heights[-1] == pytest.approx(10.0)
+    assert set(heights[1:-1]) == {186.0}
+
+
 def test_a_training_is_drawn_over_the_recorded_ones():
     found = report()
     curve = {"steps": [1.0, 2.0], "now": [0.1, float("nan")], "then_steps": [1.0, 2.0]}
@@ -120,7 +323,8 @@ def test_a_run_that_judged_nothing_is_no_pass():
     said = Page(page(Report(RUN))).said
     assert "UNPROVEN" in said
     assert "nothing was judged" in said
-    assert "PASS" not in said.split("What to look at")[0]
+    assert "PASS" not in said
+    assert "Nothing was judged." in said
 
 
 def test_every_completion_is_on_the_page_and_how_often():
@@ -150,7 +354,10 @@ def test_flips_are_both_texts_with_their_differences_the_largest_drop_first():
     assert found.now == "the answer <ins>was</ins> <ins>8</ins>"
     assert found.times == 3
     nothing = pair(problem("lost", right=1, kept=False))
-    assert nothing.then == ""
+    assert nothing.then is None
+    empty = Page(page(report([problem(then=0, right=4, texts=("7", ""))]))).said
+    assert "an empty text" in empty
+    assert "no such completion" not in empty
     assert "no such completion of this problem was kept" in page(
         report([problem(right=0, kept=False)])
     )
@@ -195,6 +402,21 @@ def test_the_majority_is_the_commonest_text(drawn):
     most = max(map(len, counted.values()), default=0)
     best = [fmean(rights) for rights in counted.values() if len(rights) == most]
     assert majority([one]).value == pytest.approx(fmean(best) if best else 0.0)
+
+
+def test_every_task_and_policy_can_be_chosen():
+    found = report([problem()], policy="m")
+    for row in rows("M", "gcd"):
+        found.add(row)
+    choices = page(found).split('id="f-policy"')[1].split("</select>")[0]
+    assert re.findall("<option>(.*?)</option>", choices) == ["m", "M"]
+
+
+def test_a_run_that_stopped_early_says_of_how_many():
+    found = report([problem()])
+    found.add({**rows()[0], "n": 128})
+    assert "128 of 256 problems × 4 completions" in page(found)
+    assert " 256 problems × 4 completions" in " ".join(Page(page(report())).said.split())
 
 
 @given(st.text(st.characters(), max_size=60))
@@ -282,6 +504,13 @@ def test_a_large_run_is_one_small_file_in_little_time(tmp_path):
     assert "characters left out" in (tmp_path / "report.html").read_text()
 
 
+def test_long_questions_are_cut_as_completions_are():
+    problems = [problem(f"p{i}", prompt="q" * 100_000) for i in range(100)]
+    text = page(report(problems))
+    assert len(text) < 9_500_000
+    assert "characters left out" in text
+
+
 def test_the_schema_on_disk_is_that_of_the_code_and_reports_meet_it(tmp_path):
     stored = json.loads((Path(schema.__file__).parent / "report.schema.json").read_text())
     assert stored == msgspec.json.schema(schema.Content), "write it: make schema"
@@ -314,6 +543,27 @@ def test_a_run_writes_every_problem_with_both_sides(project):
         assert (one["then"]["correct"], one["then"]["k"]) == (record["correct"], record["k"])
         assert one["then"]["tokens"] == pytest.approx(record["length"] / record["k"])
     assert "Task by task" in (project.path / "out" / "report.html").read_text()
+
+
+def test_samples_that_cannot_be_read_cost_no_more_than_the_problems(project):
+    run(project, "--grpo-record")
+    project.makeconftest(
+        """
+        from pathlib import Path
+
+        def pytest_runtest_teardown(item):
+            for path in Path("out/samples").glob("*.jsonl"):
+                path.write_text('{"problem": "half')
+        """
+    )
+    result = run(project, "--grpo-report=out", passed=2)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["the samples *palindrome.jsonl cannot be read (*"])
+    content = json.loads((project.path / "out" / "report.json").read_text())
+    assert content["status"] == "finished"
+    assert [of["problems"] for of in content["evaluations"]] == [[], []]
+    assert len([said for said in content["notices"] if "cannot be read" in said]) == 2
+    assert "Its samples were not kept." in (project.path / "out" / "report.html").read_text()
 
 
 def test_the_history_is_on_the_page_and_in_the_report(project):

@@ -283,12 +283,15 @@ class Summary:
                 say(plain(f"stale: {entry}; pytest --grpo-prune deletes it"))
 
     def _add_problems(self, report: Report, folder: Path) -> None:
-        """Add the problems of every evaluation whose samples were written."""
-        from grpo_harness.report.files import problems_of
+        """Add the problems of every evaluation whose samples were written and can be read."""
+        from grpo_harness.report.files import ReportError, problems_of
 
-        for row in report.evaluations.values():
-            problems = problems_of(folder, row, self._baseline(row["policy"], row["task_type"]))
-            report.problems[row["policy"], row["task_type"]] = problems
+        for key, row in report.evaluations.items():
+            try:
+                report.problems[key] = problems_of(folder, row, self._baseline(*key))
+            except ReportError as error:
+                report.notices.append(str(error))
+                self._written.append(str(error))
 
     def _baseline(self, policy: str, task_type: str) -> Baseline | None:
         """Return the baseline that a policy is judged by on a task, if there is one."""

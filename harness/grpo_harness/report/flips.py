@@ -27,13 +27,13 @@ _PARTS = re.compile(r"\w+|\s+|[^\w\s]")
 class Pair:
     """A flip: the end of its question, and the commonest completions of both sides.
 
-    What differs in them is marked. ``then`` is empty if no completion of the recording was kept.
+    What differs in them is marked. ``then`` is None if no completion of the recording was kept.
     """
 
     problem: Problem
     flip: Flip
     question: Markup
-    then: Markup
+    then: Markup | None
     now: Markup
     times: int
 
@@ -73,7 +73,7 @@ def pair(problem: Problem) -> Pair:
     left = len(asked) - _QUESTION
     question = harmless(asked if left <= 0 else f"… {asked[left:]}")
     if not kept:
-        return Pair(problem, kind, question, Markup(), harmless(now, _LONGEST), times)
+        return Pair(problem, kind, question, None, harmless(now, _LONGEST), times)
     return Pair(problem, kind, question, *_marked(kept[0], now), times)
 
 

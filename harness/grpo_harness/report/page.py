@@ -25,7 +25,7 @@ from grpo_harness.report.hostile import harmless, line
 from grpo_harness.report.passes import Rate, majority, passes
 from grpo_harness.report.report import Report, Row
 from grpo_harness.report.schema import Completion, Problem
-from grpo_harness.rules import RULES
+from grpo_harness.rules import RULES, Rule
 
 _FLIPS = 12
 """Flips of an evaluation that are shown side by side; the list of completions has all."""
@@ -37,19 +37,23 @@ _PASSES = 32
 """The greatest j of pass@j that is drawn."""
 
 _BYTES = 9_000_000
-"""Room for the texts of all completions. If they need more, the middle of long ones is left out."""
+"""Room for questions and completions. If they need more, the middle of long ones is left out."""
 
 _FILES = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class _Concern:
-    """What to look at: the checks of one rule with one verdict, the worst rows first."""
+    """What to look at: the checks of one rule with one verdict, the worst rows first.
+
+    ``more`` of them are not among the ``lines``, but in the part of the page called ``place``.
+    """
 
     verdict: str
     title: str
     lines: Sequence[tuple[str, str]]
     more: int
+    place: str
     of: int
     reason: str
 
@@ -100,10 +104,9 @@ def page(report: Report) -> str:
     """Return the page."""
     anchors = {key: f"e{number}" for number, key in enumerate(report.keys())}
     sections = [_section(report, key, anchor) for key, anchor in anchors.items()]
-    total = sum(len(c.text) for s in sections for p in s.problems for c in p.completions)
-    number = sum(len(p.completions) for s in sections for p in s.problems)
+    sizes = [len(text) for s in sections for p in s.problems for text in _texts(p)]
     # Short texts leave their room to long ones, so this is less than what fits.
-    longest = None if total <= _BYTES else max(200, _BYTES // number)
+    longest = None if sum(sizes) <= _BYTES else max(200, _BYTES // len(sizes))
     files = {name: (_FILES / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     made: str = _template().render(
         report=report,
@@ -130,6 +133,12 @@ def page(report: Report) -> str:
         policy=_policy(files),
     )
     return made
+
+
+def _texts(problem: Problem) -> Iterator[str]:
+    yield problem.prompt
+    yield problem.wanted or ""
+    yield from (completion.text for completion in problem.completions)
 
 
 @cache
@@ -168,10 +177,17 @@ def _concerns(report: Report, anchors: dict[tuple[str, str], str]) -> Iterator[_
     for verdict, title in dict.fromkeys((row["verdict"], row["title"]) for row in rows):
         own = [row for row in rows if (row["verdict"], row["title"]) == (verdict, title)]
         own.sort(key=_severity, reverse=True)
-        lines = [(_anchor_of(row, anchors), _line(row)) for row in own[:_ROWS]]
+        shared = len({row["reason"] for row in own}) == 1
+        lines = [(_anchor_of(row, anchors), _line(row, shared)) for row in own[:_ROWS]]
         every = [row for row in report.checks.values() if row["title"] == title]
-        more, of = len(own) - len(lines), len(every)
-        yield _Concern(verdict, title, lines, more, of, _reason(own[0]))
+        numbers, reason = all(row["evidence"] for row in own), own[0]["reason"]
+        yield _Concern(
+            verdict, title, lines,
+            more=len(own) - len(lines),
+            place="Intervals" if numbers else "Table",
+            of=len(every),
+            reason=reason if shared else f"The first: {reason}" if own[0]["evidence"] else "",
+        )  # fmt: skip
 
 
 def _severity(row: Row) -> float:
@@ -180,10 +196,11 @@ def _severity(row: Row) -> float:
     return abs(e["delta"]) / (e["margin"] or 1.0) if e and math.isfinite(e["delta"]) else math.inf
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, shared: bool) -> str:
+    """Return a row in a line; without numbers it has its reason, if that is not ``shared``."""
     of, e = f"{row['policy']} on {row['task_type']}", row["evidence"]
     if not e:
-        return of
+        return of if shared else f"{of}: {row['reason']}"
     then, now = side(e["then"], row["unit"]), side(e["now"], row["unit"])
     unit = _UNITS[row["unit"]]
     return f"{of}: {then} → {now} ({change(e['delta'], row['unit'])}{unit})"
@@ -192,16 +209,11 @@ def _line(row: Row) -> str:
 _UNITS = {"%": " points", "tokens": " %", "reward": ""}
 
 
-def _reason(row: Row) -> str:
-    """Return a reason without what the line says already."""
-    return str(row["reason"]).split(", is proven")[0] if row["verdict"] == "PASS" else row["reason"]
-
-
 def _forests(report: Report, anchors: dict[tuple[str, str], str]) -> Iterator[_Forest]:
     judged = [row for row in report.sorted_checks() if row["evidence"]]
     for name in dict.fromkeys(row["rule"] for row in judged):
         own = [row for row in judged if row["rule"] == name]
-        rule = RULES.get(name)
+        rule = _rule_of(name)
         ends = [
             abs(value)
             for row in own
@@ -222,12 +234,12 @@ def _forests(report: Report, anchors: dict[tuple[str, str], str]) -> Iterator[_F
 def _interval(row: Row, reach: float, anchor: str) -> _Interval:
     e, unit = row["evidence"], row["unit"]
     of = f"{change(e['delta'], unit)} ({change(e['lower'], unit)} to {change(e['upper'], unit)})"
-    minimum = e["minimum"]
-    ends = [value if math.isfinite(value) else reach for value in (e["lower"], e["upper"])]
-    bar = figures.Bar(
-        ends[0], e["delta"] if math.isfinite(e["delta"]) else reach, ends[1],
-        tuple(_tolerated(row)), (-minimum, minimum), row["verdict"],
-    )  # fmt: skip
+    lower, delta, upper = (
+        e[name] if math.isfinite(e[name]) else end
+        for name, end in (("lower", -reach), ("delta", reach), ("upper", reach))
+    )
+    marks = tuple(_tolerated(row)), tuple(_ignored(row))
+    bar = figures.Bar(lower, delta, upper, *marks, row["verdict"])
     return _Interval(
         task_type=row["task_type"],
         policy=row["policy"],
@@ -241,15 +253,31 @@ def _interval(row: Row, reach: float, anchor: str) -> _Interval:
     )
 
 
+def _rule_of(name: str) -> Rule | None:
+    """Return the rule of a check; that of a slice or of one reward is a part of one."""
+    return RULES.get(name.partition(".")[0])
+
+
 def _tolerated(row: Row) -> list[float]:
     """Return where a change is too much: the margin, on the side or sides of harm."""
-    margin, rule = row["evidence"]["margin"], RULES.get(row["rule"])
-    if rule is None or row["rule"] == "improvement":
+    margin, rule = row["evidence"]["margin"], _rule_of(row["rule"])
+    if rule is None or rule.name == "improvement":
         return [margin]
     if row["unit"] == "tokens":
-        return [1 / (1 + margin) - 1, margin]
+        return [_shorter(margin), margin]
     rises_are_harm = rule.measure.worse(0.25, 0.75) > 0
     return [margin if rises_are_harm else -margin]
+
+
+def _ignored(row: Row) -> list[float]:
+    """Return between which changes a check never fails."""
+    minimum = row["evidence"]["minimum"]
+    return [_shorter(minimum) if row["unit"] == "tokens" else -minimum, minimum]
+
+
+def _shorter(longer: float) -> float:
+    """Return the relative change that undoes another one."""
+    return 1 / (1 + longer) - 1
 
 
 def _section(report: Report, key: tuple[str, str], anchor: str) -> _Section:
@@ -264,18 +292,19 @@ def _section(report: Report, key: tuple[str, str], anchor: str) -> _Section:
     if problems and judged:
         now = [problem.now for problem in problems]
         then = [problem.then for problem in compared if problem.then]
-        most = min(_PASSES, min(side.k for side in now))
-        reached = passes(now, most)
-        before = passes(then, most) if then else []
+        reached = passes(now, _PASSES)
+        # A baseline may have fewer completions than this run.
+        before = passes(then, len(reached)) if then else []
+        most = len(reached)
         rates = [
-            (f"pass@{j}", _rate(before[j - 1]) if before else "", _rate(reached[j - 1]))
+            (f"pass@{j}", _rate(before[j - 1]) if j <= len(before) else "", _rate(reached[j - 1]))
             for j in sorted({1, *(2**i for i in range(6) if 2**i <= most), most})
         ]
         rates.append((f"majority@{min(s.k for s in now)}", "", _rate(majority(problems))))
         if most > 1:
             curves = [("now", _curve(reached)), *([("then", _curve(before))] if before else [])]
             drawn = figures.lines(curves, f"pass@j of {name}", "j", "pass@j", low=0.0, high=1.0)
-            pictures.append(("pass@j, now and then", drawn))
+            pictures.append(("pass@j, now and then" if before else "pass@j", drawn))
     return _Section(
         anchor=anchor,
         row=row,

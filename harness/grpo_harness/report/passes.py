@@ -26,8 +26,9 @@ def passes(sides: Sequence[Side], most: int) -> list[Rate]:
     """Return pass@1 to pass@``most``: the chance that one of j completions is correct.
 
     The estimate is unbiased (Chen et al. 2021, arXiv 2107.03374): 1 - C(k - c, j) / C(k, j) for c
-    correct completions of k. ``most`` is at most the least k.
+    correct completions of k. It ends at the least k, if that is less than ``most``.
     """
+    most = min(most, *(side.k for side in sides))
     return [_rate(pass_at(j, side.k, side.correct) for side in sides) for j in range(1, most + 1)]
 
 

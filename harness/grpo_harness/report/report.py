@@ -172,9 +172,10 @@ class Report:
     def details(self) -> Table:
         """One row per check: the numbers behind its verdict."""
         checks = self.sorted_checks()
-        judged = [row for row in checks if row["evidence"]]
+        # A file may hold anything.
+        judged = [row for row in checks if row["evidence"] and 0 <= row["evidence"]["p"] <= 1]
         adjusted = holm([row["evidence"]["p"] for row in judged])
-        by_key = {id(row): p for row, p in zip(judged, adjusted, strict=True)}
+        by_key = {id(row): f"{p:.2g}" for row, p in zip(judged, adjusted, strict=True)}
         rows = []
         for row in checks:
             e = row["evidence"]
@@ -191,7 +192,7 @@ class Report:
                     "lower": change(e["lower"], row["unit"]) if e else "",
                     "upper": change(e["upper"], row["unit"]) if e else "",
                     "p": f"{e['p']:.2g}" if e else "",
-                    "p (Holm)": f"{by_key[id(row)]:.2g}" if e else "",
+                    "p (Holm)": by_key.get(id(row), ""),
                     "MDE90": _least(row) if e else "",
                     "needed": str(e["needed"] or "unreachable") if e else "",
                     "verdict": row["verdict"],
