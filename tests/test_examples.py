@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from grpo_harness.baselines.pruning import check_restorable, prune, stale
 from grpo_harness.baselines.recording import record
 from grpo_harness.engines.engine import Sample
 from grpo_harness.evaluation import RULE, ask, evaluate
+from grpo_harness.report.problems import _kept
 from grpo_harness.rewards.functions import Correct, Reward, Rewards
 from grpo_harness.store import FILE, Store
 from grpo_harness.tasks import task_types
@@ -153,9 +155,37 @@ def test_what_is_kept_covers_scores_outcomes_and_common_texts(recorded):
     assert {"1" + right(p.task) for p in GCD.problems(32)} <= {
         row["text"] for row in rows if row.get("trial")
     }
-    text = examples_of(stored.path).read_bytes()
-    assert text.isascii()
-    assert text.splitlines() == sorted(text.splitlines())
+    assert examples_of(stored.path).read_bytes().isascii()
+    problems = [row["problem"] for row in rows]
+    assert problems == sorted(problems)
+
+
+def test_the_commonest_completions_of_a_problem_come_first(tiny_policy, tmp_path):
+    """A report shows them as what the policy wrote when it was recorded."""
+
+    def text(answer, seed):
+        return ("z", "z", *"abc", answer, answer, f" {answer}")[seed // 7 % 8]
+
+    engine = Drawn(tiny_policy, text)
+    questions = ask(tiny_policy, GCD, 80, settings=engine.settings(), rewards=TWO)
+    store = Store(tmp_path / FILE)
+    evaluations = [evaluate(questions, engine, k=8, run_seed=s, store=store) for s in (1, 2)]
+    record(tmp_path / "b", evaluations, root=tmp_path, reason="a test")
+    path = next(tmp_path.glob("b/*/gcd.json"))
+    for _ in range(2):
+        kept, first = _kept(load(path)), 0
+        for groups in zip(*(e.groups for e in evaluations), strict=True):
+            drawn = [c for group in groups for c in group.completions]
+            of = {k.outcome == "correct": k.text for k in kept[groups[0].problem.id]}
+            for right in {c.outcome == "correct" for c in drawn}:
+                times = Counter(c.text for c in drawn if (c.outcome == "correct") == right)
+                assert times[of[right]] == max(times.values())
+                first += min(times) == of[right]
+        assert first < 140, "the order is not that of the alphabet"
+        # Recorded again with fewer problems, those that are not asked keep theirs.
+        fewer = [replace(e, groups=e.groups[:70], questions=questions.first(70))
+                 for e in evaluations]  # fmt: skip
+        record(tmp_path / "b", fewer, root=tmp_path, reason="a test")
 
 
 def test_the_choice_is_the_same_each_time(recorded):

@@ -2,7 +2,8 @@
 
 They are kept beside the baseline, ``<task type>.examples.jsonl``, with one JSON object per line.
 The first line tells how scores were weighed; any other has a completion, or a text that rewards are
-tried on. A later run scores them again, before anything is drawn, and names what differs.
+tried on. The first right and the first wrong completion of a problem are its commonest. A later run
+scores them again, before anything is drawn, and names what differs.
 """
 
 import json
@@ -73,8 +74,9 @@ class Examples:
 
     @property
     def text(self) -> str:
-        """The file."""
-        return "".join(f"{line}\n" for line in sorted(map(_line, (self.scoring, *self.examples))))
+        """The file, sorted by problem, with the examples of each in their order."""
+        rows = sorted(self.examples, key=lambda example: example.problem)
+        return "".join(f"{_line(row)}\n" for row in (self.scoring, *rows))
 
 
 def examples_of(path: Path) -> Path:
@@ -228,8 +230,8 @@ def _example(example: Example, found: Completion) -> Example:
 def _chosen(drawn: Iterable[Example], room: int) -> list[Example]:
     """Choose examples for ``room`` bytes: the commonest texts and every score, then others.
 
-    Those are of each problem the commonest right and the commonest wrong text, as a later run shows
-    them beside its own, and then any.
+    Those are of each problem the commonest right and the commonest wrong text, and then any. A
+    later run shows them beside its own: they come first.
     """
     drawn = list(drawn)
     lines = sorted(((_line(e), e) for e in drawn), key=lambda row: (len(row[0]), row[0]))
@@ -244,7 +246,9 @@ def _chosen(drawn: Iterable[Example], room: int) -> list[Example]:
     ]
     wanted = (e for rank in zip_longest(*queues) for e in rank if e is not None)
     others = (e for _, e in sorted(lines, key=lambda row: digest(row[0])))
-    return list(_fitting(wanted, room, chain(_of_problems(drawn), others)).values())
+    commonest = {_line(example): example for example in _of_problems(drawn)}
+    found = _fitting(wanted, room, chain(commonest.values(), others))
+    return [found[line] for line in sorted(found, key=lambda line: (line not in commonest, line))]
 
 
 def _of_problems(drawn: Iterable[Example]) -> Iterator[Example]:

@@ -12,6 +12,7 @@ import msgspec
 from grpo_harness.baselines.examples import read
 from grpo_harness.baselines.file import Baseline, Record, prompt_digest
 from grpo_harness.report.schema import Completion, Kept, Problem, Side
+from grpo_harness.rewards.outcome import Outcome
 
 
 class _Row(msgspec.Struct):
@@ -22,7 +23,7 @@ class _Row(msgspec.Struct):
     wanted: str | None
     completion: str
     tokens: int
-    outcome: Any
+    outcome: Outcome
     strict: bool
     reward: float | None
     rewards: dict[str, float | None]
@@ -109,7 +110,7 @@ def _weighed(values: Sequence[tuple[float, int]]) -> float | None:
 
 
 def _kept(baseline: Baseline | None) -> Mapping[str, list[Kept]]:
-    """Return the first right and the first wrong completion that is kept of each problem."""
+    """Return the commonest right and wrong completion of each problem: the first that is kept."""
     if baseline is None or not baseline.header.examples:
         return {}
     examples = read(baseline.path, baseline.header.examples)
