@@ -47,6 +47,7 @@ def run_(tmp_path_factory):
 def here(run_, monkeypatch, capfd):
     """A function that runs a command in that folder, and returns what it said."""
     monkeypatch.chdir(run_)
+    monkeypatch.setenv("COLUMNS", "200")
 
     def said(command, status=0):
         capfd.readouterr()

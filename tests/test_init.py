@@ -28,7 +28,7 @@ from grpo_harness.init.choose import choose
 from grpo_harness.init.data import data_in
 from grpo_harness.init.rewards import rewards_in
 from grpo_harness.init.table import table, text
-from grpo_harness.init.write import tests
+from grpo_harness.init.write import suite
 from grpo_harness.policy import SYSTEM_MESSAGE
 from grpo_harness.tasks import task_types
 from tests.projects import Team
@@ -607,7 +607,7 @@ def test_whatever_a_file_says_there_is_a_table(repository, file, content):
     found = looking.look(repository.path)
     choice = choose(found)
     assert tomllib.loads(table(choice, None))["tool"]["grpo-harness"]["trained"]
-    compile(tests(choice), "tests", "exec")
+    compile(suite(choice), "tests", "exec")
 
 
 def test_what_cannot_be_read_is_skipped_with_a_note(repository):

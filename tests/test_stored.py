@@ -104,6 +104,8 @@ def test_rescore_records_a_changed_reward_from_the_samples_of_the_recording(draw
     run(drawn, "--grpo-record", "--grpo-rescore", why, skipped=2)
     after = json.loads(path.read_text())
     assert after["seeds"] == before["seeds"]
+    speeds = [of["environment"]["completions_per_second"] for of in (before, after)]
+    assert speeds[0] == speeds[1] > 0, "nothing was drawn, and later runs plan by it"
     assert before["mean_reward"] < 0 <= after["mean_reward"]
     correct = [
         {name: record["correct"] for name, record in of["problems"].items()}

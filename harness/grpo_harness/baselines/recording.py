@@ -173,7 +173,7 @@ def record(
         seeds=[evaluation.run_seed for evaluation in evaluations],
         planned=planned,
         gate=bounds_of(questions),
-        environment={**environment(first.engine), **_speed(evaluations)},
+        environment={**environment(first.engine), **_speed(evaluations, parent)},
         parent=parent.digest if parent else None,
         # For these problems, only the conditions of the header are valid.
         kept_from=Kept(len(kept), parent.digest) if parent and kept else None,
@@ -189,10 +189,16 @@ def record(
     return Recording(path, (*notes, *examples.notes))
 
 
-def _speed(evaluations: Sequence[Evaluation]) -> dict[str, float]:
-    """Return how fast completions were drawn, if any were: later runs plan by it."""
+def _speed(evaluations: Sequence[Evaluation], parent: Baseline | None) -> dict[str, float]:
+    """Return how fast completions were drawn: later runs plan by it.
+
+    If none were, it is what the recording before said of the same policy.
+    """
     drawn, seconds = sum(e.drawn for e in evaluations), sum(e.seconds for e in evaluations)
-    return {SPEED: float(f"{drawn / seconds:.3g}")} if drawn and seconds else {}
+    if drawn and seconds:
+        return {SPEED: float(f"{drawn / seconds:.3g}")}
+    same = parent is not None and parent.same_policy(evaluations[0].fingerprint)
+    return {SPEED: parent.speed} if parent and same and parent.speed else {}
 
 
 def _parent(path: Path, reason: str | None) -> tuple[Baseline | None, list[str]]:

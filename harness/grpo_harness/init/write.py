@@ -60,7 +60,7 @@ def write(
     """Write the files of a project, and yield each with what was done. Raises ``InitError``."""
     missing = [*_not_ignored(home, found)]
     yield PROJECT, _write_table(home, choice, project)
-    yield TESTS, _write_new(home / TESTS, tests(choice))
+    yield TESTS, _write_new(home / TESTS, suite(choice))
     top = git("rev-parse", "--show-toplevel", cwd=home)
     if top is None or Path(top).samefile(home):
         yield WORKFLOW, _write_new(home / WORKFLOW, workflow(home, choice, project))
@@ -92,7 +92,7 @@ def others_changed(home: Path) -> bool:
     return bool(git("status", "--porcelain", "--untracked-files=all", "--", ":/", *own, cwd=home))
 
 
-def tests(choice: Choice) -> str:
+def suite(choice: Choice) -> str:
     """Return the tests of a project: what is asked of its policies."""
     data = choice.ready
     answers = data is None or data.correct is not None
