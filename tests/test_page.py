@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_harness.report import schema
+from grpo_harness.report.figures import lines
 from grpo_harness.report.files import read, write
 from grpo_harness.report.flips import flip, pair, worst_first
 from grpo_harness.report.hostile import harmless
@@ -417,6 +418,139 @@ def test_a_run_that_stopped_early_says_of_how_many():
     found.add({**rows()[0], "n": 128})
     assert "128 of 256 problems × 4 completions" in page(found)
     assert " 256 problems × 4 completions" in " ".join(Page(page(report())).said.split())
+
+
+def test_a_half_is_no_majority():
+    sides = {
+        (4, 2): None,
+        (2, 0): None,
+        (0, 2): None,
+        (2, 4): None,
+        (3, 1): "lost",
+        (1, 3): "gained",
+    }
+    assert {of: flip(problem(then=of[0], right=of[1])) for of in sides} == sides
+
+
+def test_the_page_shows_the_largest_drops_first():
+    problems = [problem("back", then=0, right=4), problem("less", then=3, right=1),
+                problem("most", then=4, right=0)]  # fmt: skip
+    heads = re.findall("<h4>(.*?)</h4>", page(report(problems)))
+    assert heads == [
+        "most: 4/4 then, 0/4 now",
+        "less: 3/4 then, 1/4 now",
+        "back: 0/4 then, 4/4 now",
+    ]
+    assert "2 problems went from mostly right to mostly wrong, 1 back." in page(report(problems))
+    many = [problem(f"p{i}", then=4, right=i % 2) for i in range(20)]
+    found = page(report(many))
+    assert "Flips, the largest drop first: 12 of 20" in found
+    assert re.findall("<h4>(.*?): ", found)[:10] == [f"p{i}" for i in range(0, 20, 2)]
+
+
+def test_a_flip_shows_the_commonest_text_and_the_ends_of_long_ones():
+    one = problem(right=1, prompt="a" * 100 + "b" * 400)
+    for completion_, text in zip(one.completions, "7xyy", strict=True):
+        completion_.text = text
+    found = pair(one)
+    assert (found.now, found.times) == ("<ins>y</ins>", 2)
+    assert found.question == "… " + "b" * 400
+    assert pair(problem(right=1, prompt="b" * 400)).question == "b" * 400
+    long = pair(problem(right=0, texts=("a" * 1_600, "a" * 1_500)))
+    assert long.then.endswith("<i>… 100 more characters</i>")
+    assert "more characters" not in long.now
+
+
+def test_the_majority_reads_texts_as_they_are_but_for_white_space():
+    def of(*drawn):
+        one = msgspec.structs.replace(problem(), completions=[completion(*d) for d in drawn])
+        return majority([one]).value
+
+    right, wrong = ("7", "correct"), ("8", "wrong")
+    assert of(("7 ", "correct"), right, wrong) == 1.0
+    assert of((" 7", "correct"), wrong, wrong) == 0.0
+    assert of(right, wrong) == 0.5
+    for outcome in ("unparsable", "truncated", "error"):
+        assert of(right, ("", outcome), ("", outcome)) == 1.0
+
+
+def test_rates_stay_within_their_range():
+    for rate in (*passes([side(4)] * 3, 4), *passes([side(0)] * 3, 4)):
+        assert 0.0 <= rate.lower <= rate.value <= rate.upper <= 1.0
+
+
+def test_a_page_that_is_printed_in_a_log_commands_nothing():
+    for text in ("::error::x", "##[error]x", "##vso[x]"):
+        shown = harmless(text)
+        assert "::" not in shown
+        assert "##" not in shown
+        assert html.unescape(shown) == text
+
+
+def test_flips_point_up_or_down():
+    picture = picture_of(
+        report([problem(then=4, right=0), problem("b", then=0, right=4)]),
+        "correct then and now, of each problem of p on gcd",
+    )
+    found = dict(re.findall(r'class="(lost|gained)" d="M\S+ \S+h8l-4 (-?\d)z"', picture))
+    assert found == {"lost": "7", "gained": "-7"}
+    names = re.findall('<text class="name" [^>]*>(.*?)<', picture)
+    assert names == ["correct then", "now"]
+
+
+def test_a_band_lies_between_its_bounds():
+    curve = [(1.0, 0.0, 0.25, 0.5), (2.0, 0.25, 0.5, 1.0)]
+    drawn = lines([("now", curve)], "t", "j", "y", low=0.0, high=1.0)
+    (points,) = re.findall('<polygon class="band now" points="(.*?)"', drawn)
+    places = [tuple(map(float, of.split(","))) for of in points.split()]
+    assert places == [(40.0, 98.0), (272.0, 10.0), (272.0, 142.0), (40.0, 186.0)]
+    (way,) = re.findall('<polyline class="line now" points="(.*?)"', drawn)
+    assert way == "40.0,142.0 272.0,98.0"
+
+
+def test_each_problem_is_listed_with_its_counts_outcomes_and_rewards():
+    one = problem("one", then=3, right=1)
+    one.completions[1].rewards = {"a": 0.5, "b": None}
+    found = page(report([msgspec.structs.replace(one, now=side(1, tokens=7.25))], verdict="FAIL"))
+    (listed,) = re.findall('<details class="p lost".*?</details>', found, re.DOTALL)
+    assert 'data-d="-0.500" data-n="0.250" data-t="7.2"' in listed
+    assert "<span>1/4, then 3/4</span>" in listed
+    assert re.findall('<li class="(.*?)"><i>(.*?)</i>', listed) == [
+        ("correct", "correct, 5 tokens, +1"),
+        ("wrong", "wrong, 5 tokens, +1, a +0.5, b none"),
+        ("wrong", "wrong × 2, 5 tokens, +1"),
+    ]
+    assert '<option value="lost">now mostly wrong</option>' in found
+    assert "256 problems × 4 completions, 70.0 % correct now, 12.3 tokens on average" in found
+    assert 'id="e0-c"' in found
+
+
+def test_a_row_of_intervals_has_its_numbers():
+    found = page(checked({"then": 0.9, "now": 0.8, "delta": -0.1, "mde90": 0.07}, {}))
+    row = re.findall('<tr><th scope="row"><a href="(#e.)">t.</a></th>(.*?)</tr>', found)
+    assert [anchor for anchor, _ in row] == ["#e0", "#e1"]
+    cells = [re.sub("<.*?>", "", cell) for cell in re.findall("<td>(.*?)</td>", row[0][1])]
+    assert cells == ["p", "90.0%", "80.0%", "-10.0 (-3.0 to +1.0)", "7.0", "FAIL"]
+
+
+def test_what_is_to_be_looked_at_is_open():
+    def opened(rule, verdict):
+        part = page(checked({}, rule=rule, title=rule, verdict=verdict)).split('id="intervals"')[1]
+        return "<details open>" in part.split("</section>")[0]
+
+    assert opened("accuracy", "PASS")
+    assert opened("length", "FAIL")
+    assert not opened("length", "PASS")
+
+
+def test_failed_tests_and_those_that_were_not_run_are_counted():
+    found = report([problem()])
+    found.failed, found.not_run = {"test_a": "<b>it broke</b>"}, ["b", "c"]
+    text = page(found)
+    said = " ".join(Page(text).said.split())
+    assert "FAIL 1 PASS; 1 test failed" in said
+    assert "2 tests were not run." in said
+    assert "&lt;b&gt;it broke&lt;/b&gt;" in text
 
 
 @given(st.text(st.characters(), max_size=60))
