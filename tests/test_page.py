@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo_harness.gate.verdicts import NOT_THE_POLICY
 from grpo_harness.report import schema
 from grpo_harness.report.figures import lines
 from grpo_harness.report.files import read, write
@@ -318,6 +319,18 @@ def test_a_training_is_drawn_over_the_recorded_ones():
     assert "now, 1: 0.1 (0.1 to 0.1)" in titles
     assert "then, 2: 0.3 (0.2 to 0.4)" in titles
     assert not any("now, 2" in text for text in titles), "what is no number is not drawn"
+
+
+def test_it_says_if_the_weights_are_the_recorded_ones_and_by_whose_baselines_they_are_judged():
+    found = report([problem()], verdict="FAIL")
+    assert "although the weights are the recorded ones" not in Page(page(found)).said
+    (key,) = found.checks
+    found.checks[key] = {**found.checks[key], "reason": f"proven; {NOT_THE_POLICY}"}
+    said = " ".join(Page(page(found)).said.split())
+    assert "1 check of p is a FAIL although the weights are the recorded ones" in said
+    assert "p is judged by the baseline of p." in said
+    heads = [text for tag, text in Page(page(found)).texts if tag == "th"]
+    assert heads[:4] == ["task type", "policy", "verdict", "n × k"]
 
 
 def test_a_run_that_judged_nothing_is_no_pass():
@@ -729,7 +742,7 @@ def test_colours_can_be_told_apart(mode):
         for ink in ("ink", "soft", "link", "pass", "fail", "unproven", "error")
         for ground in ("paper", "panel")
     ]
-    pairs += [("ink", "del"), ("ink", "ins")]
+    pairs += [("ink", "mark")]
     pairs += [("on", name) for name in ("pass", "fail", "unproven", "error")]
     for ink, ground in pairs:
         one, two = sorted((_luminance(colours[ink]), _luminance(colours[ground])))

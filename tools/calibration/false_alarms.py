@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for check in found["checks"]
             if check["verdict"] != "PASS"
         ]
-        sys.stdout.write(f"run {run}, seed {found['run']['seed']}: {dict(in_run)} {'; '.join(bad)}\n")
+        sys.stdout.write(
+            f"run {run}, seed {found['run']['seed']}: {dict(in_run)} {'; '.join(bad)}\n"
+        )
         sys.stdout.flush()
     sys.stdout.write(f"{arguments.runs} runs, {red} of them red; checks: {json.dumps(verdicts)}\n")
     return 0

@@ -32,7 +32,7 @@ function filter() {
     part.hidden = asked && !within;
     if (asked && within) part.open = true;
   }
-  by("f-found").textContent = `${found} problems in ${of} parts`;
+  by("f-found").textContent = `${found} problems of ${of} rows`;
 }
 
 function sort() {
@@ -57,10 +57,12 @@ if (form) {
   form.hidden = false;
   form.addEventListener("submit", (event) => event.preventDefault());
   let wait;
-  form.addEventListener("input", (event) => {
-    clearTimeout(wait);
-    wait = setTimeout(event.target.id === "f-order" ? sort : filter, 150);
-  });
+  for (const kind of ["input", "change"]) {
+    form.addEventListener(kind, (event) => {
+      clearTimeout(wait);
+      wait = setTimeout(event.target.id === "f-order" ? sort : filter, 150);
+    });
+  }
 }
 addEventListener("hashchange", reveal);
 if (location.hash) reveal();

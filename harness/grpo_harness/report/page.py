@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from grpo_harness.checks import change, side
+from grpo_harness.gate.verdicts import NOT_THE_POLICY
 from grpo_harness.report import figures
 from grpo_harness.report.flips import Pair, flip, pair, share, worst_first
 from grpo_harness.report.history import drifts, most_telling
@@ -25,7 +26,9 @@ from grpo_harness.report.hostile import harmless, line
 from grpo_harness.report.passes import Rate, majority, passes
 from grpo_harness.report.report import Report, Row
 from grpo_harness.report.schema import Completion, Problem
+from grpo_harness.report.tables import Table
 from grpo_harness.rules import RULES, Rule
+from grpo_harness.text import together
 
 _FLIPS = 12
 """Flips of an evaluation that are shown side by side; the list of completions has all."""
@@ -108,15 +111,19 @@ def page(report: Report) -> str:
     # Short texts leave their room to long ones, so this is less than what fits.
     longest = None if sum(sizes) <= _BYTES else max(200, _BYTES // len(sizes))
     files = {name: (_FILES / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
+    unchanged = [row for row in report.checks.values() if NOT_THE_POLICY in row["reason"]]
     made: str = _template().render(
         report=report,
         counts=report.counts(),
         worst=report.worst(),
         concerns=list(_concerns(report, anchors)),
         tables=[
-            ("Policies against their baselines", report.measured()),
-            ("Trained against base", report.improvements()),
+            ("Policies against their baselines", *_verdict_early(report.measured())),
+            ("Trained against base", *_verdict_early(report.improvements())),
         ],
+        unchanged=unchanged,
+        policies=together([*dict.fromkeys(row["policy"] for row in unchanged)]),
+        references=together(_references(report)),
         forests=list(_forests(report, anchors)),
         drifts=[harmless(line) for line in drifts(report.history)],
         history=most_telling(report.history),
@@ -154,6 +161,23 @@ def _template() -> Any:
     environment.filters["line"] = line
     environment.filters["value"] = _value
     return environment.get_template("page.html.jinja")
+
+
+def _verdict_early(table: Table) -> tuple[Table, list[str]]:
+    """Return a table with its columns, the verdict before what a narrow screen does not show."""
+    columns = [name for name in table.columns if name != "verdict"]
+    place = 2 if "policy" in columns else 1
+    return table, [*columns[:place], "verdict", *columns[place:]] if table else []
+
+
+def _references(report: Report) -> list[str]:
+    """Return whose baselines each policy was judged by."""
+    found = {
+        (row["policy"], row["reference"]): None
+        for row in report.sorted_checks()
+        if row["against"] == "baseline" and row["reference"].startswith("baseline of ")
+    }
+    return [f"{policy} is judged by the {reference}" for policy, reference in found]
 
 
 def _policy(files: dict[str, str]) -> str:
@@ -224,7 +248,8 @@ def _forests(report: Report, anchors: dict[tuple[str, str], str]) -> Iterator[_F
         rows = [_interval(row, reach, _anchor_of(row, anchors)) for row in own]
         yield _Forest(
             title=own[0]["title"],
-            asks=rule.asks if rule else "",
+            asks=(rule.asks if rule else "")
+            + (" Lengths are geometric means." if own[0]["unit"] == "tokens" else ""),
             unit=_UNITS[own[0]["unit"]].strip() or "units of the reward",
             rows=rows,
             open=name in ("accuracy", "no_loss") or any(r["verdict"] != "PASS" for r in own),
