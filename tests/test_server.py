@@ -284,7 +284,7 @@ def test_a_slow_and_a_fast_server_share_the_work(policy, requests):
     with slow, fast:
         assert served(policy, [slow, fast]).sample(many) == local(policy, many)
     assert slow.requests + fast.requests == len(many)
-    assert 4 <= slow.requests < fast.requests / 2
+    assert 4 <= slow.requests < fast.requests  # by how much depends on the machine
 
 
 def test_a_dead_server_among_several_is_left_out(policy, requests, wanted):
