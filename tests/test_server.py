@@ -280,11 +280,11 @@ def test_samples_that_were_drawn_before_an_error_are_handed_over(policy, request
 
 def test_a_slow_and_a_fast_server_share_the_work(policy, requests):
     many = [Request(r.prompt, r.seed + i) for i in range(4) for r in requests]
-    slow, fast = Server(policy, delay=0.2, serial=True), Server(policy)
+    slow, fast = Server(policy, delay=0.6, serial=True), Server(policy)
     with slow, fast:
         assert served(policy, [slow, fast]).sample(many) == local(policy, many)
     assert slow.requests + fast.requests == len(many)
-    assert 4 <= slow.requests < fast.requests  # by how much depends on the machine
+    assert 4 <= slow.requests < fast.requests / 2
 
 
 def test_a_dead_server_among_several_is_left_out(policy, requests, wanted):
