@@ -4,7 +4,7 @@ A `Check` is the answer to one question: its verdict, its evidence, and the prob
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
@@ -24,6 +24,10 @@ It is not part of the run's risk, which a hundred such checks raise by a hundred
 
 _SHOWN = 3
 """Problems that a message shows, and completions of each."""
+
+
+OF_CHANGES: Mapping[Unit, str] = {"%": " points", "tokens": " %", "reward": ""}
+"""What follows a `change` in a sentence."""
 
 
 def side(value: float, unit: Unit) -> str:

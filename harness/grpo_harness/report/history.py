@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from grpo_harness.checks import change, side
+from grpo_harness.checks import OF_CHANGES, change, side
 from grpo_harness.gate.verdicts import WORST_FIRST, Verdict
 from grpo_harness.history.file import History, Reference, Run
 from grpo_harness.history.series import Drift, Position, Series, series
@@ -20,8 +20,6 @@ from grpo_harness.text import escape, together
 
 _Z90 = 1.6449
 """Half the width of a 90 % interval, in standard errors."""
-
-_UNITS = {"%": " points", "tokens": " %", "reward": ""}
 
 
 def drifts(history: History) -> list[str]:
@@ -140,7 +138,7 @@ def _step(one: Series, drift: Drift) -> str:
 def _size(one: Series, drift: Drift) -> str:
     unit = RULES[one.figure].measure.unit
     size = drift.change.after - drift.change.before
-    return f"{change(_relative(one, drift, size), unit)}{_UNITS[unit]}"
+    return f"{change(_relative(one, drift, size), unit)}{OF_CHANGES[unit]}"
 
 
 def _relative(one: Series, drift: Drift, size: float) -> float:

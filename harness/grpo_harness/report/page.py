@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from grpo_harness.checks import change, side
+from grpo_harness.checks import OF_CHANGES, change, side
 from grpo_harness.gate.verdicts import NOT_THE_POLICY
 from grpo_harness.report import figures
 from grpo_harness.report.flips import Pair, flip, pair, share, worst_first
@@ -134,7 +134,6 @@ def page(report: Report) -> str:
         grouped=_grouped,
         flip=flip,
         share=share,
-        percent=_percent,
         css=Markup(files["css"]),  # noqa: S704 - our own files
         js=Markup(files["js"]),  # noqa: S704
         policy=_policy(files),
@@ -226,11 +225,8 @@ def _line(row: Row, shared: bool) -> str:
     if not e:
         return of if shared else f"{of}: {row['reason']}"
     then, now = side(e["then"], row["unit"]), side(e["now"], row["unit"])
-    unit = _UNITS[row["unit"]]
+    unit = OF_CHANGES[row["unit"]]
     return f"{of}: {then} → {now} ({change(e['delta'], row['unit'])}{unit})"
-
-
-_UNITS = {"%": " points", "tokens": " %", "reward": ""}
 
 
 def _forests(report: Report, anchors: dict[tuple[str, str], str]) -> Iterator[_Forest]:
@@ -250,7 +246,7 @@ def _forests(report: Report, anchors: dict[tuple[str, str], str]) -> Iterator[_F
             title=own[0]["title"],
             asks=(rule.asks if rule else "")
             + (" Lengths are geometric means." if own[0]["unit"] == "tokens" else ""),
-            unit=_UNITS[own[0]["unit"]].strip() or "units of the reward",
+            unit=OF_CHANGES[own[0]["unit"]].strip() or "units of the reward",
             rows=rows,
             open=name in ("accuracy", "no_loss") or any(r["verdict"] != "PASS" for r in own),
         )
@@ -274,7 +270,7 @@ def _interval(row: Row, reach: float, anchor: str) -> _Interval:
         now=side(e["now"], unit),
         change=of,
         detectable=change(e["mde90"], unit).lstrip("+"),
-        svg=figures.interval(bar, reach, f"{row['verdict']}: {of}{_UNITS[unit]}"),
+        svg=figures.interval(bar, reach, f"{row['verdict']}: {of}{OF_CHANGES[unit]}"),
     )
 
 
@@ -405,10 +401,6 @@ def _value(value: Any) -> str:
 
 def _rate(rate: Rate) -> str:
     return f"{rate.value:.1%} ({rate.lower:.1%} to {rate.upper:.1%})"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%}"
 
 
 def _grouped(problem: Problem) -> list[tuple[Completion, int]]:

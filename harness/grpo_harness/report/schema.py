@@ -8,13 +8,14 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from grpo_harness.gate.verdicts import Verdict
 from grpo_harness.history.file import Run as EarlierRun
 from grpo_harness.rewards.outcome import Outcome
+from grpo_harness.rules import Unit
 
 SCHEMA: Final = 3
 """Since 3, a report has every problem and completion, its environment and its settings."""
 
-Verdict = Literal["PASS", "FAIL", "UNPROVEN", "ERROR"]
 Status = Literal["running", "finished", "interrupted"]
 
 
@@ -145,7 +146,7 @@ class Check(_Object, kw_only=True):
     reason: str
     evidence: Evidence | None
     changed: list[str]
-    unit: Literal["%", "tokens", "reward"]
+    unit: Unit
 
 
 class Curve(_Object, kw_only=True):
