@@ -68,6 +68,8 @@ def test_a_training_shows_its_config_its_steps_and_what_it_took(tiny, tmp_path, 
     config, rest = printed.split("step    1/2")
     assert "learning_rate = 0.0002   (TRL: 1e-06)" in config
     assert "max_steps = 2 " in config
+    assert f"\n  model_name_or_path = {tiny}\n" in config, "whose policy, data and rewards"
+    assert "\n  n_math = " in config
     assert "step    2/2" in rest
     assert "0:00 left" in rest
     fingerprint = json.loads((out / "recipe.json").read_text())["fingerprint"]

@@ -115,6 +115,7 @@ def test_rows_are_asked_in_the_order_of_the_file_where_it_says_so(write, tmp_pat
         ({"datasets": [{**SUMS, "split": "dev"}]}, "datasets: .*dev"),
         ({"datasets": [{**SUMS, "fraction": 0.5}, GCDS]}, "datasets: .*fraction"),
         ({"datasets": [SUMS], "eval_strategy": "steps"}, "datasets: .*see test_split_size"),
+        ({"dataset_name": "no.jsonl"}, "dataset_name: .*see dataset_name, dataset_config and"),
         ({"dataset_name": "gcds.jsonl", "eval_strategy": "steps"}, ".*gcds.jsonl is one file"),
         (
             {"dataset_name": "gcds.jsonl", "dataset_train_split": "dev"},

@@ -609,7 +609,7 @@ def test_only_curves_that_all_runs_have_are_drawn(tmp_path):
     with pytest.raises(LogError, match="nothing can be drawn"):
         plot(run(9, 4), Recorded(1, "ours", bare), tmp_path / "none.png")
     with pytest.raises(LogError, match="cannot be drawn to"):
-        plot(run(9, 4), then, tmp_path / "nowhere" / "curves.png")
+        plot(run(9, 4), then, tmp_path / "curves.png" / "curves.png")
 
 
 # ------------------------------------------------------------------ recording
@@ -689,9 +689,9 @@ def test_the_command_records_and_judges(tmp_path, monkeypatch, capsys):
     assert main(["log", "run0", "run1", "run2", "run3", "--name", "gsm", "--record"]) == 0
     assert (tmp_path / "baselines" / "training" / "gsm.json").is_file()
     capsys.readouterr()
-    assert main(["log", "run4", "--name", "gsm", "--plot", "curves.png"]) == 0
+    assert main(["log", "run4", "--name", "gsm", "--plot", "new/curves.png"]) == 0
     assert "PASS: gsm against 4 recorded runs" in capsys.readouterr().out
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new/curves.png").read_bytes().startswith(b"\x89PNG")
     broken = {"entropy": lambda x, t: x / 6}
     write(tmp_path / "worse", {"log_history": rows(7, **broken)})
     assert main(["log", "worse", "--name", "gsm"]) == 1
@@ -731,11 +731,14 @@ def test_every_verdict_on_a_training_is_shown(project):
     (project.path / "test_own.py").write_text(
         "from grpo_harness.plugin.assertions import conclude\n"
         "def test_curves(request):\n"
-        "    conclude(request.node, 'curves', 'ours', 'runs', 'UNPROVEN', 'bands too wide')\n"
+        "    said = 'UNPROVEN: bands too wide'\n"
+        "    conclude(request.node, 'curves', 'ours', 'runs', 'UNPROVEN', said)\n"
         "def test_checkpoint(request):\n"
-        "    conclude(request.node, 'checkpoint', 'ours', 'log', 'UNPROVEN', 'noise too wide')\n"
+        "    said = 'UNPROVEN: noise too wide'\n"
+        "    conclude(request.node, 'checkpoint', 'ours', 'log', 'UNPROVEN', said)\n"
     )
     said = project.runpytest_subprocess().stdout
+    assert "UNPROVEN: " not in said.str(), "the verdict is said once"
     said.fnmatch_lines_random(["UNPROVEN curves, ours*bands too wide"])
     said.fnmatch_lines_random(["UNPROVEN checkpoint, ours*noise too wide"])
 

@@ -111,7 +111,8 @@ def _train_here(arguments: argparse.Namespace) -> None:
 
     config = recipe.config(arguments.out, device=arguments.device)
     if config.process_index == 0:
-        say(f"recipe {recipe.name}:\n{described(config)}")
+        beside = "".join(f"\n  {key} = {value}" for key, value in recipe.said_beside().items())
+        say(f"recipe {recipe.name}:{beside}\n{described(config)}")
         if path_of(recipe.name, baselines := project().baselines).exists():
             was = recorded(recipe.name, baselines)
             whole = load(arguments.recipe)

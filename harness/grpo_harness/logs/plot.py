@@ -92,6 +92,7 @@ def plot(log: Log, recorded: Recorded, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     picture.suptitle("this run (red), recorded runs and their band (blue)", fontsize=10)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         picture.savefig(path, dpi=110, format="png", metadata={"Software": None})
     except OSError as error:
         raise LogError(f"the curves cannot be drawn to {path} ({one_line(error)})") from error

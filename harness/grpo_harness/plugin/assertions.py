@@ -38,7 +38,8 @@ def conclude(
     from grpo_harness.checks import Check
     from grpo_harness.text import plain
 
-    check = Check(title, title, task, policy, reference, reason=said)
+    reason = said.removeprefix(f"{verdict}: ")
+    check = Check(title, title, task, policy, reference, reason=reason)
     carry_check(node, {**check.asdict(), "verdict": verdict})
     failing = ("FAIL", "ERROR", *(["UNPROVEN"] if node.config.getoption("grpo_strict") else []))
     if verdict in failing:

@@ -42,6 +42,7 @@ class DatasetSource(Source):
     ``path`` is a .jsonl, .json, .csv or .parquet file or a folder that `datasets` saved, looked for
     from ``home``; ``module:function``; or the id of a data set on the Hub, with its ``config`` and
     ``revision``. ``prompt``, ``answer``, ``row_id`` and ``slices`` name columns.
+    ``settings`` are what to look at where the table cannot be read.
     """
 
     name: str
@@ -54,6 +55,7 @@ class DatasetSource(Source):
     answer: str | None = None
     row_id: str | None = None
     slices: tuple[str, ...] = field(default=())
+    settings: str = "path, split and name"
     reads: bool = field(default=False, init=False)
 
     def problems(self, n: int) -> list[Problem]:
@@ -166,7 +168,7 @@ class DatasetSource(Source):
                     f"{self._place} has no rows"
                     if _is_empty(error.__cause__ or error)
                     else f"{self._place} cannot be read as a data set "
-                    f"({one_line(error.__cause__ or error)}): see path, split and name"
+                    f"({one_line(error.__cause__ or error)}): see {self.settings}"
                 )
             ),
             _quiet(),

@@ -59,12 +59,15 @@ def read_data(recipe: Recipe) -> Data | None:
         path=script.dataset_name or "",
         home=Path.cwd(),
         config=script.dataset_config,
+        settings="dataset_name, dataset_config and dataset_train_split",
     )
     key, train, test = "dataset_name", script.dataset_train_split, script.dataset_test_split
     if mixture.datasets:
         key = "datasets"
         paths = ", ".join(of.path for of in mixture.datasets)
-        source = _Mixture(name="dataset", path=paths, mixture=mixture, seed=config.seed)
+        source = _Mixture(
+            name="dataset", path=paths, settings=key, mixture=mixture, seed=config.seed
+        )
     evaluates = config.eval_strategy != "no"
     if not source.path:
         if evaluates:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -128,6 +128,13 @@ class Recipe:
         said = {**asdict(script), **asdict(model), **asdict(mixture), **block, "env": self.env}
         plain: dict[str, Any] = json.loads(json.dumps(said, default=str))
         return plain
+
+    def said_beside(self) -> dict[str, Any]:
+        """Return what the recipe itself says beside the config, without what is as by default."""
+        config = {field.name for field in fields(GRPOConfig)}
+        block = msgspec.structs.asdict(self.block)
+        own = {key: value for key, value in block.items() if value not in (None, 0)}
+        return {key: value for key, value in self.values.items() if key not in config} | own
 
     def kept(self) -> dict[str, Any]:
         """Return the recipe as it is kept beside the result."""
