@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-import grpo_harness.engines.transformers
-
 # Loaded here although no test names them: pytester forgets what a run of its own has imported, and
 # would import pandas and half of transformers again for each.
+import grpo_harness.engines.shareable
+import grpo_harness.engines.transformers
 import grpo_harness.report.report
 import grpo_harness.session  # noqa: F401
 from grpo_harness.engines.engine import Sample

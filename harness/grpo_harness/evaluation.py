@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import repeat
 from statistics import fmean
 from types import MappingProxyType
@@ -146,7 +147,7 @@ class Questions:
         """The policy's fingerprint."""
         return self.policy.fingerprint
 
-    @property
+    @cached_property
     def ids(self) -> list[str]:
         """The ids of the problems, in order."""
         return [problem.id for problem in self.problems]

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -33,6 +34,8 @@ SPEED: Final = "completions_per_second"
 """The key of a baseline's environment that says how fast its completions were drawn."""
 
 _ROUNDING = 1e-6
+
+_AGAIN = "restore it from git, or remove it and record anew with --grpo-record"
 
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
@@ -175,6 +178,9 @@ class Baseline:
     _scored: dict[int, tuple[Questions, list[str] | None]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _selected: dict[int, tuple[Questions, list[Tally]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def policy(self) -> str:
@@ -198,6 +204,11 @@ class Baseline:
         tokenizer, chat template, reward, sampling setting or bound, or a problem that was not
         recorded.
         """
+        if id(questions) not in self._selected:
+            self._selected[id(questions)] = questions, self._of(questions)
+        return list(self._selected[id(questions)][1])
+
+    def _of(self, questions: Questions) -> list[Tally]:
         missing = [problem for problem in questions.ids if problem not in self.records]
         known = {record.prompt for record in self.records.values()}
         asked = zip(questions.ids, questions.prompts, strict=True)
@@ -317,18 +328,22 @@ def exists(path: Path) -> bool:
 
 def load(path: Path) -> Baseline:
     """Read a baseline. Raises ``BaselineError`` when it is missing or damaged."""
-    again = "restore it from git, or remove it and record anew with --grpo-record"
     try:
         if path.exists() and not path.is_file():
-            raise BaselineError(f"the baseline {path} is not a file: remove it, or {again}")
-        file = path.read_bytes()
-        content = json.loads(file, object_pairs_hook=_once)
+            raise BaselineError(f"the baseline {path} is not a file: remove it, or {_AGAIN}")
+        return Baseline(path, *_parsed(path, path.read_bytes()))
     except FileNotFoundError:
         raise BaselineError(f"there is no baseline {path}: record it with --grpo-record") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BaselineError(
-            f"the baseline {path} cannot be read ({one_line(error)}): {again}"
+            f"the baseline {path} cannot be read ({one_line(error)}): {_AGAIN}"
         ) from error
+
+
+@lru_cache(maxsize=64)
+def _parsed(path: Path, file: bytes) -> tuple[Header, Mapping[str, Record], str]:
+    """Read the content of a baseline once: the plan, the checks and the summary all ask for it."""
+    content = json.loads(file, object_pairs_hook=_once)
     try:
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
@@ -338,7 +353,7 @@ def load(path: Path) -> Baseline:
         if (schema := content.get("schema")) != SCHEMA:
             raise BaselineError(
                 f"the baseline {path} has schema {escape(repr(schema))}, and this version of the "
-                f"harness reads {SCHEMA}: {again}"
+                f"harness reads {SCHEMA}: {_AGAIN}"
             )
         records = msgspec.convert(content.pop("problems", {}), dict[str, Record])
         header = msgspec.convert(content, Header)
@@ -347,9 +362,9 @@ def load(path: Path) -> Baseline:
             raise ValueError("its content is not what was recorded")
     except (msgspec.MsgspecError, *_DAMAGED) as error:
         raise BaselineError(
-            f"the baseline {path} is damaged ({one_line(error)}): {again}"
+            f"the baseline {path} is damaged ({one_line(error)}): {_AGAIN}"
         ) from error
-    return Baseline(path, header, records, hashlib.sha256(file).hexdigest())
+    return header, records, hashlib.sha256(file).hexdigest()
 
 
 def _upgrade(content: dict[str, Any]) -> None:

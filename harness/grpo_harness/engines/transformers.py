@@ -15,15 +15,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 import torch
-from transformers import GenerationConfig
 
 from grpo_harness.engines.completions import Completions
-from grpo_harness.engines.decoding import decode
 from grpo_harness.engines.draw import DecodingError
 from grpo_harness.engines.engine import PINNED, EngineError, Progress, Request, Sample, Sampling
-from grpo_harness.engines.generate import generate
 from grpo_harness.engines.residency import Residents
-from grpo_harness.engines.shareable import cache_bytes, unshared
 from grpo_harness.engines.weights import (
     device_of,
     dtype_of,
@@ -36,7 +32,10 @@ from grpo_harness.policy.policy import Policy
 from grpo_harness.text import one_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
+
+# What draws is imported where it draws: it loads seconds of transformers, and a run whose
+# completions are all stored needs none of it.
 
 _SMALL, _ENOUGH = 64 << 20, 256
 """A CPU draws from weights of more bytes than ``_SMALL`` with at most so many rows.
@@ -152,6 +151,8 @@ class TransformersEngine:
 
     def generation_config(self) -> GenerationConfig:
         """Return the generation config of ``generate``; the model's own is ignored."""
+        from transformers import GenerationConfig
+
         return GenerationConfig(
             **PINNED,
             # The draw happens before generate sees the logits; it only takes the maximum.
@@ -193,6 +194,8 @@ class TransformersEngine:
 
         The weights are loaded, and the model is tried on ``prompts``, once.
         """
+        from grpo_harness.engines.shareable import unshared
+
         owner = self._owner or self
         if owner._unshared is None:
             with torch.inference_mode():
@@ -208,6 +211,8 @@ class TransformersEngine:
         progress: Progress | None,
     ) -> None:
         """Draw what is missing; if memory does not suffice, some of it, and fewer at once then."""
+        from grpo_harness.engines.decoding import decode
+
         ending = self._ending()
         groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for i in missing:
@@ -239,6 +244,8 @@ class TransformersEngine:
 
         ``prompt`` is the number of tokens of the longest prompt.
         """
+        from grpo_harness.engines.shareable import cache_bytes
+
         text = self.model.config.get_text_config(decoder=True)
         a_token = cache_bytes(text, self.dtype.itemsize)
         a_row = a_token * (prompt + self._sampling.max_new_tokens) + 16 * int(text.vocab_size)
@@ -277,6 +284,8 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _batch(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Sample]:
+        from grpo_harness.engines.generate import generate
+
         ending = self._ending()
         try:
             drawn = generate(

@@ -15,6 +15,7 @@ import string
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from grpo_harness.text import first_line, integers, unquoted
@@ -169,6 +170,18 @@ class TaskType(Source):
         A shorter list is a prefix of a longer one with the same seed. Raises ``ValueError``
         when the type does not have ``n`` distinct held-out prompts.
         """
+        if seed:
+            return self._held_out(n, seed)
+        if n > len(self._asked):
+            self._asked[:] = self._held_out(n, seed)
+        return self._asked[:n]
+
+    @cached_property
+    def _asked(self) -> list[Problem]:
+        # Plan, questions, checks and what is stale ask for the same problems.
+        return []
+
+    def _held_out(self, n: int, seed: int) -> list[Problem]:
         rng = random.Random(f"evaluation {self.name} {seed}")
         found: dict[str, Problem] = {}
         misses = 0
