@@ -27,7 +27,7 @@ from grpo_harness.engines.engine import Request, Sample, Sampling, sample_seed
 from grpo_harness.engines.floor import floor
 from grpo_harness.engines.transformers import TransformersEngine
 from grpo_harness.policy import load
-from grpo_harness.tasks import task_types
+from grpo_harness.tasks import Problem, task_types
 from grpo_harness.training.resources import hardware
 
 _T = TypeVar("_T")
@@ -57,20 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     policy, sampling = load(arguments.policy), Sampling(max_new_tokens=arguments.tokens)
     types = [*task_types().values()]
-    problems = [
+    twice = [
         types[i % len(types)].problems(arguments.problems)[i // len(types)]
-        for i in range(arguments.problems)
+        for i in range(2 * arguments.problems)
     ]
-    prompts = [policy.render(problem.prompt) for problem in problems]
+    prompts = [policy.render(problem.prompt) for problem in twice[: arguments.problems]]
+
+    def requests_of(problems: Sequence[Problem], k: int) -> list[Request]:
+        return [
+            Request(policy.render(problem.prompt), sample_seed(1, problem.id, number))
+            for problem in problems
+            for number in range(k)
+        ]
+
     sys.stdout.write(f"{policy.name} in float32 on {hardware(cuda=False)}\n")
     with TransformersEngine(policy, sampling, device="cpu", dtype="float32") as engine:
         clock = _Clock(engine.model)
+        took: dict[int, float] = {}
         for k in arguments.samples:
-            requests = [
-                Request(prompt, sample_seed(1, problem.id, number))
-                for problem, prompt in zip(problems, prompts, strict=True)
-                for number in range(k)
-            ]
+            requests = requests_of(twice[: arguments.problems], k)
 
             def measured(name: str, draw: Callable[[], list[Sample]]) -> Way:
                 _trim()
@@ -83,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             engine.sample(requests[:k])
             samples: list[Sample] = []
             ways = [measured("this engine", partial(_kept, samples, engine, requests))]
+            took[k] = ways[0].seconds
             others: dict[str, Callable[[], list[Sample]]] = {
                 f"generate, {arguments.batch} rows": partial(
                     _generate, engine, prompts, k, sampling, arguments.batch
@@ -104,6 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             ways.append(Way("floor", least, len(samples), tokens))
             sys.stdout.write(f"\n{len(prompts)} problems × {k} completions\n{_table(ways)}\n")
             sys.stdout.flush()
+        fewest, *more = sorted(took)
+        _, seconds = _timed(partial(engine.sample, requests_of(twice, fewest)))
+        grown = [
+            f"{k} completions take {took[k] / took[fewest]:.2f} times as long as {fewest}"
+            for k in more
+        ]
+        grown += [f"twice the problems {seconds / took[fewest]:.2f} times as long"]
+        sys.stdout.write(f"\nThis engine: {', '.join(grown)}.\n")
     return 0
 
 
