@@ -23,10 +23,13 @@ from grpo_harness.report.figures import lines
 from grpo_harness.report.files import read, write
 from grpo_harness.report.flips import flip, pair, worst_first
 from grpo_harness.report.hostile import harmless
+from grpo_harness.report.names import short_names
 from grpo_harness.report.page import page
 from grpo_harness.report.passes import majority, pass_at, passes
 from grpo_harness.report.report import Report
-from grpo_harness.report.schema import Completion, Kept, Problem, Side
+from grpo_harness.report.schema import Completion, Kept, Problem, Recorded, Side
+from grpo_harness.report.sections import commonest
+from grpo_harness.report.then import differences
 from grpo_harness.rules import RULES
 from tests.projects import run
 from tests.test_report import HOSTILE, RUN, evidence, rows
@@ -243,7 +246,7 @@ def test_rates_of_both_sides_end_at_the_completions_of_each():
     assert [*found] == ["pass@1", "pass@2", "pass@4", "majority@4", "reward total"]
     cells = zip(*found.values(), strict=True)
     before, after = ([cell.split(" (")[0] for cell in column] for column in cells)
-    assert before == ["50.0%", "100.0%", "", "", "+1.000"]
+    assert before == ["50.0%", "100.0%", "", "not kept", "+1.000"]
     assert after == ["50.0%", "83.3%", "100.0%", "50.0%", "+1.000"]
     picture = picture_of(report([one] * 8), "pass@j of p on gcd")
     assert picture.count('class="point then"') == 2
@@ -306,6 +309,88 @@ def test_lengths_are_drawn_as_shares_of_the_problems():
     assert heights[0] == pytest.approx(186 - 176 / 3, abs=0.1)
     assert heights[-1] == pytest.approx(10.0)
     assert set(heights[1:-1]) == {186.0}
+
+
+def test_an_axis_says_how_far_it_reaches():
+    found = page(checked({"lower": -0.4, "delta": -0.3, "upper": 0.1, "margin": 0.25}))
+    (ends,) = re.findall(r'<span class="ends">(.*?)</span></th>', found)
+    assert re.findall(r"<span>(.*?)</span>", f"{ends}</span>") == ["-43.2", "0", "+43.2"]
+
+
+def test_no_change_of_a_rate_is_beyond_what_can_be():
+    numbers = {"lower": -1.04, "delta": -0.97, "upper": -0.9, "p": 0.0}
+    found = checked(numbers)
+    assert "-97.0 (-100.0 to -90.0)" in Page(page(found)).said
+    assert found.details().rows[0]["lower"] == "-100.0"
+    assert found.details().rows[0]["p"] == "< 1e-300"
+    assert "-104" not in page(found)
+    longer = checked({"lower": -1.04, "delta": 1.3, "upper": 1.4}, unit="tokens")
+    assert "+130.0 (-104.0 to +140.0)" in Page(page(longer)).said
+
+
+def test_the_commonest_texts_of_an_evaluation_are_counted():
+    problems = [problem(f"gcd-{i}", right=1, texts=(str(i), "")) for i in range(3)]
+    spaced = msgspec.structs.replace(problem("gcd-3", right=0), completions=[completion(" \n ")])
+    found = commonest([*problems, spaced])
+    assert [(of.text, of.times, of.problems, of.correct) for of in found] == [
+        ("", 10, 4, 1), ("0", 1, 1, 1), ("1", 1, 1, 1), ("2", 1, 1, 1),
+    ]  # fmt: skip
+    assert sum(of.share for of in found) == pytest.approx(1)
+    said = " ".join(Page(page(report(problems))).said.split())
+    assert "text drawn problems correct an empty text9 (75.0 %)30" in said
+    assert commonest([problem()]) == [], "a text of one problem alone says nothing of the policy"
+
+
+def test_long_paths_are_shortened_as_far_as_they_stay_different():
+    one, two = (f"/data/runs/{run}/checkpoint-100/of-a-long-experiment" for run in "ab")
+    assert short_names([one, "nano-base"]) == {
+        one: "…/of-a-long-experiment", "nano-base": "nano-base",
+    }  # fmt: skip
+    assert short_names([one, two]) == {
+        one: "…/a/checkpoint-100/of-a-long-experiment",
+        two: "…/b/checkpoint-100/of-a-long-experiment",
+    }
+    inner = one.removeprefix("/data/")
+    assert short_names([one, inner]) == {one: one, inner: inner}
+    found = report([problem()], policy=one, base=two, trained=[one])
+    made = page(found)
+    look = made[made.index('id="look"') : made.index('id="run"')]
+    assert one not in look
+    assert "…/a/checkpoint-100/of-a-long-experiment" in look
+    facts = Page(made[made.index('id="run"') :].split("</dl>")[0] + "</dl></section>")
+    assert one in "".join(text for _, text in facts.texts)
+    assert {tag["title"] for tag in Page(made).all("b") if "title" in tag} == {one, two}
+
+
+@given(st.lists(st.text("ab/", min_size=1, max_size=60), max_size=6))
+def test_short_names_are_as_different_as_the_names(names):
+    found = short_names(names)
+    assert found.keys() == set(names)
+    assert len(set(found.values())) == len(found)
+
+
+def test_what_is_other_than_in_the_recording_is_said():
+    versions = {"torch": "2.12", "python": "3.11"}
+    then = Recorded(
+        commit="c" * 40, recorded="2026-01-01", environment={**versions, "machine": "x"},
+        sampling={"temperature": 1.2, "top_p": 0.9},
+    )  # fmt: skip
+    found = report([problem()], commit="c" * 40)
+    assert 'id="then"' not in page(found)
+    ((key, row),) = found.evaluations.items()
+    found.evaluations[key] = {**row, "engine": {}, "sampling": {"temperature": 0.8, "top_p": 0.9}}
+    found.environment = {"torch": "2.13", "python": "3.11"}
+    found.recorded[key] = then
+    assert differences(found) == [
+        ("torch", "2.12", "2.13", "all"), ("temperature", "1.2", "0.8", "all"),
+    ]  # fmt: skip
+    found.run = {**found.run, "commit": "d" * 40 + "-dirty"}
+    assert differences(found)[0] == ("commit", "c" * 12, "d" * 12 + "-dirty", "all")
+    assert "when the baseline was recorded" in page(found)
+    found.run = {**found.run, "commit": "c" * 40}
+    found.recorded[key] = msgspec.structs.replace(then, environment={}, sampling={})
+    assert differences(found) == []
+    assert "sampling are those of the recordings" in " ".join(Page(page(found)).said.split())
 
 
 def test_a_training_is_drawn_over_the_recorded_ones():

@@ -22,6 +22,9 @@ _CHANCE = 1e-6
 It is not part of the run's risk, which a hundred such checks raise by a hundredth of it at most.
 """
 
+_LEAST_P = 1e-300
+"""Smaller p values are not told apart."""
+
 _SHOWN = 3
 """Problems that a message shows, and completions of each."""
 
@@ -38,7 +41,14 @@ def side(value: float, unit: Unit) -> str:
 
 def change(value: float, unit: Unit) -> str:
     """Return a difference, in points, in percent of a length, or in a reward's own unit."""
+    if unit == "%" and math.isfinite(value):  # the bounds of an interval may lie beyond what can be
+        value = min(max(value, -1.0), 1.0)
     return f"{value:+.3g}" if unit == "reward" else f"{100 * value:+.1f}"
+
+
+def chance(p: float) -> str:
+    """Return a p value for a sentence; one that is too small for a number is not shown as 0."""
+    return f"p < {_LEAST_P:g}" if p < _LEAST_P else f"p = {p:.2g}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Check:
             unit = {"tokens": "%", "reward": ""}.get(self.unit, " points")
             lines.append(
                 f"  {then} ({escape(self.reference)}) -> {now}: {delta}{unit}, "
-                f"90 % interval {lower} to {upper}, p = {e.p:.2g}, "
+                f"90 % interval {lower} to {upper}, {chance(e.p)}, "
                 f"n = {e.n} problems x {e.k} samples"
             )
         lines.append(f"  {self.reason}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo_harness.choice.pairs import Pair, best, overall, unbeaten
 from grpo_harness.choice.search import GOOD, Answer, Probe
@@ -108,33 +108,19 @@ def write(
     started: datetime,
 ) -> list[Path]:
     """Write the report of a comparison; returns the paths of its files. Raises ``ReportError``."""
-    from grpo_harness.baselines.provenance import git, versions
+    from grpo_harness.report.begin import begun
     from grpo_harness.report.files import problems_of, write, write_samples
-    from grpo_harness.report.report import Report
 
-    settings = session.settings
-    names = [of[0].policy for of in policies]
-    run: dict[str, Any] = {
-        "base": names[0],
-        "trained": names[1:],
-        "problems": settings.problems,
-        "samples": settings.samples,
-        "sampling": settings.sampling.asdict(),
-        "baselines": settings.table.baselines,
-        "seed": session.run_seed,
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
-        "commit": git("rev-parse", "HEAD", cwd=settings.root),
-    }
-    report = Report(
-        run,
-        [*dict.fromkeys(e.task for e in policies[0])],
-        names,
-        "finished",
-        environment=versions(),
-        settings=settings.content(),
-        notices=session.notices(),
+    report = begun(
+        session.settings,
+        [of[0].policy for of in policies],
+        baselines=session.settings.table.baselines,
+        seed=session.run_seed,
+        started=started,
+        seconds=(datetime.now(UTC) - started).total_seconds(),
+        status="finished",
     )
+    report.notices = session.notices()
     for evaluation in (e for of in policies for e in of):
         write_samples(folder, evaluation)
         row = {"kind": "evaluation", **evaluation.summary()}

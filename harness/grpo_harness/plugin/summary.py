@@ -285,10 +285,14 @@ class Summary:
     def _add_problems(self, report: Report, folder: Path) -> None:
         """Add the problems of every evaluation whose samples were written and can be read."""
         from grpo_harness.report.files import ReportError, problems_of
+        from grpo_harness.report.problems import recorded
 
         for key, row in report.evaluations.items():
+            baseline = self._baseline(*key)
+            if baseline is not None:
+                report.recorded[key] = recorded(baseline)
             try:
-                report.problems[key] = problems_of(folder, row, self._baseline(*key))
+                report.problems[key] = problems_of(folder, row, baseline)
             except ReportError as error:
                 report.notices.append(str(error))
                 self._written.append(str(error))
@@ -308,34 +312,21 @@ class Summary:
         return None
 
     def _report(self, status: Any) -> Report:
-        from grpo_harness.baselines.provenance import git, versions
-        from grpo_harness.report.report import Report
+        from grpo_harness.report.begin import begun
 
         settings = self._run.settings
-        texts = [name.text for *_, name in settings.policies()]
-        run = {
-            "base": texts[0],
-            "trained": texts[1:],
-            "problems": settings.problems,
-            "samples": settings.samples,
-            "sampling": settings.sampling.asdict(),
-            "baselines": self._relative(settings.baselines),
-            "seed": self._run.seed,
-            "started": self._started.isoformat(timespec="seconds"),
-            "seconds": None if status == "running" else round(time.monotonic() - self._clock, 1),
-            "commit": git("rev-parse", "HEAD", cwd=self._config.rootpath),
-        }
-        report = Report(
-            run,
-            list(settings.tasks),
-            texts,
-            status,
-            environment=versions(),
-            settings=settings.content(),
-            passed=len(self._passed - self._failed.keys()),
-            failed=self._failed,
-            not_run=[name for name, ended in self._seen.items() if not ended],
+        report = begun(
+            settings,
+            [name.text for *_, name in settings.policies()],
+            baselines=self._relative(settings.baselines),
+            seed=self._run.seed,
+            started=self._started,
+            seconds=None if status == "running" else time.monotonic() - self._clock,
+            status=status,
         )
+        report.passed = len(self._passed - self._failed.keys())
+        report.failed = self._failed
+        report.not_run = [name for name, ended in self._seen.items() if not ended]
         for row in self._rows:
             report.add(row)
         return report

@@ -4,16 +4,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 from markupsafe import Markup
 
-from grpo_harness.checks import OF_CHANGES, change, side
+from grpo_harness.checks import OF_CHANGES, chance, change, side
 from grpo_harness.gate.verdicts import WORST_FIRST, Verdict
 from grpo_harness.history.file import History, Reference, Run
 from grpo_harness.history.series import Drift, Position, Series, series
 from grpo_harness.report.figures import Moment, timeline
-from grpo_harness.report.hostile import harmless
+from grpo_harness.report.html import render
 from grpo_harness.report.tables import Table
 from grpo_harness.rules import RULES
 from grpo_harness.text import escape, together
@@ -86,28 +85,12 @@ def most_telling(history: History) -> list[tuple[str, Markup]]:
 
 def page(history: History) -> str:
     """Return a history as one HTML file that loads nothing."""
-    css = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-    said = [*drifts(history), *history.damaged]
-    tables = [_html(table) for table in (measured(history), runs(history)) if table]
-    drawn = [
-        Markup("<figure>%s<figcaption>%s</figcaption></figure>") % (svg, title)
-        for title, svg in pictures(history)
-    ]
-    return Markup(
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'\"><title>grpo-harness history</title><style>%s</style>"
-        "<main><h1>History: %d runs</h1><ul>%s</ul><p>%s</p>"
-        '<div class="pictures">%s</div><h2>Numbers</h2>%s</main></html>\n'
-    ) % (
-        Markup(css),  # noqa: S704 - our own file
-        len(history.runs),
-        Markup().join(Markup("<li>%s</li>") % line for line in said or ["no drift is proven"]),
-        "Whiskers are 90 % intervals for the same problems, level lines the mean between drifts. "
-        "Upright lines: red a proven drift, light a new baseline, dark a moved anchor.",
-        Markup().join(drawn),
-        Markup().join(tables),
+    return render(
+        "history",
+        history=history,
+        said=[*drifts(history), *history.damaged],
+        pictures=pictures(history),
+        tables=[measured(history), runs(history)],
     )
 
 
@@ -123,7 +106,7 @@ def _sentence(one: Series, drift: Drift) -> str:
     place = "" if found.earliest == found.latest else _between(drift)
     return (
         f"{_title(one)}: {sides} since {escape(drift.since)}{place}; changed by "
-        f"{_size(one, drift)}, 90 % interval {lower} to {upper}, p = {found.p:.2g}"
+        f"{_size(one, drift)}, 90 % interval {lower} to {upper}, {chance(found.p)}"
     )
 
 
@@ -229,16 +212,3 @@ def _counted(run: Run) -> str:
 
 def _short(commit: str | None) -> str:
     return commit[:8] + commit[40:] if commit else ""
-
-
-def _html(table: Table) -> Markup:
-    head = Markup().join(Markup("<th>%s</th>") % name for name in table.columns)
-    rows = [
-        Markup("<tr>%s</tr>")
-        % Markup().join(Markup("<td>%s</td>") % harmless(row[name]) for name in table.columns)
-        for row in table.rows
-    ]
-    whole = Markup(
-        '<div class="wide"><table><thead><tr>%s</tr></thead><tbody>%s</tbody></table></div>'
-    )
-    return whole % (head, Markup().join(rows))

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from grpo_harness.baselines.examples import read
-from grpo_harness.baselines.file import Baseline, Record, prompt_digest
-from grpo_harness.report.schema import Completion, Kept, Problem, Side
+from grpo_harness.baselines.file import SPEED, Baseline, Record, prompt_digest
+from grpo_harness.report.schema import Completion, Kept, Problem, Recorded, Side
 from grpo_harness.rewards.outcome import Outcome
 
 
@@ -57,6 +57,21 @@ def problems(samples: Path, baseline: Baseline | None) -> list[Problem]:
             )
         )
     return found
+
+
+def recorded(baseline: Baseline) -> Recorded:
+    """Return how a baseline was recorded."""
+    header, start = baseline.header, "sampling."
+    return Recorded(
+        commit=header.commit,
+        recorded=header.recorded,
+        environment={name: of for name, of in header.environment.items() if name != SPEED},
+        sampling={
+            name.removeprefix(start): of
+            for name, of in header.conditions.items()
+            if name.startswith(start)
+        },
+    )
 
 
 def _completion(row: _Row) -> Completion:

@@ -13,11 +13,11 @@ from typing import Any, Self
 
 import msgspec
 
-from grpo_harness.checks import change, side
+from grpo_harness.checks import chance, change, side
 from grpo_harness.gate.stats import holm
 from grpo_harness.gate.verdicts import WORST_FIRST
 from grpo_harness.history.file import History
-from grpo_harness.report.schema import SCHEMA, Content, Problem, Status
+from grpo_harness.report.schema import SCHEMA, Content, Problem, Recorded, Status
 from grpo_harness.report.tables import Table
 from grpo_harness.text import escape, markdown, plain, together
 
@@ -46,7 +46,8 @@ class Report:
 
     ``run`` says what was run, as ``schema.Run`` has it. ``task_types`` and ``policies`` give the
     order of the rows, whatever the order of the tests. ``problems`` has those of an evaluation by
-    policy and task type, as far as its samples were kept. ``failed`` has the tests that failed or
+    policy and task type, as far as its samples were kept, and ``recorded`` how its baseline was
+    recorded. ``failed`` has the tests that failed or
     could not be run, with their messages, and ``not_run`` those that were not reached.
     """
 
@@ -63,6 +64,7 @@ class Report:
     environment: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     problems: dict[tuple[str, str], list[Problem]] = field(default_factory=dict)
+    recorded: dict[tuple[str, str], Recorded] = field(default_factory=dict)
     curves: list[Row] = field(default_factory=list)
     history: History = field(default_factory=lambda: History([]))
 
@@ -84,8 +86,9 @@ class Report:
     def content(self) -> Content:
         """Return everything, for ``report.json``."""
         evaluations = [
-            {**row, "problems": self.problems.get((row["policy"], row["task_type"]), [])}
+            {**row, "problems": self.problems.get(key, []), "recorded": self.recorded.get(key)}
             for row in self._sorted(self.evaluations)
+            for key in [(row["policy"], row["task_type"])]
         ]
         everything = {
             "schema": SCHEMA,
@@ -123,10 +126,13 @@ class Report:
             settings=content.settings,
         )
         for evaluation in evaluations:
-            report.problems[evaluation.policy, evaluation.task_type] = evaluation.problems
+            key = evaluation.policy, evaluation.task_type
+            report.problems[key] = evaluation.problems
+            if evaluation.recorded is not None:
+                report.recorded[key] = evaluation.recorded
             row = msgspec.structs.asdict(evaluation) | {"kind": "evaluation"}
             row["slices"] = msgspec.to_builtins(evaluation.slices)
-            del row["problems"]
+            del row["problems"], row["recorded"]
             report.add(row)
         report.history = History(content.history)
         report.curves = [msgspec.to_builtins(curve) for curve in content.curves]
@@ -191,7 +197,7 @@ class Report:
                     "Δ": change(e["delta"], row["unit"]) if e else "",
                     "lower": change(e["lower"], row["unit"]) if e else "",
                     "upper": change(e["upper"], row["unit"]) if e else "",
-                    "p": f"{e['p']:.2g}" if e else "",
+                    "p": chance(e["p"]).removeprefix("p ").removeprefix("= ") if e else "",
                     "p (Holm)": by_key.get(id(row), ""),
                     "MDE90": _least(row) if e else "",
                     "needed": str(e["needed"] or "unreachable") if e else "",
@@ -419,12 +425,9 @@ def _least(row: Row) -> str:
 
 
 def _interval(e: Row) -> str:
-    return f"{_points(e['delta'])} ({_points(e['lower'])} to {_points(e['upper'])})"
+    delta, lower, upper = (change(e[name], "%") for name in ("delta", "lower", "upper"))
+    return f"{delta} ({lower} to {upper})"
 
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}"

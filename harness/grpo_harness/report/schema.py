@@ -79,6 +79,19 @@ class Problem(_Object, kw_only=True):
     completions: list[Completion]
 
 
+class Recorded(_Object, kw_only=True):
+    """How the baseline of an evaluation was recorded: at which commit, when (UTC), with what.
+
+    ``environment`` has versions, machine and engine, and ``sampling`` what completions were drawn
+    with.
+    """
+
+    commit: str | None
+    recorded: str
+    environment: dict[str, Any]
+    sampling: dict[str, Any]
+
+
 class Slice(_Object, kw_only=True):
     """An evaluation on the problems of one value of a column."""
 
@@ -91,7 +104,8 @@ class Slice(_Object, kw_only=True):
 class Evaluation(_Object, kw_only=True):
     """A policy on a task type: ``n`` of the ``planned`` problems were asked, ``k`` times each.
 
-    ``slug`` is the policy's name in the names of files, such as that of its samples.
+    ``slug`` is the policy's name in the names of files, such as that of its samples. ``recorded``
+    is null without a baseline.
     """
 
     policy: str
@@ -112,6 +126,7 @@ class Evaluation(_Object, kw_only=True):
     outcomes: dict[Outcome, float]
     slices: list[Slice] = []
     problems: list[Problem] = []
+    recorded: Recorded | None = None
 
 
 class Evidence(_Object, kw_only=True):
