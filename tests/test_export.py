@@ -18,7 +18,7 @@ import pytest
 
 from grpo_harness.cli import main
 from grpo_harness.export import every_eval_ever
-from grpo_harness.export.scores import ExportError, clustered_stderr, portable
+from grpo_harness.export.scores import ExportError, _mean, clustered_stderr, portable
 from grpo_harness.report.schema import Completion, Content, Evaluation, Problem, Side
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +133,13 @@ def test_the_standard_error_of_equal_groups_is_that_of_their_means():
     expected = means.std(ddof=1) / math.sqrt(len(means))
     assert clustered_stderr([*map(list, groups), []]) == pytest.approx(expected)
     assert clustered_stderr([[1.0, 0.0], []]) is None
+
+
+def test_scores_may_be_as_large_as_a_float():
+    groups = [[1.0, 0.0], [0.5, 0.25], [1.0, 1.0]]
+    large = [[1.7e308 * value for value in group] for group in groups]
+    assert clustered_stderr(large) == pytest.approx(1.7e308 * clustered_stderr(groups))
+    assert _mean([1.7e308, 1.7e308, 0.0]) == pytest.approx(1.7e308 / 3 * 2)
 
 
 def test_every_completion_is_a_row_of_each_result_that_it_counts_in(tmp_path):

@@ -777,6 +777,27 @@ def test_a_run_writes_every_problem_with_both_sides(project):
     assert "Task by task" in (project.path / "out" / "report.html").read_text()
 
 
+def test_samples_of_another_run_in_the_same_folder_are_not_taken_for_ours(project):
+    run(project, "--grpo-record")
+    project.makeconftest(
+        """
+        import json
+        from pathlib import Path
+
+        def pytest_runtest_teardown(item):
+            for path in Path("out/samples").glob("*.jsonl"):
+                rows = [json.loads(line) for line in path.read_text().splitlines()]
+                for row in rows:
+                    row["tokens"] += 1
+                path.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+        """
+    )
+    result = run(project, "--grpo-report=out", passed=2)
+    result.stdout.fnmatch_lines(["the samples *palindrome.jsonl are of another run: *"])
+    content = json.loads((project.path / "out" / "report.json").read_text())
+    assert [of["problems"] for of in content["evaluations"]] == [[], []]
+
+
 def test_samples_that_cannot_be_read_cost_no_more_than_the_problems(project):
     run(project, "--grpo-record")
     project.makeconftest(

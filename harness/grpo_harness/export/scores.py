@@ -51,13 +51,17 @@ def scores(evaluation: Evaluation) -> list[Score]:
     for name in dict.fromkeys(name for c in completions(evaluation) for name in c.rewards):
         of = _reward(name)
         applied = [value for c in completions(evaluation) if (value := of(c)) is not None]
-        means[f"reward/{name}"] = (math.fsum(applied) / len(applied) if applied else None, of)
+        means[f"reward/{name}"] = (_mean(applied) if applied else None, of)
     means["tokens"] = (evaluation.mean_length, lambda each: each.tokens)
     return [
         Score(name, mean, clustered_stderr(_values(evaluation.problems, of)), of)
         for name, (mean, of) in means.items()
         if mean is not None
     ]
+
+
+_LARGE = 1e140
+"""Numbers beyond this are divided by the largest of them, or a sum or a square may overflow."""
 
 
 def clustered_stderr(groups: Iterable[Sequence[float]]) -> float | None:
@@ -70,9 +74,18 @@ def clustered_stderr(groups: Iterable[Sequence[float]]) -> float | None:
     if len(filled) < 2:
         return None
     n = sum(map(len, filled))
+    unit = max(abs(value) for group in filled for value in group)
+    unit = unit if unit > _LARGE else 1.0
+    filled = [[value / unit for value in group] for group in filled]
     mean = math.fsum(value for group in filled for value in group) / n
     squares = math.fsum(math.fsum(value - mean for value in group) ** 2 for group in filled)
-    return math.sqrt(squares * len(filled) / (len(filled) - 1)) / n
+    return unit * (math.sqrt(squares * len(filled) / (len(filled) - 1)) / n)
+
+
+def _mean(values: Sequence[float]) -> float:
+    unit = max(map(abs, values))
+    unit = unit if unit > _LARGE else 1.0
+    return unit * (math.fsum(value / unit for value in values) / len(values))
 
 
 def completions(evaluation: Evaluation) -> Iterable[Completion]:

@@ -1,7 +1,8 @@
 """The report and its samples on disk, written atomically, and only of one run."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,22 @@ def problems_of(folder: Path, row: Row, baseline: Baseline | None) -> list[Probl
     """
     path = samples_of(folder, row["slug"], row["task_type"])
     try:
-        return problems(path, baseline) if path.exists() else []
+        found = problems(path, baseline) if path.exists() else []
     except (OSError, ValueError) as error:
         raise ReportError(f"the samples {path} cannot be read ({one_line(error)})") from error
+    if found and not _are_of(row, found):
+        raise ReportError(
+            f"the samples {path} are of another run: give runs at the same time different folders"
+        )
+    return found
+
+
+def _are_of(row: Row, found: Sequence[Problem]) -> bool:
+    """Tell whether problems may be those of an evaluation, by how much was drawn."""
+    drawn = sum(problem.now.k for problem in found)
+    tokens = sum(problem.now.k * problem.now.tokens for problem in found)
+    mean = row["mean_length"] * drawn
+    return (len(found), drawn) == (row["n"], row["n"] * row["k"]) and math.isclose(tokens, mean)
 
 
 def write_samples(folder: Path, evaluation: Evaluation) -> None:
