@@ -41,8 +41,8 @@ class Summary:
         self._rows: list[dict[str, Any]] = []
         self._failed: dict[str, str] = {}
         self._passed: set[str] = set()
-        self._recorded: dict[str, list[str]] = {}
         self._written: list[str] = []
+        self._final: Report | None = None
         self._handler: Any = None
         self._started, self._clock = datetime.now(UTC), time.monotonic()
         self._report_to = self._folder()
@@ -221,7 +221,7 @@ class Summary:
         interrupted = exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
         from grpo_harness.report.files import ReportError, append_summary, write
 
-        report = self._report("interrupted" if interrupted else "finished")
+        self._final = report = self._report("interrupted" if interrupted else "finished")
         if self._history is not None and not interrupted:
             self._append(report, self._history)
         try:
@@ -268,7 +268,7 @@ class Summary:
             for path, notes in sorted(recorded.items()):
                 say(plain("\n    ".join([self._relative(Path(path)), *notes])))
             say("Read the difference and commit it: it is what later runs must meet.")
-        report = self._report("finished")
+        report = self._final
         if report:
             terminalreporter.section("grpo-harness")
             styled = bool(getattr(terminalreporter, "_tw", None) and terminalreporter._tw.hasmarkup)
@@ -295,7 +295,6 @@ class Summary:
                 report.problems[key] = problems_of(folder, row, baseline)
             except ReportError as error:
                 report.notices.append(str(error))
-                self._written.append(str(error))
 
     def _baseline(self, policy: str, task_type: str) -> Baseline | None:
         """Return the baseline that a policy is judged by on a task, if there is one."""
