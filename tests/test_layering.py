@@ -138,6 +138,15 @@ def test_a_module_loads_without_torch(module):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_what_draws_is_loaded_only_where_something_is_drawn():
+    code = (
+        "import grpo_harness.engines.transformers, sys\n"
+        "sys.exit(bool({'grpo_harness.engines.decoding', 'transformers.modeling_utils'} "
+        "& set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_every_room_is_in_the_wheel():
     table = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
     rooms = {f"grpo_harness.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}

@@ -14,10 +14,10 @@
 ``passes.py``    pass@j and majority@k, with intervals
 ``flips.py``     problems that flipped, with both texts
 ``figures.py``   the page's pictures
+``history.py``   runs over time: tables, pictures, and what is proven
 ``intervals.py`` the intervals of the page, rule by rule
 ``sections.py``  an evaluation on the page: pictures, rates, flips, commonest texts
 ``page.py``      the page, ``report.html``
-``history.py``   runs over time: tables, pictures, and what is proven
 ``files.py``     the report and its samples on disk
 ===============  ==================================================================
 """
