@@ -337,7 +337,7 @@ def test_the_commonest_texts_of_an_evaluation_are_counted():
     ]  # fmt: skip
     assert sum(of.share for of in found) == pytest.approx(1)
     said = " ".join(Page(page(report(problems))).said.split())
-    assert "text drawn problems correct an empty text9 (75.0 %)30" in said
+    assert "textdrawnproblemscorrect an empty text9 (75.0 %)3001 (8.3 %)1111 (8.3 %)11" in said
     assert commonest([problem()]) == [], "a text of one problem alone says nothing of the policy"
 
 
@@ -357,8 +357,7 @@ def test_long_paths_are_shortened_as_far_as_they_stay_different():
     look = made[made.index('id="look"') : made.index('id="run"')]
     assert one not in look
     assert "…/a/checkpoint-100/of-a-long-experiment" in look
-    facts = Page(made[made.index('id="run"') :].split("</dl>")[0] + "</dl></section>")
-    assert one in "".join(text for _, text in facts.texts)
+    assert one in made[made.index('id="run"') :]
     assert {tag["title"] for tag in Page(made).all("b") if "title" in tag} == {one, two}
 
 

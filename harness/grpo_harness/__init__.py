@@ -28,6 +28,7 @@ files of a package, in the order of its own table.
 ``served.py``      which policies are served, and where
 ``settings.py``    one model of all settings: options over pyproject.toml over defaults
 ``sizing.py``      how many problems and samples each row asks, planned from its baseline
+``begun.py``       the report of a run before it found anything
 ``session.py``     what the tests of one run share
 ``choice/``        which of several policies is best, which checkpoint went wrong
 ``canaries.py``    what a checkpoint's weights say of some texts, recorded

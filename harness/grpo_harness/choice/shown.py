@@ -108,7 +108,7 @@ def write(
     started: datetime,
 ) -> list[Path]:
     """Write the report of a comparison; returns the paths of its files. Raises ``ReportError``."""
-    from grpo_harness.report.begin import begun
+    from grpo_harness.begun import begun
     from grpo_harness.report.files import problems_of, write, write_samples
 
     report = begun(

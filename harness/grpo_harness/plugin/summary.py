@@ -311,7 +311,7 @@ class Summary:
         return None
 
     def _report(self, status: Any) -> Report:
-        from grpo_harness.report.begin import begun
+        from grpo_harness.begun import begun
 
         settings = self._run.settings
         report = begun(
