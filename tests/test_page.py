@@ -823,7 +823,7 @@ def test_the_history_is_on_the_page_and_in_the_report(project):
     for seed in (1, 2):
         run(project, "--grpo-report=out", "--grpo-history=kept", f"--grpo-seed={seed}", passed=2)
     found = read(project.path / "out")
-    assert [one.seed for one in found.history.runs] == [1, 2]
+    assert {one.seed for one in found.history.runs} == {1, 2}, "in any order within a second"
     made = Page((project.path / "out" / "report.html").read_text())
     assert "Each accuracy over the commits of 2 runs" in " ".join(made.said.split())
     assert "No drift is proven." in made.said
