@@ -176,7 +176,10 @@ def _choose_data(found: Found, choice: Choice) -> None:
     also = f"; also there: {_few(others)}" if others else ""
     choice.said.append(("rewards", f"{_few(data.rewards)}{also}"))
     if found.home / data.file.path in trained_on:
-        choice.to_do.append(f"judge by rows that no training sees: {path} is what is trained on")
+        choice.to_do.append(
+            f"judge by rows that no training sees: {path} is what is trained on, and what a "
+            "training has seen is refused. Name another file as path in pyproject.toml"
+        )
     elif not data.file.held_out:
         choice.to_do.append(f"see that no training sees the rows of {path}")
     if data.correct:

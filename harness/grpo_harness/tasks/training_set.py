@@ -62,6 +62,6 @@ def check_disjoint(training: Iterable[str], evaluation: Iterable[str]) -> None:
     if shared:
         raise ValueError(
             f"{len(shared)} problems of the evaluation were trained on, the first of them "
-            f"{shared[0]!r}: remove them from the training set (is_held_out finds them) and "
-            "train again"
+            f"{shared[0]!r}: judge by rows that no training sees (another path or split of the "
+            "data set), or train without these problems (is_held_out finds generated ones)"
         )
