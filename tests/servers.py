@@ -36,11 +36,13 @@ class Server:
         dtype="float32",
         tells=("usage", "token_ids", "stop_reason"),
         about=None,
+        llama=False,
         alter=None,
     ):
         self.engine = TransformersEngine(policy, Sampling(), device="cpu", dtype=dtype)
         self.name, self.faults, self.refuses = name, faults, refuses
         self.serial, self.delay, self.tells = serial, delay, tells
+        self.llama = llama
         self.alter = alter or (lambda body: body)
         self.about = about or {"id": name, "owned_by": "tests", "created": time.time()}
         self.asked, self.headers, self.requests, self.at_once, self.most = [], [], 0, 0, 0
@@ -107,6 +109,10 @@ class Server:
         if isinstance(fault, tuple):
             self._answer(handler, *fault)
             return
+        if self.llama and body.get("top_k", 40) < 0:
+            said = "1 validation error: 'loc': ('body', 'top_k'), 'type': 'greater_than_equal'"
+            self._answer(handler, 500, {"error": {"message": said}})
+            return
         if refused := [name for name in self.refuses if name in body]:
             said = f"Unexpected keys in the request: {refused}"
             self._answer(handler, 400, {"error": {"message": said}})
@@ -136,18 +142,21 @@ class Server:
 
     def _completion(self, body):
         greedy = body.get("temperature") == 0
+        top_k = body.get("top_k", 40 if self.llama else -1)
         sampling = Sampling(
             temperature=body.get("temperature") or 1.0,
             top_p=body.get("top_p", 1.0),
             max_new_tokens=max(1, body["max_tokens"]),
             greedy=greedy,
-            top_k=None if body.get("top_k", -1) < 1 else body["top_k"],
-            min_p=body.get("min_p") or None,
-            repetition_penalty=body.get("repetition_penalty", 1.0),
+            top_k=top_k if top_k > 0 else None,
+            min_p=body.get("min_p", 0.05 if self.llama else None) or None,
+            repetition_penalty=body.get("repeat_penalty", 1.1)
+            if self.llama
+            else body.get("repetition_penalty", 1.0),
             stop=tuple(body.get("stop", ())),
         )
         with self._lock:
-            if {"logprobs", "prompt_logprobs"} & body.keys():
+            if {"logprobs", *([] if self.llama else ["prompt_logprobs"])} & body.keys():
                 return self._scored(body)
             engine = self.engine.drawing(sampling)
             (sample,) = engine.sample([Request(body["prompt"], body.get("seed", 0))])
@@ -170,11 +179,22 @@ class Server:
         with torch.inference_mode():
             logits = self.engine.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         scores = [None, *logits[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()]
+        if self.llama and body.get("echo"):
+            scores[1:] = logits[1:].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+            if self.llama == "without special tokens":
+                special = set(tokenizer.all_special_ids)
+                scores = [of for i, of in zip(ids, scores, strict=True) if i not in special]
         choice = {"text": body["prompt"], "finish_reason": "length"}
         if "prompt_logprobs" in body:
             told = [{str(i): {"logprob": of}} for i, of in zip(ids[1:], scores[1:], strict=True)]
             choice["prompt_logprobs"] = [None, *told]
         else:
-            drawn = [-0.5] * body["max_tokens"]
-            choice["logprobs"] = {"token_logprobs": [*scores, *drawn]}
-        return {"model": body["model"], "choices": [choice]}
+            (drawn,) = self.engine.sample([Request(body["prompt"], body.get("seed", 0))])
+            number = 200 if self.llama and not body["max_tokens"] else body["max_tokens"]
+            own = [float(logits[-1, of]) for of in drawn.ids[:number]]
+            own += [-0.5] * (number - len(own))
+            choice["logprobs"] = {"token_logprobs": [*scores, *own] if body.get("echo") else own}
+            if not body.get("echo"):
+                choice["text"] = tokenizer.decode(drawn.ids[:number], skip_special_tokens=True)
+        usage = {"usage": {"prompt_tokens": len(ids)}} if self.llama else {}
+        return {"model": body["model"], "choices": [choice], **usage}

@@ -197,10 +197,25 @@ def test_without_log_probabilities_completions_are_compared(admitted, policy):
         assert admitted(server).verdict == "FAIL"
 
 
-@pytest.mark.parametrize("form", ["echo", "prompt_logprobs"])
-def test_a_server_is_asked_in_each_form(admitted, policy, form):
+@pytest.mark.heavy
+@pytest.mark.parametrize("llama", [True, "without special tokens"])
+def test_llama_cpp_is_understood(admitted, policy, llama):
+    """It refuses ``top_k`` -1 by a 500, has a penalty of its own, and shifts its scores."""
+    with Server(policy, llama=llama) as server:
+        found = admitted(server)
+        assert found.verdict in ("PASS", "UNPROVEN"), found.message()
+        assert "tells no log-probabilities" in found.message()
+        drawn = [body for body in server.asked if "logprobs" not in body]
+        assert {(body["top_k"], body["repeat_penalty"]) for body in drawn} == {(0, 1.0)}
+        assert not any("repetition_penalty" in body for body in drawn)
+    with Server(load("nano-base"), llama=llama) as server:
+        assert admitted(server).verdict == "FAIL"
+
+
+@pytest.mark.parametrize(("form", "tokens"), [("echo", 1), ("echo", 0), ("prompt_logprobs", 1)])
+def test_a_server_is_asked_in_each_form(admitted, policy, form, tokens):
     def faults(number, body):
-        wanted = form in body and body["max_tokens"] == 1
+        wanted = form in body and body["max_tokens"] == tokens
         return NONE if {"echo", "prompt_logprobs"} & body.keys() and not wanted else None
 
     with Server(policy, faults=faults) as server:

@@ -43,6 +43,9 @@ _LARGEST = 1 << 24
 
 _OVERLOADED = (408, 425, 429)
 
+_INVALID = "validation error"
+"""Words in a 500 that mean a field which the server does not take, as of llama-cpp-python."""
+
 
 def _httpx() -> Any:
     try:
@@ -205,7 +208,10 @@ class Client:
                     raise _TooLargeError(f"its answer has more than {_LARGEST >> 20} MiB")
         text = self.endpoint.censored(content.decode("utf-8", errors="replace"))
         wait = _seconds(response.headers.get("Retry-After"))
-        return Answer(url, response.status_code, text, wait)
+        status = response.status_code
+        if status == 500 and _INVALID in text:
+            status = 422
+        return Answer(url, status, text, wait)
 
     async def _take(self, failed_at: set[str]) -> _Server:
         """Wait for a server that may have one more request, and return the least busy.

@@ -17,11 +17,20 @@ Scores = list[float]
 """The log-probability of each token of a text but the first."""
 
 _FORMS: tuple[dict[str, Any], ...] = (
-    {"echo": True, "logprobs": 1, "max_tokens": 0},
     {"echo": True, "logprobs": 1, "max_tokens": 1},
+    {"echo": True, "logprobs": 1, "max_tokens": 0},
     {"prompt_logprobs": 0, "max_tokens": 1},
 )
-"""How servers are asked: as OpenAI's, as those that draw a token at least, and as vLLM."""
+"""How servers are asked: as OpenAI's, as those that draw no token then, and as vLLM.
+
+First with a token: a server may take 0 for no limit.
+"""
+
+_OWN_TEXTS, _CONTRADICTION = 3, 0.5
+"""A server's scores are of no use if its own tokens, drawn within so many texts, all have others.
+
+They differ by more than this each.
+"""
 
 
 class _Logprobs(msgspec.Struct):
@@ -33,12 +42,18 @@ class _Entry(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    text: str = ""
     logprobs: _Logprobs | None = None
     prompt_logprobs: list[dict[str, _Entry] | None] | None = None
 
 
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+
+
 class _Scored(msgspec.Struct):
     choices: list[_Choice]
+    usage: _Usage | None = None
 
 
 class PromptError(EngineError):
@@ -94,24 +109,51 @@ def by_server(engine: ServerEngine, texts: Sequence[str]) -> list[Scores] | None
         if answer.status != 200:
             return None
         try:
-            choices = msgspec.json.decode(answer.body, type=_Scored).choices
+            read = msgspec.json.decode(answer.body, type=_Scored)
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             return None
+        choices = read.choices
         scores = _told(choices[0], ids) if len(choices) == 1 else []
         if not scores:
             return None
         drawn = int(form["max_tokens"] if form.get("echo") else 0)
         # A server may leave the drawn token out: then it drew an end.
         if len(scores) not in (len(ids), len(ids) + drawn):
+            if read.usage and read.usage.prompt_tokens == len(ids):
+                return None  # it has read all, and leaves some tokens out of what it tells
             raise PromptError(len(scores), len(ids), answer.url)
         known = [score for score in scores[1 : len(ids)] if score is not None]
         return known if len(known) == len(ids) - 1 else None
+
+    async def contradicted(form: Mapping[str, Any]) -> bool:
+        # A server may tell of each token the score of the one behind it, as llama-cpp-python does.
+        # Asked in the middle of texts: at their ends a completion ends too, without a token's text.
+        apart = []
+        for text in (of[: len(of) * part // 4] for of in texts[:_OWN_TEXTS] for part in (1, 2, 3)):
+            answer = await engine.answered(
+                {"prompt": text, "temperature": 1.0, "add_special_tokens": False,
+                 "logprobs": 1, "max_tokens": 1}
+            )  # fmt: skip
+            try:
+                (choice,) = msgspec.json.decode(answer.body, type=_Scored).choices
+            except (msgspec.MsgspecError, UnicodeError, RecursionError, ValueError):
+                continue
+            own = choice.logprobs.token_logprobs if choice.logprobs else []
+            both = engine.policy.tokenizer([text, text + choice.text], add_special_tokens=False)
+            before, after = both["input_ids"]
+            if len(own) != 1 or own[0] is None or after[:-1] != before:
+                continue
+            if echoed := await ask(text + choice.text, form):
+                apart.append(abs(echoed[-1] - own[0]))
+        return bool(apart) and min(apart) > _CONTRADICTION
 
     async def ask_all() -> list[Scores] | None:
         async with engine.client.open():
             for form in _FORMS:
                 if await ask(texts[0], form) is None:
                     continue
+                if form.get("echo") and await contradicted(form):
+                    return None
                 scores = await asyncio.gather(*(ask(text, form) for text in texts))
                 if all(of is not None for of in scores):
                     return [of for of in scores if of is not None]

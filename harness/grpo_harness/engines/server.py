@@ -67,6 +67,7 @@ class ServerEngine(Remote):
         self.client = Client(endpoint)
         self._taken: set[str] = set()
         self._left_out: set[str] = set()
+        self._off = {"top_k": -1}
         self._about: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -138,16 +139,22 @@ class ServerEngine(Remote):
         return {"max_tokens": s.max_new_tokens, **draws, **self._extensions()}
 
     def _extensions(self) -> dict[str, Any]:
-        """Return the fields that not every server knows: vLLM and SGLang do."""
+        """Return the fields that not every server knows: vLLM and SGLang do.
+
+        That of llama-cpp-python has another number for no ``top_k``, and another name for the
+        penalty, which it sets to 1.1 if it is not told.
+        """
         s = self._sampling
         fields: dict[str, Any] = {
-            "top_k": -1 if s.greedy or s.top_k is None else s.top_k,
+            "top_k": self._off["top_k"] if s.greedy or s.top_k is None else s.top_k,
             "min_p": 0.0 if s.greedy or s.min_p is None else s.min_p,
             "repetition_penalty": s.repetition_penalty,
             "stop_token_ids": list(self.policy.eos_token_ids),
             "add_special_tokens": False,
             "return_token_ids": True,
         }
+        if self._off["top_k"] == 0:
+            fields["repeat_penalty"] = fields.pop("repetition_penalty")
         if s.stop:
             fields |= {"stop": list(s.stop)}
             fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
@@ -155,9 +162,9 @@ class ServerEngine(Remote):
 
     def _dispensable(self, prompt: str) -> set[str]:
         """Return the fields that may be left out, because they are to change nothing."""
-        off = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        off = {**self._off, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
         fields = self._extensions()
-        names = {name for name, value in off.items() if fields[name] == value}
+        names = {name for name, value in off.items() if fields.get(name) == value}
         if not _begins_with_more(self.policy, prompt):
             names.add("add_special_tokens")
         return {*names, "seed", "stop_token_ids", "return_token_ids", "no_stop_trim"}
@@ -181,6 +188,9 @@ class ServerEngine(Remote):
         """
         named = {name for name in body if re.search(rf"\b{name}\b", answer.body)}
         named -= {"prompt"}
+        if named == {"top_k"} and body["top_k"] == -1:
+            self._off["top_k"] = 0
+            return
         spare = (self._dispensable(body["prompt"]) & body.keys()) - self._taken
         wanted = named - spare
         if not wanted and spare:
