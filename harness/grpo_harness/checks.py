@@ -12,7 +12,7 @@ from typing import Any, Literal
 from grpo_harness.evaluation import Evaluation, Group, Tally
 from grpo_harness.gate.permutation import Rewards
 from grpo_harness.gate.plan import Noise, Planner
-from grpo_harness.gate.verdicts import Evidence, Verdict
+from grpo_harness.gate.verdicts import Evidence, Verdict, chance
 from grpo_harness.rules import RULES, Rule, Tallies, Terms, Unit, counts, nothing_to_lose
 from grpo_harness.text import escape
 
@@ -21,9 +21,6 @@ _CHANCE = 1e-6
 
 It is not part of the run's risk, which a hundred such checks raise by a hundredth of it at most.
 """
-
-_LEAST_P = 1e-300
-"""Smaller p values are not told apart."""
 
 _SHOWN = 3
 """Problems that a message shows, and completions of each."""
@@ -44,11 +41,6 @@ def change(value: float, unit: Unit) -> str:
     if unit == "%" and math.isfinite(value):  # the bounds of an interval may lie beyond what can be
         value = min(max(value, -1.0), 1.0)
     return f"{value:+.3g}" if unit == "reward" else f"{100 * value:+.1f}"
-
-
-def chance(p: float) -> str:
-    """Return a p value for a sentence; one that is too small for a number is not shown as 0."""
-    return f"p < {_LEAST_P:g}" if p < _LEAST_P else f"p = {p:.2g}"
 
 
 @dataclass(frozen=True)

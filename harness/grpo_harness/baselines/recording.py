@@ -270,7 +270,7 @@ def _against_parent(
         lowered = (
             f"the accuracy of {escape(first.policy)} on {first.task} is {found.now:.1%}, and "
             f"the {name}'s was {found.then:.1%}: {100 * found.delta:+.1f} points, "
-            f"p = {found.p:.2g}"
+            f"{gate.chance(found.p)}"
         )
         if reason is None:
             raise BaselineError(

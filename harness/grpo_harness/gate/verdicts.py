@@ -68,6 +68,15 @@ NOT_THE_POLICY = "the policy is the recorded one: what draws or scores its compl
 """The meaning of a proven change of the recorded policy, in either direction."""
 
 
+def chance(p: float) -> str:
+    """Return a p value for a sentence; one that is too small for a number is not shown as 0."""
+    return f"p < {_LEAST_P:g}" if p < _LEAST_P else f"p = {p:.2g}"
+
+
+_LEAST_P = 1e-300
+"""Smaller p values are not told apart."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """What one check concluded, and the numbers behind it.
@@ -515,7 +524,7 @@ def _conclude(
         verdict = "ERROR"
         reason = f"{n} problems are too few to judge, the floor is {MINIMUM_PROBLEMS}"
     elif failed:
-        what = f"proven, p = {e.p:.2g}; {harm}" if harm else f"proven harm, p = {e.p:.2g}"
+        what = f"proven, {chance(e.p)}; {harm}" if harm else f"proven harm, {chance(e.p)}"
         verdict, reason = "FAIL", f"{change} is {what}"
     elif passed:
         verdict, reason = "PASS", f"{change}, within {within}, is proven to be acceptable"

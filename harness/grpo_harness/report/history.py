@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from grpo_harness.checks import OF_CHANGES, chance, change, side
-from grpo_harness.gate.verdicts import WORST_FIRST, Verdict
+from grpo_harness.checks import OF_CHANGES, change, side
+from grpo_harness.gate.verdicts import WORST_FIRST, Verdict, chance
 from grpo_harness.history.file import History, Reference, Run
 from grpo_harness.history.series import Drift, Position, Series, series
 from grpo_harness.report.figures import Moment, timeline

@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import msgspec
 
-from grpo_harness.checks import chance, change, side
+from grpo_harness.checks import change, side
 from grpo_harness.gate.stats import holm
-from grpo_harness.gate.verdicts import WORST_FIRST
+from grpo_harness.gate.verdicts import WORST_FIRST, chance
 from grpo_harness.history.file import History
 from grpo_harness.report.schema import SCHEMA, Content, Problem, Recorded, Status
 from grpo_harness.report.tables import Table
