@@ -1,5 +1,6 @@
 """A report as a comment: all that matters is in it, it fits, and nothing in it is interpreted."""
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -119,3 +120,40 @@ def test_a_report_that_lacks_a_part_is_none(tmp_path, part):
         read(path)
     with pytest.raises(ReportError, match="cannot be read"):
         read(tmp_path / "nowhere.json")
+
+
+def test_as_much_is_shown_as_has_room():
+    found = report("FAIL", "PASS", changed=["gcd-1"], failed=[("test_x", "it broke")])
+    whole = comment(found)
+    said = {limit: comment(found, limit) for limit in range(400, len(whole) + 100)}
+    note = "\n\nThe rest has no room here: see the report.\n"
+    bodies = {text.removesuffix(note) for text in said.values()}
+    assert len(bodies) > 4
+    for limit, text in said.items():
+        body = text.removesuffix(note)
+        assert whole.startswith(body)
+        assert len(body) == max(len(of) for of in bodies if len(of) + len(note) <= limit)
+    assert LONGEST <= 65_536, "GitHub takes no more"
+
+
+def test_all_of_a_report_is_in_it_the_most_important_first():
+    found = report("PASS", "FAIL", changed=["one <i>", "two"], failed=[("test_x", "it\n  broke")])
+    found.run = {**RUN, "seed": 4711}
+    found.notices = ["read me"]
+    found.add(rows()[1] | {"rule": "no_loss", "title": "not worse", "against": "base"})
+    said = comment(found)
+    assert "p against b and the baselines, seed 4711" in said.splitlines()
+    heads = re.findall("(?:### |<summary>)(.*?)(?:</summary>)?$", said, re.MULTILINE)
+    assert [html.unescape(head) for head in heads] == [
+        "Policies against their baselines",
+        "Trained against base",
+        "Problems that changed most: accuracy of p on task1",
+        "Problems that changed most: accuracy of p on task0",
+        "Tests that failed or could not be run",
+        "To know",
+        "Every check",
+    ]
+    listed = re.findall("^- (.*)$", said, re.MULTILINE)
+    assert [html.unescape(line) for line in listed[1:]] == [
+        *["one <i>", "two"] * 2, "test_x: it broke", "read me",
+    ]  # fmt: skip

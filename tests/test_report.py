@@ -1,20 +1,26 @@
 """The report is the run's own, whole, however it ended, and harmless whatever it holds."""
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo_harness.baselines.examples import Example, Examples, Scoring, examples_of
+from grpo_harness.baselines.file import SPEED, Baseline, Header, Record, prompt_digest
+from grpo_harness.report.problems import problems, recorded
 from grpo_harness.report.report import Report
 from grpo_harness.report.tables import Table
+from grpo_harness.text import digest
 from tests.projects import run
 
 HOSTILE = (
@@ -363,3 +369,96 @@ def test_the_head_names_every_candidate():
     head = Report({**RUN, "trained": ["a", "b", "c"]})
     assert "- trained: a, b and c\n" in head.markdown()
     assert "- trained: p\n" in Report(RUN).markdown()
+
+
+ROW = {"policy": "p", "task_type": "gcd", "sample": 0, "prompt": "gcd?", "wanted": "7"}
+
+
+def drawn(name, text, outcome, tokens, reward, strict=False, **more):
+    """A line of a file of samples."""
+    own = {"problem": name, "completion": text, "outcome": outcome, "tokens": tokens}
+    scores = {"reward": reward, "rewards": {"a": reward}, "logged": {}}
+    return {**ROW, **own, **scores, "strict": strict, **more}
+
+
+def found_in(folder, drawn, records=None, examples=()):
+    """The problems of a file of samples, beside those of a baseline that is made of ``records``."""
+    path = folder / "samples.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in drawn))
+    if records is None:
+        return problems(path, None)
+    baseline = folder / "gcd.json"
+    kept = Examples(Scoring(correct="", trials="", weights={}), examples).text
+    examples_of(baseline).write_text(kept)
+    header = {"policy": "p", "commit": "c" * 40, "recorded": "2026-01-01", "reason": None}
+    header |= {"task_type": "gcd", "fingerprint": None, "gate": {}, "planned": 1, "seeds": [1]}
+    header |= {"conditions": {}, "environment": {}, "anchor": None, "examples": digest(kept)}
+    return problems(path, Baseline(baseline, Header(**header), records, "d"))
+
+
+def record(prompt="gcd?", **changes):
+    counts = {"k": 4, "correct": 1, "truncated": 2, "unparsable": 0, "length": 8}
+    about = {"log_length": 4 * math.log(2), "reward": 0.0, "anchor": 1, "anchor_k": 4}
+    return Record(**{**counts, **about, "prompt": prompt_digest(prompt), **changes})
+
+
+def test_a_problem_has_the_counts_and_means_of_its_own_samples(tmp_path):
+    two = {"rewards": {"a": 0.0, "b": None}}
+    samples = [
+        drawn("one", "7", "correct", 1, 0.0, strict=True, **two),
+        drawn("one", "it is 7", "correct", 4, 1.0, rewards={"a": 1.0, "b": 0.5}),
+        drawn("one", "6", "wrong", 2, None, rewards={"a": None, "b": None}),
+        *[drawn("one", "x" * 9, "truncated", 9, 0.0, **two)] * 3,
+        *[drawn("one", "", "unparsable", 1, 0.0, **two)] * 2,
+        drawn("two", "6", "wrong", 3, -1.0),
+    ]
+    one, two = found_in(tmp_path, samples)
+    assert (one.now.k, one.now.correct, one.now.truncated, one.now.unparsable) == (8, 2, 3, 2)
+    assert one.now.tokens == pytest.approx((1 + 4 + 2 + 3 * 9 + 2 * 1) / 8)
+    assert one.now.reward == pytest.approx(1 / 7), "0 is a reward, and none is not"
+    assert one.now.rewards == {"a": pytest.approx(1 / 7), "b": 0.5}
+    assert [c.strict for c in one.completions] == [True] + [False] * 7
+    assert one.completions[1].rewards == {"a": 1.0, "b": 0.5}
+    assert (two.now.k, two.now.reward, two.completions[0].reward) == (1, -1.0, -1.0)
+    assert two.now.rewards == two.completions[0].rewards == {}, "one function is the total"
+    assert (one.then, one.kept) == (None, [])
+
+
+def test_a_problem_stands_beside_its_record(tmp_path):
+    counted = {"total": [(0.0, 1), (2.0, 3)], "rewards": {"a": [(0.5, 2), (2.0, 1)], "b": []}}
+    samples = [drawn("one", "7", "correct", 1, 1.0), drawn("new", "7", "correct", 1, 1.0)]
+    one, new = found_in(tmp_path, samples, {"one": record(**counted)})
+    assert (one.then.k, one.then.correct, one.then.truncated, one.then.unparsable) == (4, 1, 2, 0)
+    assert (one.then.tokens, one.then.reward) == (2.0, pytest.approx(6 / 4))
+    assert one.then.rewards == {"a": pytest.approx(3 / 3), "b": None}
+    assert new.then is None
+
+
+def test_a_problem_has_the_first_right_and_wrong_texts_that_were_kept(tmp_path):
+    def example(text, outcome, problem="one", **more):
+        return Example(problem=problem, text=text, outcome=outcome, scores={}, total=0.0, **more)
+
+    samples = [drawn("one", "7", "correct", 1, 1.0), drawn("other", "7", "correct", 1, 1.0)]
+    examples = [example("tried", "wrong", trial=True), example("", "unparsable"),
+                example("7", "correct"), example("6", "wrong"), example(" 7", "correct"),
+                example("5", "wrong", "other")]  # fmt: skip
+    records = {"one": record(), "other": record("another prompt")}
+    one, other = found_in(tmp_path, samples, records, examples)
+    assert sorted((of.text, of.outcome) for of in one.kept) == [
+        ("", "unparsable"),
+        ("7", "correct"),
+    ]
+    assert (other.then, other.kept) == (None, []), "it was another question"
+
+
+def test_a_recording_tells_its_origin_and_its_sampling_and_not_its_speed():
+    header = Header(
+        policy="p", commit="c" * 40, recorded="2026-01-01", reason=None, task_type="gcd",
+        fingerprint=None, conditions={"sampling.top_p": 0.9, "rewards": "x"}, gate={}, planned=1,
+        seeds=[1], environment={"torch": "2", SPEED: 9.5}, anchor=None,
+    )  # fmt: skip
+    found = recorded(Baseline(Path("gcd.json"), header, {}, "d"))
+    assert msgspec.to_builtins(found) == {
+        "commit": "c" * 40, "recorded": "2026-01-01", "environment": {"torch": "2"},
+        "sampling": {"top_p": 0.9},
+    }  # fmt: skip
