@@ -23,7 +23,7 @@ from grpo_harness.report.figures import lines
 from grpo_harness.report.files import read, write
 from grpo_harness.report.flips import flip, pair, worst_first
 from grpo_harness.report.hostile import harmless
-from grpo_harness.report.names import short_names
+from grpo_harness.report.names import short_names, shortened
 from grpo_harness.report.page import page
 from grpo_harness.report.passes import majority, pass_at, passes
 from grpo_harness.report.report import Report
@@ -361,6 +361,34 @@ def test_long_paths_are_shortened_as_far_as_they_stay_different():
     assert {tag["title"] for tag in Page(made).all("b") if "title" in tag} == {one, two}
 
 
+def test_a_name_is_shortened_only_if_it_is_long_and_only_as_far_as_it_is_told_apart():
+    fits, long = f"runs/{'a' * 27}", f"runs/{'a' * 28}"
+    assert (len(fits), len(long)) == (32, 33)
+    assert short_names([fits, long]) == {fits: fits, long: f"…/{'a' * 28}"}
+    slash, inner = f"/data/of-an-experiment/{'a' * 20}/", f"/other-data/{'a' * 20}"
+    assert short_names([slash, inner])[slash] == f"…/of-an-experiment/{'a' * 20}"
+    other = f"/data/of-an-experiment/a{'a' * 20}"
+    assert short_names([slash, other])[slash] == f"…/{'a' * 20}", "it is not the whole last part"
+
+
+def test_short_names_are_those_of_all_that_is_known_of_a_policy():
+    one, two = (f"/data/runs/of-a-long-experiment/{run}" for run in "zy")
+    found = report([problem()], policy=one, base=two, trained=[one])
+    found.add(rows(two)[0])
+    found.policies = [two, one]
+    against = {"rule": "no_loss", "title": "no loss", "against": "base", "reference": two}
+    found.add(rows(one)[1] | against)
+    found.recorded[one, "gcd"] = Recorded(commit=None, recorded="", environment={}, sampling={})
+    short = shortened(found, {one: "Z", two: "Y"})
+    assert short.keys() == [("Y", "gcd"), ("Z", "gcd")], "in the order of the policies"
+    assert [row["policy"] for row in short.evaluations.values()] == ["Z", "Y"]
+    assert [(*key, row["policy"], row["reference"]) for key, row in short.checks.items()] == [
+        ("accuracy", "Z", "gcd", "Z", "baseline of Z"), ("no_loss", "Z", "gcd", "Z", "Y"),
+    ]  # fmt: skip
+    assert [*short.problems] == [*short.recorded] == [("Z", "gcd")]
+    assert short.run == found.run
+
+
 @given(st.lists(st.text("ab/", min_size=1, max_size=60), max_size=6))
 def test_short_names_are_as_different_as_the_names(names):
     found = short_names(names)
@@ -390,6 +418,28 @@ def test_what_is_other_than_in_the_recording_is_said():
     found.recorded[key] = msgspec.structs.replace(then, environment={}, sampling={})
     assert differences(found) == []
     assert "sampling are those of the recordings" in " ".join(Page(page(found)).said.split())
+
+
+def test_what_is_other_is_said_with_the_evaluations_that_it_is_of():
+    found = report(commit=None)
+    for row in rows("q", "gcd"):
+        found.add(row)
+    engines = {"p": {"engine": "served", "dtype": None}, "q": {"engine": "served", "dtype": "f4"}}
+    then = Recorded(
+        commit="c" * 40, recorded="2026-01-01", sampling={},
+        environment={"engine": "own", "dtype": "f2", "torch": "2", "gone": 1},
+    )  # fmt: skip
+    found.environment = {"torch": "3", "new": 1}
+    for key, row in found.evaluations.items():
+        found.evaluations[key] = {**row, "engine": engines[key[0]]}
+        found.recorded[key] = then
+    assert differences(found) == [
+        ("commit", "c" * 12, "unknown", "all"),
+        ("dtype", "f2", "none", "p on gcd"),
+        ("engine", "own", "served", "all"),
+        ("torch", "2", "3", "all"),
+        ("dtype", "f2", "f4", "q on gcd"),
+    ]
 
 
 def test_a_training_is_drawn_over_the_recorded_ones():

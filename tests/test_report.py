@@ -462,3 +462,42 @@ def test_a_recording_tells_its_origin_and_its_sampling_and_not_its_speed():
         "commit": "c" * 40, "recorded": "2026-01-01", "environment": {"torch": "2"},
         "sampling": {"top_p": 0.9},
     }  # fmt: skip
+
+
+def lines_of(names, width, dispensable=("extra", "more")):
+    """The lines of a table with a name and three other columns."""
+    row = {"extra": "1234", "more": "5678", "verdict": "PASS"}
+    return Table.of([{"name": name, **row} for name in names], dispensable).terminal(width)
+
+
+def test_a_table_leaves_out_no_more_than_it_must():
+    whole = max(map(len, lines_of(["a"], 300)))
+    assert lines_of(["a"], whole) == lines_of(["a"], 300)
+    without = lines_of(["a"], whole - 1)
+    assert without[0].split() == ["name", "more", "verdict"], "what is missed least goes first"
+    assert " ".join(without[3:]) == f"({whole - 1} columns have no room for: extra)"
+    both = lines_of(["a"], max(map(len, without[:3])) - 1)
+    assert both[0].split() == ["name", "verdict"]
+
+
+@given(st.integers(5, 60), st.integers(25, 80))
+def test_a_name_is_as_long_as_the_width_allows_and_keeps_both_ends(length, width):
+    name = "".join(chr(ord("a") + i % 26) for i in range(length))
+    shown = lines_of([name], width)[2].split()[0]
+    room = width - len("  verdict  ")
+    tried = [length, *(length if length <= of else of - 1 for of in (32, 24, 20, 16, 12))]
+    wanted = next(of for of in tried if of <= room)
+    half = (wanted - 1) // 2
+    assert shown == (name if wanted == length else f"{name[:half]}…{name[-half:]}")
+
+
+def test_a_name_that_no_file_can_hold_is_shown():
+    (row,) = Table.of([{"a": "half of a pair: \udc80"}]).rows
+    assert row == {"a": "half of a pair: \\udc80"}
+
+
+def test_each_verdict_has_its_colour_in_a_terminal():
+    codes = {"ERROR": "1;35", "FAIL": "1;31", "UNPROVEN": "33", "PASS": "32", "not judged": None}
+    lines = Table.of([{"verdict": verdict} for verdict in codes]).terminal(40, styled=True)[2:]
+    shown = [re.findall(r"^\x1b\[([\d;]+)m", line) for line in lines]
+    assert shown == [[code] if code else [] for code in codes.values()]
