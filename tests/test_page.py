@@ -686,6 +686,7 @@ def test_what_is_to_be_looked_at_is_open():
         return "<details open>" in part.split("</section>")[0]
 
     assert opened("accuracy", "PASS")
+    assert opened("no_loss", "PASS")
     assert opened("length", "FAIL")
     assert not opened("length", "PASS")
 
@@ -742,7 +743,8 @@ def test_it_loads_nothing_and_allows_only_its_own_script_and_style():
         (inside,) = [data for of, data in found.texts if of == tag]
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
-    assert "default-src 'none'" in policy
+    for own in ("default-src", "base-uri", "form-action"):
+        assert f"{own} 'none'" in policy
     for _, attributes in found.elements:
         assert not {"src", "style", "srcset", "action"} & attributes.keys()
         assert not [name for name in attributes if name.startswith("on")]
@@ -902,3 +904,85 @@ def test_colours_can_be_told_apart(mode):
     for ink, ground in pairs:
         one, two = sorted((_luminance(colours[ink]), _luminance(colours[ground])))
         assert (two + 0.05) / (one + 0.05) >= 4.5, (ink, ground)
+
+
+def test_rates_are_of_all_problems_and_pictures_of_those_that_were_recorded():
+    new = msgspec.structs.replace(problem("new", None, 5, 6), now=side(5, 6, tokens=99.0))
+    found = report([problem("old", then=2, right=2), new])
+    rates = table_of(found)
+    assert [*rates] == ["pass@1", "pass@2", "pass@4", "majority@4", "reward total"]
+    for name, then, now in (("pass@1", 2 / 4, (2 / 4 + 5 / 6) / 2), ("majority@4", None, 3 / 4)):
+        for cell, value in zip(rates[name], (then, now), strict=True):
+            if value is not None:
+                shown, lower, upper = (float(of) for of in re.findall(r"[\d.]+", cell))
+                assert shown == pytest.approx(100 * value, abs=0.05)
+                assert 0 <= lower < shown < upper <= 100
+    scatter = picture_of(found, "correct then and now, of each problem of p on gcd")
+    assert "old: 2/4 then, 2/4 now" in scatter
+    assert "new" not in scatter
+    assert ">99<" not in picture_of(found, "lengths of p on gcd")
+
+
+def test_pass_at_j_is_drawn_for_up_to_32_completions_of_a_problem():
+    found = report([problem(then=None, right=20, k=40)] * 2)
+    powers = [f"pass@{2**i}" for i in range(6)]
+    assert [*table_of(found)] == [*powers, "majority@40", "reward total"]
+    picture = picture_of(found, "pass@j of p on gcd")
+    assert [*map(int, re.findall("<title>now, ([0-9]+):", picture))] == [*range(1, 33)]
+    ticks = re.findall('class="tick" [^>]*>(.*?)<', picture)
+    assert ticks == ["1", "32", "0", "0.5", "1"]
+    assert "<figcaption>pass@j</figcaption>" in page(found)
+    assert "<figcaption>pass@j, now and then</figcaption>" in page(report([problem(right=2)]))
+    assert "pass@j" not in page(report([problem(right=1, k=1)]))
+
+
+def test_what_is_not_scored_as_right_or_wrong_has_lengths_and_no_rates():
+    found = report([problem()])
+    ((key, row),) = found.evaluations.items()
+    found.evaluations[key] = {**row, "accuracy": None, "strict_accuracy": None}
+    assert re.findall('<svg viewBox[^>]* aria-label="(.*?)"', page(found)) == [
+        "lengths of p on gcd"
+    ]
+    assert 'aria-label="Rates and rewards"' not in page(found)
+
+
+def test_five_common_texts_are_shown_with_the_middle_of_long_ones_left_out():
+    found = [problem(f"gcd-{i}", right=1, texts=(str(i), "x" * 1000)) for i in range(9)]
+    assert len(commonest(found)) == 5
+    (cell,) = re.findall('<td class="text" dir="auto">(x.*?)</td>', page(report(found)))
+    assert cell == "x" * 100 + "<i> … 800 characters left out … </i>" + "x" * 100
+
+
+@pytest.mark.parametrize(
+    ("unit", "said", "lengths"), [("%", "points", 0), ("tokens", "%", 1), ("reward", "", 0)]
+)
+def test_intervals_say_their_unit(unit, said, lengths):
+    text = page(checked({}, unit=unit))
+    of = {"reward": "-0.01 (-0.03 to +0.01)"}.get(unit, f"-1.0 (-3.0 to +1.0) {said}")
+    assert f'aria-label="FAIL: {of}"' in text
+    assert f"In {said or 'units of the reward'}.</span></summary>" in text
+    assert text.count("geometric means") == lengths
+
+
+def test_an_interval_of_nothing_but_zeros_is_in_the_middle():
+    zeros = dict.fromkeys(("lower", "delta", "upper", "margin", "minimum"), 0.0)
+    drawn = Drawn(checked(zeros), 1.0)
+    assert drawn.at('class="point fail" cx="X" cy="10"') == [0.0]
+
+
+def test_a_rule_that_is_unknown_and_a_row_of_no_evaluation_are_drawn():
+    """They are of a file that another version may have written."""
+    numbers = {"lower": 0.0, "delta": float("inf"), "upper": float("inf"), "margin": 0.25}
+    found = checked(numbers, rule="own", title="own")
+    found.evaluations.clear()
+    drawn = Drawn(found, 1.08 * 0.25)
+    assert drawn.at('class="margin" d="MX 0V20"') == [0.25]
+    assert drawn.at('class="point fail" cx="X" cy="10"') == [0.27]
+    assert re.findall('<th scope="row"><a href="(.*?)">t0</a>', page(found)) == ["#intervals"]
+
+
+def test_settings_are_shown_as_they_are_written():
+    found = report()
+    found.settings = {"name": "é & ü", "rewards": ["é", None]}
+    said = re.findall("<dt>(?:name|rewards)</dt><dd>(.*?)</dd>", page(found))
+    assert [html.unescape(of) for of in said] == ["é & ü", '["é", null]']
