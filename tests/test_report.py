@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from grpo_harness.baselines.examples import Example, Examples, Scoring, examples_of
 from grpo_harness.baselines.file import SPEED, Baseline, Header, Record, prompt_digest
+from grpo_harness.report.files import read as read_report
+from grpo_harness.report.files import write
 from grpo_harness.report.problems import problems, recorded
 from grpo_harness.report.report import Report
 from grpo_harness.report.tables import Table
@@ -501,3 +503,106 @@ def test_each_verdict_has_its_colour_in_a_terminal():
     lines = Table.of([{"verdict": verdict} for verdict in codes]).terminal(40, styled=True)[2:]
     shown = [re.findall(r"^\x1b\[([\d;]+)m", line) for line in lines]
     assert shown == [[code] if code else [] for code in codes.values()]
+
+
+def test_a_report_of_one_evaluation_or_one_check_alone_is_something_to_show():
+    for row in rows():
+        found = Report(RUN)
+        assert not found
+        found.add(row)
+        assert found
+
+
+def test_a_failed_test_is_a_fail_unless_a_check_is_worse():
+    for verdict, worst in (("PASS", "FAIL"), ("UNPROVEN", "FAIL"), ("ERROR", "ERROR")):
+        found = report(verdict=verdict)
+        assert found.worst() == verdict
+        found.failed["test_a"] = "said"
+        assert found.worst() == worst
+
+
+def test_a_measured_row_shows_the_evidence_of_its_check_against_the_baseline():
+    found = report()
+    evaluation, check = rows()
+    changed = {"n": 128, "accuracy": 0.9, "k": 2, "truncated": 0.0, "mean_reward": -0.25}
+    part = {"of": "lang=de", "n": 32, "accuracy": 0.125, "mean_reward": 0.5}
+    found.add({**evaluation, **changed, "slices": [part]})
+    found.add(against_base("p") | {"verdict": "FAIL"})
+    better = {"rule": "improvement", "title": "better", "verdict": "UNPROVEN", "evidence": None}
+    found.add(against_base("p") | better)
+    about = {"task_type": "all tasks", "rule": "total", "title": "together"}
+    found.add(check | about | {"evidence": evidence(then=0.5, now=0.4, delta=-0.1, n=512, k=4)})
+    row, of_part, total = found.measured().rows
+    assert (row["n × k"], row["baseline"], row["now"]) == ("128 of 256 × 4", "71.0%", "70.0%")
+    assert (row["reward"], row["strict"], row["verdict"]) == ("-0.250", "60.0%", "PASS")
+    shown = {name: of for name, of in of_part.items() if of}
+    assert shown == {
+        "task type": "gcd lang=de", "policy": "p", "n × k": "32 × 2", "now": "12.5%",
+        "reward": "+0.500", "verdict": "not judged",
+    }  # fmt: skip
+    shown = {name: of for name, of in total.items() if of}
+    assert shown == {
+        "task type": "all tasks", "policy": "p", "n × k": "512 × 4", "baseline": "50.0%",
+        "now": "40.0%", "Δ points (90 % CI)": "-10.0 (-3.0 to +1.0)", "verdict": "PASS",
+    }  # fmt: skip
+    row, other = found.improvements().rows
+    assert {name: of for name, of in other.items() if of} == {
+        "task type": "gcd", "asked": "better", "verdict": "UNPROVEN",
+    }  # fmt: skip
+    assert row == {
+        "task type": "gcd", "n × k": "256 × 4", "base: base": "71.0%", "trained: p": "70.0%",
+        "Δ points (90 % CI)": "-1.0 (-3.0 to +1.0)", "asked": "not worse", "verdict": "FAIL",
+    }  # fmt: skip
+
+
+def test_the_details_of_a_check_are_its_evidence_also_of_the_file(tmp_path):
+    found = Report(RUN, ["gcd", "sort", "math"], ["p"], "finished")
+    numbers = [{"p": 0.0}, {"p": 0.04, "needed": None, "upper": math.inf}, {"p": 1.0}]
+    for task, of, unit in zip(found.task_types, numbers, ("%", "reward", "tokens"), strict=True):
+        evaluation, check = rows(task=task)
+        found.add(evaluation)
+        found.add(check | {"unit": unit, "evidence": evidence(**of)})
+    found.passed, found.failed, found.not_run = 3, {"test_a": "broke"}, ["test_b"]
+    found.notices = ["read me"]
+    curve = {"steps": [1.0], "now": [0.1], "then_steps": [1.0], "then": [[0.2]], "mean": [0.2]}
+    curve |= {"lower": [0.1], "upper": [0.3], "training": "learn", "name": "loss"}
+    found.add({"kind": "curve", **curve})
+    columns = ("then", "now", "Δ", "lower", "upper", "p", "p (Holm)", "MDE90", "needed")
+    wanted = [
+        ("71.0%", "70.0%", "-1.0", "-3.0", "+1.0", "< 1e-300", "0", "5.0%", "200"),
+        ("+0.71", "+0.7", "-0.01", "-0.03", "+inf", "0.04", "0.08", "0.05", "unreachable"),
+        ("0.7 tokens", "0.7 tokens", "-1.0", "-3.0", "+1.0", "1", "1", "5.0%", "200"),
+    ]
+    write(found, tmp_path)
+    again = read_report(tmp_path)
+    assert [tuple(row[of] for of in columns) for row in found.details().rows] == wanted
+    lost = [tuple("+nan" if of == "+inf" else of for of in row) for row in wanted]
+    assert [tuple(row[of] for of in columns) for row in again.details().rows] == lost
+    assert again.content() == found.content()
+    (again_curve,) = again.curves
+    assert again_curve == curve
+    assert (again.passed, again.failed) == (3, {"test_a": "broke"})
+    assert (again.not_run, again.notices) == (["test_b"], ["read me"])
+
+
+def test_the_sampling_is_said_once_for_all_that_share_it():
+    found = Report(RUN, ["gcd", "sort"], ["p", "q", "r"], "finished")
+    for policy, task in (("q", "gcd"), ("p", "gcd"), ("p", "sort"), ("r", "sort")):
+        found.add(rows(policy, task)[0])
+    for of in found.evaluations.values():
+        of["engine"] = {"prompts": "cut"} if of["policy"] == "q" else {"requests": "retried"}
+    found.evaluations["r", "sort"]["sampling"] = {"temperature": 0.0}
+    *lines, _ = found.terminal(200)[: found.terminal(200).index("") + 1]
+    assert lines == [
+        "sampling of p and q: temperature=0.8 top_p=0.9 max_new_tokens=64",
+        "sampling of r: temperature=0.0",
+        "p: requests are retried",
+        "q: prompts are cut",
+        "r: requests are retried",
+    ]
+
+
+def test_what_has_several_lines_has_one_in_a_list():
+    found = report()
+    found.failed["test_a"] = "it\n  broke"
+    assert "\n- test_a&#58; it broke\n" in found.markdown()
