@@ -17,8 +17,15 @@ from hypothesis import strategies as st
 
 from grpo_harness.baselines.examples import Example, Examples, Scoring, examples_of
 from grpo_harness.baselines.file import SPEED, Baseline, Header, Record, prompt_digest
+from grpo_harness.report.files import (
+    ReportError,
+    append_summary,
+    begin,
+    problems_of,
+    samples_of,
+    write,
+)
 from grpo_harness.report.files import read as read_report
-from grpo_harness.report.files import write
 from grpo_harness.report.problems import problems, recorded
 from grpo_harness.report.report import Report
 from grpo_harness.report.tables import Table
@@ -606,3 +613,67 @@ def test_what_has_several_lines_has_one_in_a_list():
     found = report()
     found.failed["test_a"] = "it\n  broke"
     assert "\n- test_a&#58; it broke\n" in found.markdown()
+
+
+def test_samples_are_of_a_run_if_they_are_as_many_and_as_long(tmp_path):
+    row = {"slug": "p", "task_type": "gcd", "n": 2, "k": 2, "mean_length": 3.0}
+    path = samples_of(tmp_path, "p", "gcd")
+    path.parent.mkdir()
+
+    def found(names, tokens=3):
+        rows = [drawn(name, "7", "correct", tokens, 1.0) for name in names]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return [problem.id for problem in problems_of(tmp_path, row, None)]
+
+    assert found("aabb") == ["a", "b"]
+    for names, tokens in (("aaaa", 3), ("ab", 3), ("aabbcc", 3), ("aabb", 4)):
+        with pytest.raises(ReportError, match="are of another run"):
+            found(names, tokens)
+    path.unlink()
+    assert problems_of(tmp_path, row, None) == []
+
+
+def test_a_run_begins_without_the_samples_of_the_last_one_and_with_all_other_files(tmp_path):
+    write(report(), tmp_path)
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for name in ("p--gcd.jsonl", "mine.jsonl", "p--notes.txt"):
+        (samples / name).write_text("")
+    begin(tmp_path)
+    assert {path.name for path in samples.iterdir()} == {"mine.jsonl", "p--notes.txt"}
+    assert not (tmp_path / ".gitignore").exists(), "the folder is not new"
+    begin(tmp_path / "new")
+    assert (tmp_path / "new" / ".gitignore").read_text() == "*\n"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"tests": []}', "[" * 100_000])
+def test_a_file_that_is_no_report_is_not_written_over(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ReportError, match="is not a report of grpo-harness: name another folder"):
+        begin(tmp_path)
+    assert (tmp_path / "report.json").read_text() == text
+
+
+def test_a_report_of_another_schema_is_named_by_it(tmp_path):
+    write(report(), tmp_path)
+    path = tmp_path / "report.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "schema": 99}))
+    with pytest.raises(ReportError, match="its schema is 99, and 3 is read"):
+        read_report(path)
+
+
+def test_a_report_that_is_printed_in_a_log_commands_nothing(tmp_path):
+    reason = "##[error]x ##vso[y]"
+    write(report(verdict="FAIL", reason=reason), tmp_path)
+    assert "##[" not in (tmp_path / "report.json").read_text()
+    assert "##vso" not in (tmp_path / "report.json").read_text()
+    (check,) = read_report(tmp_path).sorted_checks()
+    assert check["reason"] == reason
+
+
+def test_a_summary_is_added_to_what_is_there(tmp_path):
+    path = tmp_path / "summary.md"
+    path.write_text("of another step\n")
+    append_summary(report(), str(path))
+    assert path.read_text() == f"of another step\n{report().markdown()}"
