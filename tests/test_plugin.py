@@ -7,12 +7,16 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
 from grpo_harness.baselines.file import checksum
+from grpo_harness.gate.plan import Plan
+from grpo_harness.plugin.summary import _in_words, _plan_table, _together
 from grpo_harness.rewards.rule import rule_reward
+from grpo_harness.sizing import Row
 from tests.projects import OWN_SUITE, run
 
 SUITES = Path(__file__).parent.parent / "suites"
@@ -984,3 +988,22 @@ def test_minutes_are_planned_or_refused_before_anything_is_drawn(skilled):
     told.stderr.fnmatch_lines(["*--grpo-minutes and problems are both set*"])
     planned = skilled(0.8, "--co", "--grpo-minutes=0.01").stdout
     planned.fnmatch_lines(["*as much as 0.01 minutes allow*", "plan: *completions, about * s"])
+
+
+def test_the_plan_of_a_row_is_in_points_and_seconds():
+    name, task = SimpleNamespace(text="p"), SimpleNamespace(source=SimpleNamespace(name="gcd"))
+    plans = [
+        (name, Row(task, speed=10.0), Plan(256, 4, 0.8, mde90=0.08, margin=0.05, needed=631)),
+        (name, Row(task), Plan(64, 2, 0.05, mde90=0.07, margin=0.1, needed=None)),
+        (name, Row(task, speed=5.0), "no baseline"),
+    ]
+    cells = [re.split(" {2,}", line.strip()) for line in _plan_table(plans, 200)[2:]]
+    assert cells == [
+        ["gcd", "p", "256 × 4", "80.0%", "8.0, not 5.0", "631", "102.4"],
+        ["gcd", "p", "64 × 2", "5.0%", "not even a drop to 0", "no number", "unknown"],
+        ["gcd", "p", "ERROR: no baseline"],
+    ]
+    assert _together([plans[0], plans[2], plans[0]]) == pytest.approx(204.8)
+    assert _together(plans) is None, "it is not known how long one of them takes"
+    words = {None: "time unknown", 99.4: "about 99 s", 102.4: "about 2 min", 600: "about 10 min"}
+    assert {seconds: _in_words(seconds) for seconds in words} == words

@@ -1,15 +1,21 @@
 import json
+import platform
+import subprocess
 import sys
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from grpo_harness.begun import begun
 from grpo_harness.engines.engine import Sampling
 from grpo_harness.gate.bounds import Sizes
 from grpo_harness.rewards.rule import reward_func
 from grpo_harness.settings import SettingsError, Table, resolve, shown, table_settings
 from grpo_harness.tasks import task_types
+
+AUTHOR = ("-c", "user.name=a", "-c", "user.email=a@example.org")
 
 
 @pytest.fixture
@@ -459,3 +465,23 @@ def test_bounds_that_make_no_sense_are_one_clear_error(project, table, says):
     assert says in str(error.value)
     assert "\n" not in str(error.value)
     assert "tool.grpo-harness.gate" in str(error.value)
+
+
+def test_a_run_tells_what_it_is_of_before_it_found_anything(project, tmp_path):
+    settings = project('problems = 128\nsamples = 2\ntasks = ["sort", "gcd"]')
+    about = {"baselines": "b", "seed": 7, "started": datetime(2026, 1, 2, 3, 4, 5, 678, UTC)}
+    found = begun(settings, ["base", "x", "y"], **about, seconds=12.34, status="finished")
+    assert found.run == {
+        "base": "base", "trained": ["x", "y"], "problems": 128, "samples": 2,
+        "sampling": settings.sampling.asdict(), "baselines": "b", "seed": 7,
+        "started": "2026-01-02T03:04:05+00:00", "seconds": 12.3, "commit": None,
+    }  # fmt: skip
+    assert (found.task_types, found.policies) == (["sort", "gcd"], ["base", "x", "y"])
+    assert found.status == "finished"
+    assert found.environment["python"] == platform.python_version()
+    assert found.settings == settings.content()
+    for command in (["init", "-q"], ["add", "."], [*AUTHOR, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], check=True, cwd=tmp_path)
+    head = (tmp_path / ".git" / "refs" / "heads").iterdir()
+    found = begun(settings, ["base"], **about, seconds=None, status="running")
+    assert (found.run["commit"], found.run["seconds"]) == (next(head).read_text().strip(), None)
