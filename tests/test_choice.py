@@ -138,7 +138,16 @@ def test_compare_ranks_policies_and_writes_a_report(here, run_):
     assert verdicts["nano-base", "nano-trained", "all"] == "FAIL"
     content = json.loads((run_ / "report/report.json").read_text())
     assert all(len(row["problems"]) == 64 for row in content["evaluations"])
-    assert "nano-base" in (run_ / "report/report.html").read_text()
+    first, *_ = re.findall(
+        '<section id="table">(.*?)</table>', (run_ / "report/report.html").read_text(), re.DOTALL
+    )
+    assert "<h2>Every two policies</h2>" in first
+    assert len(re.findall("<tr>", first)) == 1 + 9
+    shown = {(r["policy"], r["against"], r["task type"]): r for r in report.pairs().rows}
+    for (task, policy, other), relation in relations.items():
+        words = {"equivalent": "is ruled out"}.get(relation, relation)
+        assert words in shown[policy, other, task]["found"]
+    assert report.notices[0] in said
     two = here("compare nano-base nano-trained --problems 64 --samples 2 --seed 1 " + " ".join(GCD))
     assert "best on gcd: nano-trained, proven better than the other" in two
 

@@ -13,6 +13,7 @@ from grpo_harness.gate import verdicts as gate
 from grpo_harness.gate.bounds import Bounds, Sizes
 from grpo_harness.gate.stats import holm
 from grpo_harness.gate.verdicts import Evidence, Verdict
+from grpo_harness.report.report import DIFFERENCE
 from grpo_harness.rules import RULES, Tallies, Terms, bounded, counts, rate
 
 Relation: TypeAlias = Literal["better", "worse", "equivalent", "not told apart"]
@@ -82,7 +83,7 @@ def compare(
         for part, sizes in zip(parts, own, strict=True):
             # A report has one entry for a rule, a policy and a task: with the other in its name,
             # the rule has one for each pair.
-            name = f"difference.{other[0].questions.policy.slug}"
+            name = f"{DIFFERENCE}.{other[0].questions.policy.slug}"
             rule = replace(bounded(_RULE, sizes), name=name)
             check = checks.against_base(rule, policy[part], other[part], Terms(alpha / family))
             if check.evidence is None or check.verdict == "ERROR":

@@ -120,7 +120,7 @@ def write(
         seconds=(datetime.now(UTC) - started).total_seconds(),
         status="finished",
     )
-    report.notices = session.notices()
+    report.notices = [summary(pairs), *session.notices()]
     for evaluation in (e for of in policies for e in of):
         write_samples(folder, evaluation)
         row = {"kind": "evaluation", **evaluation.summary()}

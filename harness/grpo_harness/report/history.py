@@ -147,6 +147,12 @@ def _number(one: Series, value: float) -> str:
     return side(value, RULES[one.figure].measure.unit).removesuffix(" tokens")
 
 
+def _tick(one: Series, value: float) -> str:
+    """Write a value in the little room beside an axis."""
+    is_reward = RULES[one.figure].measure.unit == "reward"
+    return f"{value:.2g}" if is_reward else _number(one, value)
+
+
 def _picture(one: Series) -> Markup:
     places = one.positions
     moments = [
@@ -163,7 +169,7 @@ def _picture(one: Series) -> Markup:
     marks = [(at - 0.5, kind, said) for at, kind, said in _recorded(places)]
     marks += [(d.change.at - 0.5, "margin", f"proven since {escape(d.since)}") for d in one.drifts]
     names = (escape(places[0].name), escape(places[-1].name))
-    return timeline(moments, steps, marks, _title(one), names, partial(_number, one))
+    return timeline(moments, steps, marks, _title(one), names, partial(_tick, one))
 
 
 def _recorded(places: Sequence[Position]) -> Iterator[tuple[int, str, str]]:

@@ -58,6 +58,7 @@ def page(report: Report) -> str:
     sizes = [len(text) for s in sections for p in s.problems for text in _texts(p)]
     # Short texts leave their room to long ones, so this is less than what fits.
     longest = None if sum(sizes) <= _BYTES else max(200, _BYTES // len(sizes))
+    pairs = report.pairs()
     unchanged = [row for row in report.checks.values() if NOT_THE_POLICY in row["reason"]]
     return render(
         "page",
@@ -66,10 +67,15 @@ def page(report: Report) -> str:
         worst=report.worst(),
         concerns=list(_concerns(report, anchors)),
         tables=[
-            ("Policies against their baselines", *_verdict_early(report.measured())),
+            ("Every two policies", pairs, pairs.columns if pairs else []),
+            (
+                "What was measured" if pairs else "Policies against their baselines",
+                *_verdict_early(report.measured()),
+            ),
             ("Trained against base", *_verdict_early(report.improvements())),
         ],
         names=names,
+        pairs=pairs,
         then_and_now=differences(report),
         unchanged=unchanged,
         policies=together([*dict.fromkeys(row["policy"] for row in unchanged)]),

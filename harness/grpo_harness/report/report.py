@@ -37,6 +37,9 @@ _COLUMNS = (
     "verdict",
 )
 
+DIFFERENCE = "difference"
+"""The rule of a comparison of two policies, before a dot and the other's name."""
+
 _LESS_MISSED = ("strict", "truncated", "tokens", "reward", "baseline", "n × k")
 
 
@@ -174,6 +177,24 @@ class Report:
                 }
             )
         return Table.of(rows, ("n × k", "asked"))
+
+    def pairs(self) -> Table:
+        """One row per comparison of two policies, as `grpo-harness compare` makes them."""
+        rows = [
+            {
+                "task type": row["task_type"],
+                "policy": row["policy"],
+                "against": row["reference"],
+                "n × k": f"{e['n']} × {e['k']}",
+                "correct": _percent(e["now"]),
+                "the other": _percent(e["then"]),
+                "Δ points (90 % CI)": _interval(e),
+                "found": row["reason"],
+            }
+            for row in self.sorted_checks()
+            if row["rule"].startswith(f"{DIFFERENCE}.") and (e := row["evidence"])
+        ]
+        return Table.of(rows, ("n × k", "the other"))
 
     def details(self) -> Table:
         """One row per check: the numbers behind its verdict."""
