@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets  # noqa: F401 - imported anew in a test, it would register its types twice
+import hypothesis
 import pytest
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
@@ -29,6 +30,10 @@ from tests.projects import FILES, OWN_SUITE, Team
 from tools.nano.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 pytest_plugins = ["pytester"]
 collect_ignore = ["own_repository"]  # a repository of its own: see test_own_repository.py
