@@ -131,7 +131,7 @@ class Repository:
             str(path.relative_to(self.path)): path.read_bytes()
             for path in self.path.rglob("*")
             if not path.is_symlink() and path.is_file()
-            if path.relative_to(self.path).parts[0] != ".git"
+            if path.relative_to(self.path).parts[0] != ".git" and path.suffix != ".pyc"
         }
 
     def init(self):
