@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from grpo_harness.choice.named import ChoiceError, between, policies
 from grpo_harness.cli import main
 from grpo_harness.policy import PolicyName
 from grpo_harness.report.files import read
+from grpo_harness.store import FILE
 
 NANO = Path(grpo_harness.__file__).parent / "nano"
 GCD = ("--task", "gcd", "--device", "cpu")
@@ -216,3 +219,17 @@ def test_policies_are_in_the_order_in_which_they_are_named_each_once(tmp_path):
     named = policies(["nano-trained", "out/*", "nano-base", "out/checkpoint-9"], tmp_path)
     texts = [name.text for name in named]
     assert texts == ["nano-trained", "out/checkpoint-9", "out/checkpoint-10", "nano-base"]
+
+
+def test_the_store_is_found_where_warnings_are_errors(tmp_path):
+    """A plugin of pytest, such as that of anyio, may be imported by what was done before."""
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest]\nfilterwarnings = ["error"]\n')
+    code = (
+        "import anyio, anyio.pytest_plugin\n"
+        "from grpo_harness.plugin.options import store_of\n"
+        "print(store_of(()))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip().endswith(FILE), found.stderr

@@ -162,7 +162,9 @@ def store_of(arguments: Sequence[str]) -> Path | None:
             return pytest.ExitCode.OK
 
     asked = Asked()
-    pytest.main([*arguments], plugins=[asked])
+    # Where warnings are errors, pytest would not start beside a plugin that is imported already.
+    late = "ignore::pytest.PytestAssertRewriteWarning"
+    pytest.main([*arguments, "-W", late], plugins=[asked])
     return asked.file
 
 
