@@ -421,12 +421,15 @@ def _command(process):
 def test_an_interrupted_run_leaves_no_process(own_project, at):
     """While the cluster starts, and while it draws."""
     own_project.makepyfile(test_own="def test_it_is_drawn(evaluation): pass")
+    # A shell that starts the tests in the background lets them ignore Ctrl-C, and their processes.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     run = subprocess.Popen(
         [sys.executable, "-m", "pytest", "--grpo-engine=ray", "--grpo-problems=1000"],
         cwd=own_project.path,
         stdout=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     me, started = psutil.Process(run.pid), []
     while not any(at in name for name in map(_command, started)):
         assert run.poll() is None, run.stdout.read()
