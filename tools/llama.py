@@ -48,6 +48,8 @@ def _serving(python: str, gguf: Path) -> Iterator[None]:
                 break
             except OSError:
                 time.sleep(0.2)
+        else:
+            raise SystemExit(f"the server does not answer: {' '.join(command)}")
         yield
     finally:
         server.terminate()

@@ -74,17 +74,21 @@ def clustered_stderr(groups: Iterable[Sequence[float]]) -> float | None:
     if len(filled) < 2:
         return None
     n = sum(map(len, filled))
-    unit = max(abs(value) for group in filled for value in group)
-    unit = unit if unit > _LARGE else 1.0
+    unit = _unit(value for group in filled for value in group)
     filled = [[value / unit for value in group] for group in filled]
     mean = math.fsum(value for group in filled for value in group) / n
     squares = math.fsum(math.fsum(value - mean for value in group) ** 2 for group in filled)
     return unit * (math.sqrt(squares * len(filled) / (len(filled) - 1)) / n)
 
 
+def _unit(values: Iterable[float]) -> float:
+    """Return what numbers are divided by before they are summed: 1, unless one is too large."""
+    largest = max(map(abs, values))
+    return largest if largest > _LARGE else 1.0
+
+
 def _mean(values: Sequence[float]) -> float:
-    unit = max(map(abs, values))
-    unit = unit if unit > _LARGE else 1.0
+    unit = _unit(values)
     return unit * (math.fsum(value / unit for value in values) / len(values))
 
 
