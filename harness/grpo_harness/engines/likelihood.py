@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from grpo_harness.engines.engine import EngineError, Sampling
-from grpo_harness.engines.server import ServerEngine, run
+from grpo_harness.engines.server import ServerEngine, read_as, run
 from grpo_harness.engines.transformers import TransformersEngine
 
 Scores = list[float]
@@ -106,11 +106,8 @@ def by_server(engine: ServerEngine, texts: Sequence[str]) -> list[Scores] | None
         ids = engine.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
         fields = {"temperature": 1.0, "add_special_tokens": False}
         answer = await engine.answered({"prompt": text, **fields, **form})
-        if answer.status != 200:
-            return None
-        try:
-            read = msgspec.json.decode(answer.body, type=_Scored)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        read = read_as(answer, _Scored)
+        if read is None:
             return None
         choices = read.choices
         scores = _told(choices[0], ids) if len(choices) == 1 else []
@@ -134,10 +131,10 @@ def by_server(engine: ServerEngine, texts: Sequence[str]) -> list[Scores] | None
                 {"prompt": text, "temperature": 1.0, "add_special_tokens": False,
                  "logprobs": 1, "max_tokens": 1}
             )  # fmt: skip
-            try:
-                (choice,) = msgspec.json.decode(answer.body, type=_Scored).choices
-            except (msgspec.MsgspecError, UnicodeError, RecursionError, ValueError):
+            read = read_as(answer, _Scored)
+            if read is None or len(read.choices) != 1:
                 continue
+            (choice,) = read.choices
             own = choice.logprobs.token_logprobs if choice.logprobs else []
             both = engine.policy.tokenizer([text, text + choice.text], add_special_tokens=False)
             before, after = both["input_ids"]

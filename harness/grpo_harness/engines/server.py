@@ -248,8 +248,8 @@ class ServerEngine(Remote):
         said: dict[str, dict[str, Any]] = {}
         async with self.client.open():
             for url in self.endpoint.urls:
-                models = _read(await self.client.get(f"{url}/models"), _Models)
-                version = _read(await self.client.get(f"{url.removesuffix('/v1')}/version"), dict)
+                models = read_as(await self.client.get(f"{url}/models"), _Models)
+                version = read_as(await self.client.get(f"{url.removesuffix('/v1')}/version"), dict)
                 about = self._model(url, models.data if models else [])
                 if version and isinstance(version.get("version"), str):
                     about["version"] = escape(version["version"])
@@ -314,8 +314,8 @@ def _begins_with_more(policy: Policy, prompt: str) -> bool:
     return bool(plain["input_ids"] != usual["input_ids"])
 
 
-def _read(answer: Answer | None, kind: type[_T]) -> _T | None:
-    """Return what a server says of itself, or ``None`` if that is nothing usable."""
+def read_as(answer: Answer | None, kind: type[_T]) -> _T | None:
+    """Return what a server answers, or ``None`` if that is an error or of another kind."""
     if answer is None or answer.status != 200:
         return None
     try:
