@@ -36,7 +36,7 @@ class EvaluationError(HarnessError):
     """An evaluation is not possible. One line: what is wrong, and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tally:
     """The numbers of one problem that a rule compares.
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -41,6 +42,7 @@ _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
 _Samples = Annotated[int, Meta(ge=1, le=MOST_SAMPLES)]
+_Counted = tuple[tuple[float, _Samples], ...]
 
 
 class BaselineError(HarnessError):
@@ -48,7 +50,12 @@ class BaselineError(HarnessError):
 
 
 class Record(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    gc=False,  # thousands of them, which cannot be part of a cycle
 ):
     """The results of one problem: counts and sums over its ``k`` completions.
 
@@ -71,8 +78,8 @@ class Record(
     anchor: _Count
     anchor_k: _Samples
     columns: str = ""
-    total: list[tuple[float, _Samples]] = []
-    rewards: dict[str, list[tuple[float, _Samples]]] = {}
+    total: _Counted = ()
+    rewards: dict[str, _Counted] = {}
 
     def __post_init__(self) -> None:
         if self.correct + self.truncated + self.unparsable > self.k:
@@ -109,8 +116,8 @@ class Record(
         )
 
 
-def _each(counted: list[tuple[float, int]]) -> tuple[float, ...]:
-    return tuple(value for value, times in counted for _ in range(times))
+def _each(counted: _Counted) -> tuple[float, ...]:
+    return tuple(chain.from_iterable(repeat(value, times) for value, times in counted))
 
 
 class Made(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

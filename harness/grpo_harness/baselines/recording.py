@@ -315,5 +315,5 @@ def _record(groups: Iterable[Group], questions: Questions, i: int) -> Record:
     )
 
 
-def _counted(values: Iterable[float]) -> list[tuple[float, int]]:
-    return sorted(Counter(values).items())
+def _counted(values: Iterable[float]) -> tuple[tuple[float, int], ...]:
+    return tuple(sorted(Counter(values).items()))
