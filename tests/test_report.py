@@ -225,6 +225,22 @@ def test_what_could_not_be_run_stands_in_it(project):
     assert "no policy 'no-such-policy'" in markdown
 
 
+def test_each_policys_problems_stand_beside_its_own_record(project):
+    config = project.path / "pyproject.toml"
+    config.write_text(config.read_text().replace("max_new_tokens = 2", "max_new_tokens = 40"))
+    run(project, "--grpo-record")
+    run(project, "--grpo-report=out", "--grpo-seed=1")
+    then = {
+        evaluation["policy"]: {p["id"]: p["then"]["tokens"] for p in evaluation["problems"]}
+        for evaluation in read(project)["evaluations"]
+    }
+    assert then["base-policy"] != then["trained-policy"]
+    for policy, found in then.items():
+        stored = json.loads((project.path / "baselines" / policy / "palindrome.json").read_text())
+        records = stored["problems"]
+        assert found == {name: records[name]["length"] / records[name]["k"] for name in found}
+
+
 def test_an_earlier_runs_report_does_not_stay(project):
     run(project, "--grpo-record")
     run(project, "--grpo-report=out", "--grpo-seed=1")
