@@ -662,7 +662,9 @@ def test_a_run_begins_without_the_samples_of_the_last_one_and_with_all_other_fil
     assert (tmp_path / "new" / ".gitignore").read_text() == "*\n"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"tests": []}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "5", '"schema"', '{"tests": []}', '{"schema": "v1"}', "[" * 100_000]
+)
 def test_a_file_that_is_no_report_is_not_written_over(tmp_path, text):
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(ReportError, match="is not a report of grpo-harness: name another folder"):

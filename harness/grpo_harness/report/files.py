@@ -138,9 +138,10 @@ def _json(value: Any) -> str:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return "schema" in json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         return False
+    return isinstance(content, dict) and type(content.get("schema")) is int
 
 
 @contextmanager
