@@ -145,7 +145,7 @@ def _table(ways: Sequence[Way]) -> str:
             way.name, way.completions, way.tokens, f"{way.seconds:.1f}",
             f"{way.completions / way.seconds:.2f}", f"{rate:.1f}", f"{rate / least:.0%}",
             f"{ours / rate:.2f}", "" if way.mebibytes is None else f"{way.mebibytes:.0f}",
-            "" if way.model is None else f"{1 - way.model / way.seconds:.0%}",
+            "" if way.model is None else f"{1 - way.model / way.seconds:.1%}",
         )
         for way in ways
         for rate in [way.tokens / way.seconds]
