@@ -18,7 +18,7 @@ help:  ## list the targets
 	touch $@
 
 # The embedded policies are small: training takes half as long with one thread as with two.
-eval contract test heavy: export OMP_NUM_THREADS = 1
+eval contract test heavy trl: export OMP_NUM_THREADS = 1
 
 eval: .venv/installed  ## evaluate the embedded pair of policies: the main job
 	$(BIN)/python -m pytest suites/ --grpo-report report
