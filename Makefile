@@ -76,7 +76,7 @@ calibrate: .venv/installed  ## the gate's own test: false alarms, power, mutants
 falsealarms: .venv/installed  ## run the accuracy suite fifty times on unchanged policies (an hour)
 	$(BIN)/python -m tools.calibration.false_alarms --runs 50
 
-trl: .venv/installed  ## ask the contract beside older releases of TRL (half an hour)
+trl: .venv/installed  ## ask the contract beside older releases of TRL (five minutes)
 	$(BIN)/python -m tools.releases
 
 learning: .venv/installed  ## run the learning test and its controls twenty times each (hours)
