@@ -3,7 +3,8 @@
 ``python -m tools.bench.sampling`` draws the same completions by the engine, by ``generate``, by
 lm-evaluation-harness's ``hf`` backend and one at a time, and times nothing but the model's matrix
 products for the same work: the floor. All in one run, in float32, each way after a short warm-up,
-so that only ratios count. ``make bench`` installs what it needs.
+so that only ratios count. The engine draws before the others and after them, and the mean counts,
+since a machine's speed changes within minutes. ``make bench`` installs what it needs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,21 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     with TransformersEngine(policy, sampling, device="cpu", dtype="float32") as engine:
         clock = _Clock(engine.model)
         took: dict[int, float] = {}
+        resting = _memory("VmRSS")
         for k in arguments.samples:
             requests = requests_of(twice[: arguments.problems], k)
 
             def measured(name: str, draw: Callable[[], list[Sample]]) -> Way:
+                nonlocal resting
                 _trim()
-                before, within = _memory("VmRSS"), clock.seconds
+                within = clock.seconds
+                if resting is not None:  # what another way has left behind is not taken off
+                    resting = min(resting, _memory("VmRSS") or resting)
                 drawn, seconds = _timed(draw)
-                more = None if before is None else (_memory("VmHWM") or 0.0) - before
+                more = None if resting is None else (_memory("VmHWM") or resting) - resting
                 tokens = sum(sample.tokens for sample in drawn)
                 return Way(name, seconds, len(drawn), tokens, more, clock.seconds - within)
 
             engine.sample(requests[:k])
             samples: list[Sample] = []
             ways = [measured("this engine", partial(_kept, samples, engine, requests))]
-            took[k] = ways[0].seconds
             others: dict[str, Callable[[], list[Sample]]] = {
                 f"generate, {arguments.batch} rows": partial(
                     _generate, engine, prompts, k, sampling, arguments.batch
@@ -104,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             read = [len(ids) for ids in engine.tokens([*dict.fromkeys(prompts)])]
             before = floor(engine.model, read, samples)
             ways += [measured(name, draw) for name, draw in others.items()]
+            ways[0] = _mean(ways[0], measured("this engine", partial(engine.sample, requests)))
+            took[k] = ways[0].seconds
             # Another process may have disturbed one of the two.
             least = min(before, floor(engine.model, read, samples))
             tokens = sum(sample.tokens for sample in samples)
@@ -134,6 +140,17 @@ class _Clock:
 
     def _end(self) -> None:
         self.seconds += time.perf_counter() - self._began
+
+
+def _mean(one: Way, other: Way) -> Way:
+    """Return the mean of two times, and the greater peak."""
+    assert one.tokens == other.tokens
+    return replace(
+        one,
+        seconds=(one.seconds + other.seconds) / 2,
+        model=((one.model or 0.0) + (other.model or 0.0)) / 2,
+        mebibytes=max(one.mebibytes or 0.0, other.mebibytes or 0.0) or None,
+    )
 
 
 def _table(ways: Sequence[Way]) -> str:

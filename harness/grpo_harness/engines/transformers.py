@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # What draws is imported where it draws: it loads seconds of transformers, and a run whose
 # completions are all stored needs none of it.
 
-_SMALL, _ENOUGH = 64 << 20, 192
+_SMALL, _ENOUGH = 64 << 20, 256
 """A CPU draws from weights of more bytes than ``_SMALL`` with at most so many rows.
 
 More rows hardly make matrix products of that size any faster, and take memory.
