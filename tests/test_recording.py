@@ -108,6 +108,8 @@ class TestAnchor:
     def test_a_proven_gain_moves_it_up(self, keep):
         keep(0.5)
         made = keep(0.7, change=retrained)
+        n = len(made.stored.records)
+        assert f"to {made.stored.header.accuracy:.1%} on the {n} problems of both" in made.notes
         assert "the anchor moves up" in made.notes
         assert made.stored.header.anchor.accuracy == made.stored.header.accuracy
         with pytest.raises(BaselineError, match="the anchor's was"):

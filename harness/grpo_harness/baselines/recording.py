@@ -281,7 +281,8 @@ def _against_parent(
     gain = gate.judge_improvement(correct, k, references[0][1], references[0][2], alpha=alpha)
     if gain.verdict == "PASS":
         notes.append(
-            f"a proven gain of {100 * gain.delta:.1f} points: the anchor moves up to {gain.now:.1%}"
+            f"a proven gain of {100 * gain.delta:.1f} points, to {gain.now:.1%} on the "
+            f"{len(shared)} problems of both: the anchor moves up"
         )
     elif reason is not None:
         notes.append("nothing was lowered: the reason is kept, and the anchor where it was")
