@@ -10,7 +10,7 @@ import torch
 
 from grpo_harness.engines.engine import Sampling
 
-_SEARCHED = (64, 1024)
+_SEARCHED = (64, 256, 1024)
 """How many of the most likely tokens are searched, before the whole vocabulary is."""
 
 _BLOCK = 32
