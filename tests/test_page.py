@@ -100,6 +100,11 @@ def report(problems=(), policy="p", task="gcd", verdict="PASS", **changes):
     return found
 
 
+def test_the_title_names_the_verdict_and_the_policies():
+    found = report([problem()], verdict="FAIL", trained=["p", "<b>"])
+    assert "<title>FAIL: p, &lt;b&gt; - grpo-harness</title>" in page(found)
+
+
 def test_the_first_screen_says_the_verdict_and_what_broke():
     found = report([problem()], verdict="FAIL")
     said = Page(page(found)).said
