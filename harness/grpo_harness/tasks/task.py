@@ -9,6 +9,7 @@ Two rules keep training and evaluation separate and every run comparable:
 """
 
 import hashlib
+import json
 import random
 import string
 from abc import ABC, abstractmethod
@@ -16,8 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
-
-import msgspec
 
 from grpo_harness.text import first_line, integers, unquoted
 
@@ -200,12 +199,15 @@ class TaskType(Source):
         return list(found.values())
 
 
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 class TutorialType(TaskType):
     """A type of the tutorial, whose prompts also show the task, as compact JSON."""
 
     def prompt(self, task: Mapping[str, Any]) -> str:
         """Write the user prompt: statement, requirement and ``TASK={…}``."""
-        return f"{super().prompt(task)}\nTASK={msgspec.json.encode(dict(task)).decode()}"
+        return f"{super().prompt(task)}\nTASK={_COMPACT.encode(dict(task))}"
 
 
 def is_int(value: object) -> bool:
