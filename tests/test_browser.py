@@ -293,4 +293,4 @@ def test_a_link_opens_what_it_leads_to(browser, tmp_path):
 
 def test_an_empty_report_is_a_page(browser, tmp_path):
     shown(browser, page(Report(RUN)), tmp_path)
-    assert browser.title == "UNPROVEN: grpo-harness"
+    assert browser.title == "UNPROVEN: p - grpo-harness"
